@@ -1,0 +1,40 @@
+"""What a user can fix.
+
+    BlemishError            any of these: one sentence that says what was found, where, what was expected
+    ├── ImageError          a file that is no readable image
+    ├── DataError           a folder, manifest, mask or split that cannot be used
+    ├── ConfigError         an option or value that does not exist or does not fit
+    ├── WeightsError        pretrained weights that are missing or do not fit their network
+    ├── ModelFileError      a model file or checkpoint that is damaged, foreign or missing
+    └── MetricError         a metric that is not defined on what it was given
+
+The command line prints the sentence and exits with status 2. Everything else is a bug and keeps its traceback.
+"""
+
+
+class BlemishError(Exception):
+    """Something a user can fix; the message is one sentence."""
+
+
+class ImageError(BlemishError):
+    """A file that is no readable image."""
+
+
+class DataError(BlemishError):
+    """A folder, manifest, mask or split that cannot be used."""
+
+
+class ConfigError(BlemishError):
+    """An option or value that does not exist or does not fit."""
+
+
+class WeightsError(BlemishError):
+    """Pretrained weights that are missing or do not fit their network."""
+
+
+class ModelFileError(BlemishError):
+    """A model file or checkpoint that is damaged, foreign or missing."""
+
+
+class MetricError(BlemishError):
+    """A metric that is not defined on what it was given."""

@@ -1,0 +1,155 @@
+"""The records that cross the seams between rooms: frozen, and none of them computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+AnyArray = npt.NDArray[Any]
+
+SplitName = Literal["train", "validation", "test", ""]
+Label = Literal["ok", "review", "defect"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set."""
+
+    path: Path
+    label: int
+    """0 good, 1 defective."""
+    kind: str
+    """The kind of defect, the folder's name as a rule; "good" for a good part."""
+    split: SplitName = ""
+    """What the layout says the image is for; empty where the layout does not say."""
+    masks: tuple[Path, ...] = ()
+    """Mask files whose union is the defect. None: not masked (or good)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out good images say about scores, and the thresholds that follow."""
+
+    statistics: tuple[str, ...]
+    """Names of the K numbers that the graph returns for an image."""
+    centers: tuple[float, ...]
+    scales: tuple[float, ...]
+    """The image score is max over k of (statistic_k - centers_k) / scales_k."""
+    scores: tuple[float, ...]
+    """Image scores of the held-out good images, ascending."""
+    pixel_maxima: tuple[float, ...]
+    """Largest map value of each held-out good image, ascending."""
+    false_reject_rate: float
+    """Share of good parts that may be called defect."""
+    review_rate: float
+    """Share of good parts that may be called review or defect."""
+    confidence: float
+    """Probability with which the promise on the false-reject rate holds."""
+    promised_rate: float
+    """The false-reject rate that the defect threshold does promise at that confidence."""
+    images_needed: int
+    """Held-out good images that the asked-for rate needs, at the least."""
+    defect_threshold: float
+    review_threshold: float
+    pixel_threshold: float
+
+
+@dataclass(frozen=True)
+class Region:
+    """One connected region of a map above the pixel threshold, in pixels of the image."""
+
+    box: tuple[int, int, int, int]
+    """x0, y0, x1, y1; the last two exclusive."""
+    area: int
+    peak: float
+    """Largest map value in the region."""
+    peak_xy: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model says of one image."""
+
+    path: str
+    """Empty for an image that came as an array."""
+    label: Label
+    score: float
+    """Raw; higher is worse."""
+    p_value: float
+    """Share of good parts at least this odd, from the held-out good images."""
+    regions: tuple[Region, ...]
+    map: FloatArray = field(repr=False, compare=False)
+    """(H, W) at the image's own size, raw."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One test image of an evaluation."""
+
+    path: str
+    """Relative to the data set."""
+    kind: str
+    truth: int
+    """0 good, 1 defective."""
+    label: Label
+    score: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """The metrics of one kind of defect against all good test images. None: not defined here."""
+
+    kind: str
+    """"all" for the whole test set."""
+    good: int
+    defective: int
+    masked: int
+    """Defective images with a mask, on which the pixel metrics stand."""
+    image_auroc: float | None
+    image_ap: float | None
+    image_f1_max: float | None
+    pixel_auroc: float | None
+    pixel_ap: float | None
+    pixel_f1_max: float | None
+    aupro: float | None
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One image that the report shows in full."""
+
+    title: str
+    result: ImageResult
+    image: npt.NDArray[np.uint8] = field(repr=False)
+    """(H, W, 3)."""
+    map: FloatArray = field(repr=False)
+    """(H, W)."""
+    mask: BoolArray | None = field(repr=False)
+    """(H, W); None where the image has no mask."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a labelled data set."""
+
+    data: str
+    """Name of the data set's folder."""
+    rows: tuple[MetricRow, ...]
+    """The whole test set first, then one row for each kind of defect."""
+    intervals: dict[str, tuple[float, float]]
+    """95 % bootstrap interval of each image-level metric over the whole set, by field name of MetricRow."""
+    images: tuple[ImageResult, ...]
+    skipped: tuple[str, ...]
+    """One sentence for each image that could not be read."""
+    calibration: Calibration
+    provenance: dict[str, Any]
+    """What the model file says of itself, flat: method, backbone, image size, seed, versions, digest, ..."""
+    exhibits: tuple[Exhibit, ...]
+    """Worst mistakes first, then best finds."""
