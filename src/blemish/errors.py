@@ -6,9 +6,11 @@
     ├── ConfigError         an option or value that does not exist or does not fit
     ├── WeightsError        pretrained weights that are missing or do not fit their network
     ├── ModelFileError      a model file or checkpoint that is damaged, foreign or missing
-    └── MetricError         a metric that is not defined on what it was given
+    ├── ExportError         a graph that differs from the model it was written from
+    ├── MetricError         a metric that is not defined on what it was given
+    └── Interrupted         a training run that was asked to stop, and can go on
 
-The command line prints the sentence and exits with status 2. Everything else is a bug and keeps its traceback.
+The command line prints the sentence and exits with status 2. Everything else is a bug, with its traceback.
 """
 
 
@@ -38,3 +40,11 @@ class ModelFileError(BlemishError):
 
 class MetricError(BlemishError):
     """A metric that is not defined on what it was given."""
+
+
+class ExportError(BlemishError):
+    """A graph that differs from the model it was written from."""
+
+
+class Interrupted(BlemishError):
+    """A training run that was asked to stop, and can go on."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` that takes its name when the block ends well, and vanishes otherwise.
+    """Give a temporary path beside `path` that takes its name when the block ends well, else vanishes.
 
     Missing parent folders are made. The bytes are on the disk before the name changes.
     """

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -30,6 +33,20 @@ class Sample:
     """What the layout says the image is for; empty where the layout does not say."""
     masks: tuple[Path, ...] = ()
     """Mask files whose union is the defect. None: not masked (or good)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one training step reads."""
+
+    images: Tensor
+    """(B, 3, H, W) float32 RGB, 1.0 at the white level; empty for a detector that trains on `encoded` alone."""
+    encoded: tuple[Tensor, ...]
+    """What the detector's frozen part makes of the images, float32."""
+    labels: Tensor
+    """(B,) float32: 0 good, 1 defective."""
+    natural: Tensor | None = None
+    """(B, 3, H, W) photographs for the pretraining penalty."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,8 @@ class Verdict:
     regions: tuple[Region, ...]
     map: FloatArray = field(repr=False, compare=False)
     """(H, W) at the image's own size, raw."""
+    parts: dict[str, FloatArray] = field(default_factory=dict, repr=False, compare=False)
+    """The maps that `map` was joined from, where the method has several and they were asked for."""
 
 
 @dataclass(frozen=True)

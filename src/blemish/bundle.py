@@ -1,0 +1,102 @@
+"""The model file: a stored zip of a manifest, weights and a graph, every member under a SHA-256. No pickle.
+
+NAME.blemish
+    manifest.json        format number, method, config, preprocessing, calibration, training, versions, members
+    weights.safetensors  every parameter and buffer of the detector
+    model.onnx           images (B, 3, H, W) in [0, 1] to anomaly maps and statistics
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blemish.errors import ModelFileError
+from blemish.files import whole_file
+from blemish.types import Calibration
+
+FORMAT = 1
+MANIFEST, WEIGHTS, GRAPH = "manifest.json", "weights.safetensors", "model.onnx"
+REQUIRED = ("method", "config", "preprocessing", "outputs", "calibration", "training", "versions", "members")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened model file, verified."""
+
+    path: Path
+    manifest: dict[str, Any]
+    weights: bytes
+    graph: bytes
+
+    @property
+    def calibration(self) -> Calibration:
+        """The thresholds and what they stand on."""
+        values = self.manifest["calibration"]
+        return Calibration(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+
+
+def write(path: Path, manifest: Mapping[str, Any], weights: bytes, graph: bytes) -> None:
+    """Write a model file, whole or not at all; the members' digests are added to the manifest here."""
+    members = {WEIGHTS: weights, GRAPH: graph}
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
+    text = json.dumps({"format": FORMAT} | dict(manifest) | {"members": digests}, indent=1, allow_nan=False)
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in {MANIFEST: text.encode(), **members}.items():
+            # A fixed date: the same model gives the same bytes.
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+
+
+def read(path: Path) -> Bundle:
+    """Open and verify a model file; raise ModelFileError with what was found and what was expected."""
+    if not path.is_file():
+        raise ModelFileError(f"no model file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            manifest = _manifest(path, archive)
+            data = {name: _member(path, archive, manifest, name) for name in (WEIGHTS, GRAPH)}
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ModelFileError(f"{path} is no model file, or a damaged one: {error}") from error
+    return Bundle(path, manifest, data[WEIGHTS], data[GRAPH])
+
+
+def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
+    names = archive.namelist()
+    for name in names:
+        if name not in (MANIFEST, WEIGHTS, GRAPH):
+            raise ModelFileError(f"{path} has a member {name!r} that no model file has")
+    if MANIFEST not in names:
+        raise ModelFileError(f"{path} is no model file: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(archive.read(MANIFEST))
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path} is no model file: its {MANIFEST} has no format number") from error
+    if found != FORMAT:
+        raise ModelFileError(f"{path} has format {found}; this version of Blemish reads format {FORMAT}")
+    for key in REQUIRED:
+        if key not in manifest:
+            raise ModelFileError(f"{path} is damaged: its {MANIFEST} lacks {key!r}")
+    return dict(manifest)
+
+
+def _member(path: Path, archive: zipfile.ZipFile, manifest: dict[str, Any], name: str) -> bytes:
+    if name not in archive.namelist() or name not in manifest["members"]:
+        raise ModelFileError(f"{path} is damaged: it lacks {name}")
+    data = archive.read(name)
+    found, expected = hashlib.sha256(data).hexdigest(), manifest["members"][name]
+    if found != expected:
+        raise ModelFileError(f"{path} is damaged: {name} has SHA-256 {found[:12]}..., expected {expected[:12]}...")
+    return data
+
+
+def recalibrate(bundle: Bundle, calibration: Calibration, path: Path) -> None:
+    """Write a model file again with another calibration."""
+    manifest = bundle.manifest | {"calibration": dataclasses.asdict(calibration)}
+    write(path, manifest, bundle.weights, bundle.graph)

@@ -1,0 +1,54 @@
+"""Checkpoints of a training run: everything that the next step depends on, whole or not at all, no pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blemish.errors import ModelFileError
+from blemish.files import whole_file
+
+
+def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, header: dict[str, Any]) -> None:
+    """Write parameters, buffers, the optimiser's state and a JSON header."""
+    tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    with whole_file(path) as temporary:
+        save_file(
+            {key: value.detach().contiguous().cpu() for key, value in tensors.items()},
+            temporary,
+            {"blemish": json.dumps(header)},
+        )
+
+
+def header(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's header; raise ModelFileError if this is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {})["blemish"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ModelFileError(f"{path} is no checkpoint of a training run") from error
+    return found
+
+
+def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore what `save` wrote into a network and an optimiser of the same making."""
+    parameters: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            room, _, rest = key.partition(".")
+            if room == "network":
+                parameters[rest] = file.get_tensor(key)
+            else:
+                index, _, name = rest.partition(".")
+                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    network.load_state_dict(parameters)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,157 @@
+"""From samples to batches: images decoded once, the frozen part run once, every draw from the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blemish import images, ops
+from blemish.types import AnyArray, Batch, Sample
+
+Encode = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class ImageStore:
+    """Images at the network's size, decoded once and kept while they fit a memory budget in bytes.
+
+    Kept as they come out of the one resize of the product: bytes for 8-bit files, float32 for deeper ones.
+    With crop, an image is resized to twice the size and its centre is taken.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], size: tuple[int, int], *, budget: int, crop: bool = False
+    ) -> None:
+        self.paths, self.size, self.budget, self.crop = list(paths), size, budget, crop
+        self.kept: dict[int, AnyArray] = {}
+        self.used = 0
+        self.deepest = 0
+        """Largest value seen in files of more than 8 bits; 0 if there were none."""
+
+    def fill(self) -> ImageStore:
+        """Decode every image once, in parallel; raise ImageError for the first that cannot be read."""
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(self.resized, range(len(self.paths))):
+                pass
+        return self
+
+    def resized(self, index: int) -> AnyArray:
+        """Give one image at the store's size, in the file's units."""
+        if index in self.kept:
+            return self.kept[index]
+        image = images.read(self.paths[index])
+        if image.dtype == np.uint16:
+            self.deepest = max(self.deepest, int(image.max()))
+        height, width = self.size
+        if self.crop:
+            wide = images.resize(image, (2 * height, 2 * width))
+            top, left = height // 2, width // 2
+            image = np.ascontiguousarray(wide[top : top + height, left : left + width])
+        else:
+            image = images.resize(image, self.size)
+        if self.used + image.nbytes <= self.budget:
+            self.used += image.nbytes
+            self.kept[index] = image
+        return image
+
+    def batch(self, indices: Sequence[int], white: float) -> Tensor:
+        """Give (B, 3, H, W) float32 images in [0, 1]."""
+        return torch.from_numpy(np.stack([images.to_input(self.resized(i), white) for i in indices]))
+
+
+class EncodedStore:
+    """What the frozen part makes of each image, in half precision, kept while it fits a budget in bytes.
+
+    An entry that is not kept is computed again and rounded alike, so a budget changes no result.
+    """
+
+    def __init__(self, encode: Encode, store: ImageStore, white: float, *, budget: int, device: str) -> None:
+        self.encode, self.store, self.white, self.device = encode, store, white, device
+        self.budget, self.used = budget, 0
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self.store.paths)
+
+    def compute(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Encode some images, rounded to half precision, one entry each."""
+        with torch.no_grad():
+            parts = self.encode(self.store.batch(indices, self.white).to(self.device))
+        halves = [part.half().cpu() for part in parts]
+        return [tuple(half[row].clone() for half in halves) for row in range(len(indices))]
+
+    def entry(self, index: int) -> tuple[Tensor, ...]:
+        """Give one image's entry, from memory where it is kept."""
+        if index in self.kept:
+            return self.kept[index]
+        (entry,) = self.compute([index])
+        size = sum(part.nbytes for part in entry)
+        if self.used + size <= self.budget:
+            self.used += size
+            self.kept[index] = entry
+        return entry
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """Give the entries of several images as (B, ...) float32 tensors on the device."""
+        columns = zip(*(self.entry(index) for index in indices), strict=True)
+        return tuple(torch.stack(column).to(self.device).float() for column in columns)
+
+
+class Batches:
+    """The batch of every step of a run, as a pure function of the seed and the step's number.
+
+    Images and photographs of the next step are prepared on another thread while a step runs.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        store: ImageStore,
+        encoded: EncodedStore,
+        *,
+        batch_size: int,
+        seed: int,
+        with_images: bool = True,
+        natural: ImageStore | None = None,
+    ) -> None:
+        self.samples, self.store, self.encoded, self.natural = samples, store, encoded, natural
+        self.with_images = with_images
+        self.batch_size, self.seed = min(batch_size, len(samples)), seed
+        self.per_epoch = -(-len(samples) // self.batch_size)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = (-1, self.pool.submit(lambda: (torch.empty(0), None)))
+
+    def indices(self, step: int) -> list[int]:
+        """Give the positions of the samples of a step; every image has one turn in an epoch."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.samples), generator=ops.generator(self.seed, "epoch", epoch))
+        chosen: list[int] = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        return chosen
+
+    def read(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Read a step's images and photographs."""
+        chosen = self.indices(step)
+        natural = None
+        if self.natural is not None:
+            draw = ops.generator(self.seed, "natural", step)
+            picks = torch.randint(len(self.natural.paths), (len(chosen),), generator=draw).tolist()
+            natural = self.natural.batch(picks, 65535.0)
+        images_ = self.store.batch(chosen, self.encoded.white) if self.with_images else torch.empty(0)
+        return images_, natural
+
+    def at(self, step: int) -> Batch:
+        """Give a step's batch on the device."""
+        ready, future = self.ahead
+        images_, natural = future.result() if ready == step else self.read(step)
+        self.ahead = (step + 1, self.pool.submit(self.read, step + 1))
+        chosen, device = self.indices(step), self.encoded.device
+        return Batch(
+            images_.to(device),
+            self.encoded.batch(chosen),
+            torch.tensor([float(self.samples[index].label) for index in chosen], device=device),
+            natural.to(device) if natural is not None else None,
+        )

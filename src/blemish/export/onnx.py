@@ -1,0 +1,66 @@
+"""Write a detector's scoring as one ONNX graph, and compare it with the detector."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blemish.detectors.base import Detector
+from blemish.errors import ExportError
+from blemish.runtime import Graph
+
+OPSET = 20
+TOLERANCE = 1e-4
+
+
+def graph(detector: Detector) -> bytes:
+    """Export `forward` for any batch size at the config's image size: input `images`, outputs as named."""
+    height, width = detector.config.image_size
+    detector = detector.eval()
+    example = torch.rand(2, 3, height, width, device=next(detector.parameters()).device)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The exporter warns of its own internals; a wrong graph does not pass `compare`.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            detector,
+            (example,),
+            input_names=["images"],
+            output_names=list(detector.outputs),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch's exporter gave no graph")
+    program.save(buffer)
+    return buffer.getvalue()
+
+
+def compare(detector: Detector, exported: Graph, batches: Iterable[Tensor]) -> float:
+    """Run both on images; give the largest difference of any output, relative to that output's largest value.
+
+    Raises ExportError beyond TOLERANCE.
+    """
+    worst = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            expected = detector(batch)
+        found = exported.run(batch.cpu().numpy())
+        for name, tensor in zip(detector.outputs, expected, strict=True):
+            reference = tensor.float().cpu().numpy()
+            scale = float(np.abs(reference).max()) or 1.0
+            difference = float(np.abs(found[name] - reference).max()) / scale
+            if not difference <= TOLERANCE:
+                raise ExportError(
+                    f"the exported graph differs from the trained model: {name} by {difference:.1e} "
+                    f"relative, at most {TOLERANCE:.0e} allowed"
+                )
+            worst = max(worst, difference)
+    return worst

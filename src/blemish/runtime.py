@@ -1,0 +1,138 @@
+"""From a model file and an image to a verdict, on ONNX Runtime. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
+
+from blemish import bundle, calibrate, images
+from blemish.errors import ModelFileError
+from blemish.types import Calibration, FloatArray, Region, Verdict
+
+
+class Graph:
+    """A graph in memory: (B, 3, H, W) float32 images to named arrays."""
+
+    def __init__(self, data: bytes, outputs: Sequence[str], threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
+            raise ModelFileError(f"ONNX Runtime cannot run the graph: {str(error).splitlines()[0]}") from error
+        found = [node.name for node in self.session.get_outputs()]
+        if found != list(outputs):
+            raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
+        self.outputs = tuple(outputs)
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        """Run a batch."""
+        return dict(zip(self.outputs, self.session.run(None, {"images": inputs}), strict=True))
+
+
+class Predictor:
+    """A model file, ready to judge images.
+
+    predict takes a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array.
+    """
+
+    def __init__(self, opened: bundle.Bundle, threads: int = 0) -> None:
+        manifest = opened.manifest
+        self.path = opened.path
+        self.manifest: dict[str, Any] = manifest
+        self.calibration: Calibration = opened.calibration
+        self.image_size: tuple[int, int] = tuple(manifest["preprocessing"]["image_size"])
+        self.white = float(manifest["preprocessing"]["white"])
+        self.graph = Graph(opened.graph, manifest["outputs"], threads)
+
+    def predict(self, image: Any, *, parts: bool = False) -> Verdict:
+        """Judge one image; with parts, the maps that the map was joined from come along.
+
+        Raises ImageError for what is no readable image.
+        """
+        return self.judge([image], parts=parts)[0]
+
+    def predict_batch(self, batch: Sequence[Any]) -> list[Verdict]:
+        """Judge several images in one run of the graph; each scores as it would alone."""
+        return self.judge(batch) if batch else []
+
+    def predict_stream(self, stream: Iterable[Any]) -> Iterator[Verdict]:
+        """Judge images one by one as they come, the next ones being read while one is judged."""
+        feed = iter(stream)
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(self.prepare, image) for image in islice(feed, 2)]
+            while ahead:
+                ready = ahead.pop(0).result()
+                ahead += [pool.submit(self.prepare, image) for image in islice(feed, 1)]
+                yield self.finish([ready])[0]
+
+    def judge(self, batch: Sequence[Any], *, parts: bool = False) -> list[Verdict]:
+        """Read, run and decide."""
+        return self.finish([self.prepare(image) for image in batch], parts=parts)
+
+    def prepare(self, image: Any) -> tuple[str, tuple[int, int], FloatArray]:
+        """Read one image: its path ("" for an array), its own size, and the (3, H, W) network input."""
+        array = images.as_image(image)
+        path = str(image) if isinstance(image, (str, Path)) else ""
+        return path, (array.shape[0], array.shape[1]), images.prepare(array, self.image_size, self.white)
+
+    def finish(
+        self, ready: Sequence[tuple[str, tuple[int, int], FloatArray]], *, parts: bool = False
+    ) -> list[Verdict]:
+        """Run prepared images through the graph and decide."""
+        found = self.graph.run(np.stack([inputs for _, _, inputs in ready]))
+        scores = calibrate.image_scores(found["statistics"], self.calibration)
+        verdicts = []
+        for row, (path, size, _) in enumerate(ready):
+            score = float(scores[row])
+            whole = images.resize_map(found["map"][row], size)
+            pieces = {name: images.resize_map(found[name][row], size) for name in self.graph.outputs[2:]}
+            verdicts.append(
+                Verdict(
+                    path=path,
+                    label=calibrate.verdict_label(score, self.calibration),
+                    score=score,
+                    p_value=calibrate.p_value(score, self.calibration),
+                    regions=regions(whole, self.calibration.pixel_threshold),
+                    map=whole,
+                    parts=pieces if parts else {},
+                )
+            )
+        return verdicts
+
+
+def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
+    """List the 8-connected regions of an (H, W) map above a threshold, the highest peak first."""
+    above = anomaly_map > threshold
+    if not above.any():
+        return ()
+    labels = cc3d.connected_components(above, connectivity=8)
+    statistics = cc3d.statistics(labels)
+    found = []
+    for number in range(1, len(statistics["voxel_counts"])):
+        rows, columns = statistics["bounding_boxes"][number]
+        inside = np.where(labels[rows, columns] == number, anomaly_map[rows, columns], -np.inf)
+        y, x = np.unravel_index(int(inside.argmax()), inside.shape)
+        found.append(
+            Region(
+                box=(int(columns.start), int(rows.start), int(columns.stop), int(rows.stop)),
+                area=int(statistics["voxel_counts"][number]),
+                peak=float(inside[y, x]),
+                peak_xy=(int(columns.start + x), int(rows.start + y)),
+            )
+        )
+    return tuple(sorted(found, key=lambda region: -region.peak))
+
+
+def load(path: str | Path, *, threads: int = 0) -> Predictor:
+    """Open a model file; raise ModelFileError if it is none. threads: 0 lets ONNX Runtime choose."""
+    return Predictor(bundle.read(Path(path)), threads)

@@ -1,0 +1,443 @@
+"""The one training loop: from a folder of good images to a model file.
+
+Every random draw comes from (seed, purpose, step), so a run that is killed and resumed ends in the same bytes
+as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import hashlib
+import platform
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from blemish import bundle, calibrate, checkpoint, data, images, ops
+from blemish._version import __version__
+from blemish.backbones import weights
+from blemish.data.loading import Batches, EncodedStore, ImageStore
+from blemish.data.split import Split, split
+from blemish.detectors import build, configure
+from blemish.detectors.base import SCHEDULES, Config, Detector
+from blemish.errors import ConfigError, Interrupted, ModelFileError
+from blemish.export import onnx
+from blemish.progress import Progress, say
+from blemish.runtime import Graph, Predictor
+from blemish.types import Calibration
+
+HISTORY = 100
+"""Points of the loss curve that a model file keeps."""
+CHECKPOINT_SECONDS = 60.0
+PROBE_SECONDS = 10.0
+CARRIED = ("step", "steps", "history", "pending", "notes")
+"""Fields of a run that a checkpoint carries beside parameters and the optimiser's state."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to train: one of the three, or none for the method's own default."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    budget: float | None = None
+    """Seconds of wall time for everything from reading the images to the finished model file."""
+
+
+@dataclass
+class Run:
+    """A training run in progress."""
+
+    detector: Detector
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    held_out: EncodedStore
+    seed: int
+    steps: int
+    device: str
+    dtype: torch.dtype
+    path: Path
+    """Where checkpoints go."""
+    fingerprint: dict[str, Any]
+    step: int = 0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    pending: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """Losses since the last point of the history."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        header = {name: getattr(self, name) for name in CARRIED} | {"run": self.fingerprint}
+        checkpoint.save(self.path, self.detector, self.optimizer, header)
+
+    def restore(self, header: Mapping[str, Any]) -> None:
+        """Go back to a checkpoint whose header was read."""
+        for name in CARRIED:
+            setattr(self, name, header[name])
+        checkpoint.load(self.path, self.detector, self.optimizer)
+
+
+def seconds(text: str) -> float:
+    """Read a duration such as 90s, 10m or 1.5h; raise ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if not match or float(match[1]) == 0:
+        raise ConfigError(f"budget {text!r}: expected a duration such as 90s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def choose_device(name: str) -> str:
+    """Resolve auto, and refuse a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device {name!r}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
+    return name
+
+
+def choose_precision(name: str, device: str) -> torch.dtype:
+    """Resolve auto: bfloat16 where the processor multiplies it faster than float32."""
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if name in known:
+        return known[name]
+    if name != "auto":
+        raise ConfigError(f"unknown precision {name!r}; expected auto, fp32 or bf16")
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and _bf16_cpu() else torch.float32
+
+
+def _bf16_cpu() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep large freed buffers: handing them back at every step costs a third of the time."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 256 << 20)):
+            libc.mallopt(parameter, value)
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """Sum up the contents of files, in any order, as one SHA-256."""
+    each = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def groups(store: ImageStore, white: float, device: str, size: int = 4) -> Iterator[Tensor]:
+    """Give all images of a store in small batches."""
+    for start in range(0, len(store.paths), size):
+        yield store.batch(range(start, min(start + size, len(store.paths))), white).to(device)
+
+
+def encode_all(encoded: EncodedStore, title: str) -> Iterator[tuple[Tensor, ...]]:
+    """Run the frozen part over every image, keeping what fits, and give each entry as a batch of one."""
+    progress = Progress(title, len(encoded), unit="image")
+    for index in range(len(encoded)):
+        yield encoded.batch([index])
+        progress.show(index + 1)
+
+
+def one_step(run: Run, step: int) -> dict[str, float]:
+    """Take one optimiser step; give its losses."""
+    batch = run.batches.at(step)
+    factor = SCHEDULES[run.detector.config.schedule](step / run.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    draw = ops.generator(run.seed, "step", step, device=run.device)
+    with torch.autocast(run.device, run.dtype, enabled=run.dtype != torch.float32):
+        terms = run.detector.loss(batch, draw)
+    total = torch.stack(list(terms.values())).sum()
+    run.optimizer.zero_grad(set_to_none=True)
+    total.backward()  # type: ignore[no-untyped-call]
+    run.optimizer.step()
+    losses = {name: float(term.detach()) for name, term in terms.items()} | {"loss": float(total.detach())}
+    if not np.isfinite(losses["loss"]):
+        raise ConfigError(f"the loss became {losses['loss']} at step {step + 1}; lower --set learning_rate=...")
+    return losses
+
+
+def count_steps(run: Run, length: Length, config: Config, started: float) -> int:
+    """Turn a length into optimiser steps; a budget is measured on steps that are then undone."""
+    if length.budget is None:
+        epochs = length.epochs or (0 if length.steps else config.epochs)
+        return length.steps or (epochs * run.batches.per_epoch if epochs else config.steps)
+    network, optimizer = copy.deepcopy(run.detector.state_dict()), copy.deepcopy(run.optimizer.state_dict())
+    one_step(run, 0)
+    begin, taken = time.monotonic(), 0
+    while taken < 2 or time.monotonic() - begin < min(PROBE_SECONDS, 0.03 * length.budget):
+        taken += 1
+        one_step(run, taken)
+    pace = (time.monotonic() - begin) / taken
+    run.detector.load_state_dict(network)
+    run.optimizer.load_state_dict(optimizer)
+    # What follows training: quantiles, calibration, the export and its check.
+    left = length.budget - (time.monotonic() - started) - max(10.0, 0.02 * length.budget)
+    steps = int(left / pace)
+    if steps < 20:
+        raise ConfigError(
+            f"a budget of {length.budget:g} s leaves {max(left, 0):.0f} s to train in, and one step takes "
+            f"{pace:.2f} s here: give at least {length.budget - left + 20 * pace:.0f} s"
+        )
+    say(f"one step takes {pace:.2f} s: {steps} steps fit the budget (the same run again: --steps {steps})")
+    return steps
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a question asked between steps; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def request(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def loop(run: Run) -> None:
+    """Train from the run's step to its last, with checkpoints; raise Interrupted when asked to stop."""
+    run.detector.train()
+    progress = Progress("training", run.steps, done=run.step)
+    point, twentieth = max(1, run.steps // HISTORY), max(1, run.steps // 20)
+    saved = time.monotonic()
+    with stop_requests() as stopping:
+        while run.step < run.steps:
+            losses = one_step(run, run.step)
+            run.step += 1
+            run.pending.append(losses)
+            progress.show(run.step, ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+            if run.step % twentieth == 0:
+                draw = ops.generator(run.seed, "inspect", run.step, device=run.device)
+                if note := run.detector.inspect((run.held_out.batch([i]) for i in range(len(run.held_out))), draw):
+                    run.notes.append(f"at step {run.step}: {note}")
+                    say(run.notes[-1])
+            if run.step % point == 0 or run.step == run.steps:
+                means = {name: float(np.mean([item[name] for item in run.pending])) for name in losses}
+                run.history.append({"step": float(run.step)} | means)
+                run.pending = []
+            if stopping() and run.step < run.steps:
+                run.save()
+                raise Interrupted(
+                    f"stopped after step {run.step} of {run.steps}, kept in {run.path}; "
+                    "the same command with --resume goes on from there"
+                )
+            if time.monotonic() - saved > CHECKPOINT_SECONDS or run.step == run.steps:
+                run.save()
+                saved = time.monotonic()
+    run.detector.eval()
+
+
+def train(
+    root: str | Path,
+    *,
+    model: str,
+    out: str | Path,
+    layout: str = "auto",
+    weights_file: str | Path | None = None,
+    natural_images: str | Path | None = None,
+    preset: str = "default",
+    settings: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    budget: float | str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    false_reject_rate: float = 0.01,
+    memory: int = 4 << 30,
+    resume: bool = False,
+) -> Predictor:
+    """Train a detector on a folder of good images, calibrate it, and write the model file `out`.
+
+    weights_file: of the teacher or backbone, where the weights room should not choose. natural_images: folder
+    of photographs for EfficientAD's pretraining penalty; without one the penalty is off. settings: fields of
+    the method's config. Give at most one of steps, epochs and budget (seconds, or text such as "10m").
+    memory: bytes for decoded images and for encoded ones, each. Raises a BlemishError that a user can fix.
+    """
+    started = time.monotonic()
+    length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
+    check_length(length)
+    config = configure(model, preset, settings)
+    device, out = choose_device(device), Path(out)
+    dtype = choose_precision(precision, device)
+    keep_freed_memory()
+    parts = split(data.scan(Path(root), layout), Path(root))
+    detector = build(model, config, seed)
+    detector.load_pretrained(Path(weights_file) if weights_file else None)
+    detector.to(device, memory_format=torch.channels_last)
+    natural = open_natural(natural_images, detector, config, memory)
+
+    say(f"reading {len(parts.train)} training and {len(parts.held_out)} held-out good images")
+    store = ImageStore([sample.path for sample in parts.train], config.image_size, budget=memory).fill()
+    held = ImageStore([sample.path for sample in parts.held_out], config.image_size, budget=memory).fill()
+    white = images.white_level(max(store.deepest, held.deepest))
+    fingerprint = {
+        "model": model,
+        "preset": preset,
+        "config": dataclasses.asdict(config),
+        "seed": seed,
+        "precision": str(dtype).removeprefix("torch."),
+        "images": digest(store.paths),
+        "held_out": digest(held.paths),
+        "natural_images": len(natural.paths) if natural else 0,
+        "pretrained": digest([weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)]),
+    }
+    encoded = EncodedStore(detector.encode, store, white, budget=memory, device=device)
+    run = Run(
+        detector=detector,
+        optimizer=detector.optimizer(),
+        batches=Batches(
+            parts.train,
+            store,
+            encoded,
+            batch_size=config.batch_size,
+            seed=seed,
+            with_images=detector.wants_images,
+            natural=natural,
+        ),
+        held_out=EncodedStore(detector.encode, held, white, budget=memory, device=device),
+        seed=seed,
+        steps=0,
+        device=device,
+        dtype=dtype,
+        path=out.with_name(out.name + ".checkpoint"),
+        fingerprint=fingerprint,
+    )
+    for group in run.optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    begin(run, length, config, resume, started)
+    trained = time.monotonic()
+    loop(run)
+    trained = time.monotonic() - trained
+
+    detector.finish(groups(held, white, device))
+    exported = onnx.graph(detector)
+    graph = Graph(exported, detector.outputs)
+    difference = onnx.compare(detector, graph, groups(held, white, device))
+    calibration = calibrate_graph(graph, held, white, config, false_reject_rate)
+    say(calibrate.describe(calibration))
+    manifest = {
+        "method": model,
+        "preset": preset,
+        "config": dataclasses.asdict(config),
+        "preprocessing": {"image_size": list(config.image_size), "white": white, "color": "RGB"},
+        "outputs": list(detector.outputs),
+        "calibration": dataclasses.asdict(calibration),
+        "training": {
+            "data": Path(root).resolve().name,
+            "good_images": len(store.paths),
+            "held_out_images": len(held.paths),
+            "pretrained": detector.pretrained_name,
+            "steps": run.steps,
+            "epochs": round(run.steps / run.batches.per_epoch, 2),
+            "seconds": round(time.monotonic() - started, 1),
+            "loop_seconds": round(trained, 1),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "graph_difference": difference,
+            "notes": run.notes,
+            "history": run.history,
+            "run": fingerprint,
+        },
+        "versions": {
+            "blemish": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+    state = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
+    bundle.write(out, manifest, tensor_bytes(state), exported)
+    run.path.unlink(missing_ok=True)
+    return Predictor(bundle.read(out))
+
+
+def check_length(length: Length) -> None:
+    """Refuse more than one length, and none that is not positive."""
+    given = {name: value for name, value in dataclasses.asdict(length).items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} were both given; expected one of steps, epochs, budget")
+    for name, value in given.items():
+        if value <= 0:
+            raise ConfigError(f"{name} {value}: expected more than 0")
+
+
+def open_natural(
+    folder: str | Path | None, detector: Detector, config: Config, memory: int
+) -> ImageStore | None:
+    """Open the photographs for the pretraining penalty, or say that it is off."""
+    if not detector.wants_natural_images:
+        return None
+    if folder is None:
+        say("no --natural-images folder: the pretraining penalty is off")
+        return None
+    paths = images.list_images(Path(folder), recursive=True)
+    if not paths:
+        raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
+    return ImageStore(paths, config.image_size, budget=memory, crop=True)
+
+
+def begin(run: Run, length: Length, config: Config, resume: bool, started: float) -> None:
+    """Prepare a new run, or go back to a checkpoint; raise ModelFileError if that is another run's."""
+    if resume and run.path.is_file():
+        header = checkpoint.header(run.path)
+        for key, value in run.fingerprint.items():
+            if header["run"].get(key) != value and not same_json(header["run"].get(key), value):
+                raise ModelFileError(
+                    f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
+                )
+        run.restore(header)
+        say(f"going on from step {run.step} of {run.steps}")
+        return
+    if resume:
+        say(f"nothing to resume at {run.path}: starting anew")
+    if note := run.detector.prepare(encode_all(run.batches.encoded, "encoding")):
+        run.notes.append(note)
+        say(note)
+    run.steps = count_steps(run, length, config, started)
+
+
+def same_json(found: Any, value: Any) -> bool:
+    """Compare a value with its form after a way through JSON, where tuples become lists."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        return found.keys() == value.keys() and all(same_json(found[key], value[key]) for key in value)
+    return bool(found == (list(value) if isinstance(value, tuple) else value))
+
+
+def calibrate_graph(
+    graph: Graph, held: ImageStore, white: float, config: Config, false_reject_rate: float
+) -> Calibration:
+    """Score the held-out good images as prediction will, and set the thresholds by them."""
+    found = [graph.run(batch.numpy()) for batch in groups(held, white, "cpu", size=1)]
+    statistics = np.concatenate([each["statistics"] for each in found])
+    maxima = np.array([each["map"].max() for each in found])
+    return calibrate.calibrate(
+        statistics, maxima, config.statistics, false_reject_rate=false_reject_rate
+    )
