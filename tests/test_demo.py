@@ -1,0 +1,159 @@
+"""The drawn data set: it repeats, its masks are exact, and nothing that matters is overwritten."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blemish import demo, flange, images
+from blemish.errors import ConfigError
+
+SIZE = demo.SMALLEST
+KINDS = sorted(demo.DEFECTS)
+
+
+def drawn(
+    folder: Path, *, train: int = 2, test_good: int = 1, per_kind: int = 1, seed: int = 3
+) -> dict[str, bytes]:
+    demo.draw(folder, seed, train=train, test_good=test_good, per_kind=per_kind, size=SIZE)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return drawn(tmp_path_factory.mktemp("demo") / "parts")
+
+
+def grown(mask: np.ndarray, width: int) -> np.ndarray:
+    side = 2 * width + 1
+    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, width), (side, side)).any((2, 3))
+
+
+def twins(kind: str, count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draw parts with and without the defect; give the largest difference over the channels, and the mask."""
+    for i in range(count):
+        (bad, mask), (good, _) = demo.draw_part((7, i), kind, size), demo.draw_part((7, i), "good", size)
+        yield np.abs(bad.astype(int) - good).max(2), mask
+
+
+def test_layout_is_mvtec(small: dict[str, bytes]) -> None:
+    expected = {demo.MARKER, "train/good/000.png", "train/good/001.png", "test/good/000.png"}
+    for kind in KINDS:
+        expected |= {f"test/{kind}/000.png", f"ground_truth/{kind}/000_mask.png"}
+    assert set(small) == expected
+
+
+def test_files_hold_what_is_drawn(small: dict[str, bytes], tmp_path: Path) -> None:
+    part, mask = tmp_path / "part.png", tmp_path / "mask.png"
+    for number, kind in enumerate(KINDS):
+        part.write_bytes(small[f"test/{kind}/000.png"])
+        mask.write_bytes(small[f"ground_truth/{kind}/000_mask.png"])
+        image, defect = demo.draw_part((3, 2 + number, 0), kind, SIZE)
+        np.testing.assert_array_equal(images.read(part), image)
+        np.testing.assert_array_equal(images.read_mask((mask,), (SIZE, SIZE)), defect)
+
+
+def test_repeats_byte_for_byte(small: dict[str, bytes], tmp_path: Path) -> None:
+    assert drawn(tmp_path / "again") == small
+
+
+def test_an_image_does_not_depend_on_the_counts(small: dict[str, bytes], tmp_path: Path) -> None:
+    more = drawn(tmp_path / "more", train=3, test_good=2, per_kind=2)
+    assert len(more) > len(small)
+    assert {name: more[name] for name in small} == small
+
+
+def test_every_image_and_every_seed_is_another(small: dict[str, bytes], tmp_path: Path) -> None:
+    other = drawn(tmp_path / "other", seed=4)
+    pictures = [data for files in (small, other) for name, data in files.items() if name.startswith("t")]
+    assert len(set(pictures)) == len(pictures) == 2 * (3 + len(KINDS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_covers_what_the_defect_changes(kind: str) -> None:
+    for difference, mask in twins(kind, 3, 256):
+        # Beyond the mask there is only the lens's blur and, of a screw, the shadow.
+        assert difference[~grown(mask, 3)].max() <= 2
+        assert (difference[mask] > 3).mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_defect_lies_on_the_part(kind: str) -> None:
+    for i in range(20):
+        image, mask = demo.draw_part((1, i), kind, SIZE)
+        part = flange.pose(flange.draw_scene(np.random.default_rng((1, i, 0))), SIZE)
+        assert image.shape == (SIZE, SIZE, 3)
+        assert image.dtype == np.uint8
+        assert mask.any()
+        assert (part.outline[mask] < part.pixel).all()
+        assert (part.radius[mask] > flange.BORE - part.pixel).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_defect_is_seen_but_does_not_glare(kind: str) -> None:
+    contrast = [float(difference[mask].mean()) for difference, mask in twins(kind, 8, 128)]
+    assert min(contrast) > 3
+    assert np.median(contrast) < 110
+
+
+def test_a_good_part_has_no_mask() -> None:
+    assert not demo.draw_part((0,), "good", SIZE)[1].any()
+
+
+def test_good_parts_vary_mildly() -> None:
+    parts = np.stack([demo.draw_part((2, i), "good", SIZE)[0] for i in range(12)]).astype(float)
+    deviation = parts.mean((1, 2, 3)).std()
+    assert 0.5 < deviation < 12
+
+
+def test_the_same_part_at_two_sizes_is_the_same() -> None:
+    # Noise and texture are drawn per pixel; the pose, the features and the light are not.
+    large, small = (demo.draw_part((5,), "good", size)[0].astype(float) for size in (256, 128))
+    halved = large.reshape(128, 2, 128, 2, 3).mean((1, 3))
+    assert np.abs(halved - small).mean() < 8
+
+
+def test_an_earlier_demo_is_replaced_whole(tmp_path: Path) -> None:
+    assert drawn(tmp_path / "parts", per_kind=2).keys() > drawn(tmp_path / "parts").keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    assert demo.MARKER in drawn(tmp_path / "parts")
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no demo"):
+        drawn(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="is a file"):
+        drawn(tmp_path / "thesis.txt")
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(array: np.ndarray) -> bytes:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(images, "png_bytes", fail)
+    with pytest.raises(OSError, match="disk full"):
+        drawn(tmp_path / "parts")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"train": 0}, "0 images"),
+        ({"per_kind": -2}, "-2 images"),
+        ({"size": 32}, "32"),
+    ],
+)
+def test_impossible_numbers_are_refused(options: dict[str, int], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        demo.draw(tmp_path / "parts", **({"seed": 0} | options))
+    assert not list(tmp_path.iterdir())
