@@ -120,9 +120,11 @@ def test_an_earlier_demo_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]
 
 
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts").mkdir()
-    assert demo.MARKER in drawn(tmp_path / "parts")
+    monkeypatch.chdir(tmp_path / "parts")
+    drawn(Path())
+    assert (tmp_path / "parts" / demo.MARKER).is_file()
 
 
 def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def draw(
     Raises ConfigError for a folder that holds anything but a demo, and for a number that is too small.
     """
     _refuse(out, seed, min(train, test_good, per_kind), size)
+    out = out.absolute()  # so that it has a name and a parent, whatever was given
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         new = Path(temporary) / "new"
