@@ -1,7 +1,7 @@
 """The model file: a stored zip of a manifest, weights and a graph, every member under a SHA-256. No pickle.
 
 NAME.blemish
-    manifest.json        format number, method, config, preprocessing, calibration, training, versions, members
+    manifest.json        format number, method, config, preprocessing, calibration, training, versions
     weights.safetensors  every parameter and buffer of the detector
     model.onnx           images (B, 3, H, W) in [0, 1] to anomaly maps and statistics
 """
@@ -38,8 +38,11 @@ class Bundle:
     @property
     def calibration(self) -> Calibration:
         """The thresholds and what they stand on."""
-        values = self.manifest["calibration"]
-        return Calibration(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        stored = self.manifest["calibration"]
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+        }
+        return Calibration(**values)
 
 
 def write(path: Path, manifest: Mapping[str, Any], weights: bytes, graph: bytes) -> None:
@@ -92,7 +95,9 @@ def _member(path: Path, archive: zipfile.ZipFile, manifest: dict[str, Any], name
     data = archive.read(name)
     found, expected = hashlib.sha256(data).hexdigest(), manifest["members"][name]
     if found != expected:
-        raise ModelFileError(f"{path} is damaged: {name} has SHA-256 {found[:12]}..., expected {expected[:12]}...")
+        raise ModelFileError(
+            f"{path} is damaged: {name} has SHA-256 {found[:12]}..., expected {expected[:12]}..."
+        )
     return data
 
 

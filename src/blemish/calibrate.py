@@ -23,6 +23,10 @@ _ROUNDING = 1e-9
 """Relative tolerance, so that 1 - 0.95 and the like meet the bounds that they equal on paper."""
 
 
+REVIEW_RATE = 0.05
+"""Share of good parts that may be called review or defect, unless the user says otherwise."""
+
+
 def order_statistic_index(count: int, rate: float, confidence: float) -> int | None:
     """Give the largest r for which the (r + 1)-th largest of `count` held-out scores promises `rate`.
 
@@ -75,10 +79,12 @@ def calibrate(
     names: tuple[str, ...],
     *,
     false_reject_rate: float = 0.01,
-    review_rate: float = 0.05,
+    review_rate: float | None = None,
     confidence: float = 0.95,
 ) -> Calibration:
     """Set the thresholds from m >= 2 held-out good images.
+
+    review_rate: None stands for 5 %, or the false-reject rate where that is higher.
 
     `statistics` is (m, K), the K numbers called `names` that the model gives for each image; `pixel_maxima`
     (m,) the largest value of each image's map. One statistic is the score as it is. Several are joined as the
@@ -106,7 +112,7 @@ def calibrate(
         _ascending(scores),
         _ascending(maxima),
         false_reject_rate,
-        review_rate,
+        max(REVIEW_RATE, false_reject_rate) if review_rate is None else review_rate,
         confidence,
     )
 

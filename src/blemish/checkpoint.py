@@ -43,7 +43,7 @@ def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> No
     parameters: dict[str, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
-        for key in file.keys():
+        for key in file.keys():  # noqa: SIM118 - no dict, it has no other way
             room, _, rest = key.partition(".")
             if room == "network":
                 parameters[rest] = file.get_tensor(key)

@@ -8,7 +8,7 @@
     ├── ModelFileError      a model file or checkpoint that is damaged, foreign or missing
     ├── ExportError         a graph that differs from the model it was written from
     ├── MetricError         a metric that is not defined on what it was given
-    └── Interrupted         a training run that was asked to stop, and can go on
+    └── StoppedError        a training run that was asked to stop, and can go on
 
 The command line prints the sentence and exits with status 2. Everything else is a bug, with its traceback.
 """
@@ -46,5 +46,5 @@ class ExportError(BlemishError):
     """A graph that differs from the model it was written from."""
 
 
-class Interrupted(BlemishError):
+class StoppedError(BlemishError):
     """A training run that was asked to stop, and can go on."""

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
 
 def say(text: str) -> None:
     """Tell the person at the terminal, on standard error, which is not the result."""
@@ -36,7 +38,7 @@ class Progress:
             unit=self.unit,
             initial=self.first,
             ncols=100 if self.live else None,
-            bar_format="{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            bar_format=FORMAT,
             postfix=note or None,
         )
         end = "\n" if done >= self.total or not self.live else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
 from blemish import bundle, calibrate, images
-from blemish.errors import ModelFileError
+from blemish.errors import ImageError, ModelFileError
 from blemish.types import Calibration, FloatArray, Region, Verdict
 
 
@@ -24,11 +25,13 @@ class Graph:
     def __init__(self, data: bytes, outputs: Sequence[str], threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 3  # errors only, which are raised here
         try:
             self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
-            raise ModelFileError(f"ONNX Runtime cannot run the graph: {str(error).splitlines()[0]}") from error
+            raise ModelFileError(
+                f"ONNX Runtime cannot run the graph: {str(error).splitlines()[0]}"
+            ) from error
         found = [node.name for node in self.session.get_outputs()]
         if found != list(outputs):
             raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
@@ -37,6 +40,18 @@ class Graph:
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
         """Run a batch."""
         return dict(zip(self.outputs, self.session.run(None, {"images": inputs}), strict=True))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image on its way into the graph."""
+
+    path: str
+    """Empty for an image that came as an array."""
+    size: tuple[int, int]
+    """Its own height and width."""
+    inputs: FloatArray
+    """(3, H, W), the network's input."""
 
 
 class Predictor:
@@ -65,49 +80,64 @@ class Predictor:
         """Judge several images in one run of the graph; each scores as it would alone."""
         return self.judge(batch) if batch else []
 
-    def predict_stream(self, stream: Iterable[Any]) -> Iterator[Verdict]:
-        """Judge images one by one as they come, the next ones being read while one is judged."""
+    def predict_stream(self, stream: Iterable[Any]) -> Iterator[Verdict | ImageError]:
+        """Judge images one by one as they come, the next ones being read while one is judged.
+
+        One that cannot be read comes as its ImageError, and the others are still judged.
+        """
         feed = iter(stream)
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(self.prepare, image) for image in islice(feed, 2)]
             while ahead:
-                ready = ahead.pop(0).result()
+                waiting = ahead.pop(0)
                 ahead += [pool.submit(self.prepare, image) for image in islice(feed, 1)]
-                yield self.finish([ready])[0]
+                try:
+                    ready = waiting.result()
+                except ImageError as error:
+                    yield error
+                else:
+                    yield self.finish([ready])[0]
 
     def judge(self, batch: Sequence[Any], *, parts: bool = False) -> list[Verdict]:
         """Read, run and decide."""
         return self.finish([self.prepare(image) for image in batch], parts=parts)
 
-    def prepare(self, image: Any) -> tuple[str, tuple[int, int], FloatArray]:
-        """Read one image: its path ("" for an array), its own size, and the (3, H, W) network input."""
-        array = images.as_image(image)
+    def prepare(self, image: Any) -> Prepared:
+        """Read one image and bring it into the network's size."""
+        array = images.as_image(image, self.white)
         path = str(image) if isinstance(image, (str, Path)) else ""
-        return path, (array.shape[0], array.shape[1]), images.prepare(array, self.image_size, self.white)
+        inputs = images.prepare(array, self.image_size, self.white)
+        return Prepared(path, (array.shape[0], array.shape[1]), inputs)
 
-    def finish(
-        self, ready: Sequence[tuple[str, tuple[int, int], FloatArray]], *, parts: bool = False
-    ) -> list[Verdict]:
+    def finish(self, batch: Sequence[Prepared], *, parts: bool = False) -> list[Verdict]:
         """Run prepared images through the graph and decide."""
-        found = self.graph.run(np.stack([inputs for _, _, inputs in ready]))
+        found = self.graph.run(np.stack([each.inputs for each in batch]))
         scores = calibrate.image_scores(found["statistics"], self.calibration)
-        verdicts = []
-        for row, (path, size, _) in enumerate(ready):
-            score = float(scores[row])
-            whole = images.resize_map(found["map"][row], size)
-            pieces = {name: images.resize_map(found[name][row], size) for name in self.graph.outputs[2:]}
-            verdicts.append(
-                Verdict(
-                    path=path,
-                    label=calibrate.verdict_label(score, self.calibration),
-                    score=score,
-                    p_value=calibrate.p_value(score, self.calibration),
-                    regions=regions(whole, self.calibration.pixel_threshold),
-                    map=whole,
-                    parts=pieces if parts else {},
-                )
+        pieces = self.graph.outputs[2:] if parts else ()
+        return [
+            self.verdict(
+                each,
+                float(scores[row]),
+                found["map"][row],
+                {name: images.resize_map(found[name][row], each.size) for name in pieces},
             )
-        return verdicts
+            for row, each in enumerate(batch)
+        ]
+
+    def verdict(
+        self, image: Prepared, score: float, anomaly_map: FloatArray, parts: dict[str, FloatArray]
+    ) -> Verdict:
+        """Decide on one image by its score and its map at the network's size."""
+        whole = images.resize_map(anomaly_map, image.size)
+        return Verdict(
+            path=image.path,
+            label=calibrate.verdict_label(score, self.calibration),
+            score=score,
+            p_value=calibrate.p_value(score, self.calibration),
+            regions=regions(whole, self.calibration.pixel_threshold),
+            map=whole,
+            parts=parts,
+        )
 
 
 def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
@@ -119,7 +149,7 @@ def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
     statistics = cc3d.statistics(labels)
     found = []
     for number in range(1, len(statistics["voxel_counts"])):
-        rows, columns = statistics["bounding_boxes"][number]
+        rows, columns = statistics["bounding_boxes"][number][:2]
         inside = np.where(labels[rows, columns] == number, anomaly_map[rows, columns], -np.inf)
         y, x = np.unravel_index(int(inside.argmax()), inside.shape)
         found.append(

@@ -40,7 +40,7 @@ class Batch:
     """What one training step reads."""
 
     images: Tensor
-    """(B, 3, H, W) float32 RGB, 1.0 at the white level; empty for a detector that trains on `encoded` alone."""
+    """(B, 3, H, W) float32 RGB, 1.0 at the white level; empty where a detector trains on `encoded` alone."""
     encoded: tuple[Tensor, ...]
     """What the detector's frozen part makes of the images, float32."""
     labels: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from blemish.backbones import efficientnet_lite, resnet, weights
+from blemish.backbones import efficientnet_lite, pdn, resnet, weights
 from blemish.errors import ConfigError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -107,6 +107,6 @@ def fill_backbone(backbone: Backbone, name: str, path: Path | None = None) -> No
 
 
 def skeleton(name: str) -> nn.Module:
-    """Build the whole network without memory for its parameters: names and shapes to compare with."""
+    """Build a whole network without memory for its parameters: names and shapes to compare with."""
     with torch.device("meta"):
-        return BACKBONES[name].build(BACKBONES[name].layers)
+        return pdn.PDNS[name]() if name in pdn.PDNS else BACKBONES[name].build(BACKBONES[name].layers)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch.nn import functional
 from torch import Tensor, nn
+from torch.nn import functional
 from typing_extensions import override
 
 

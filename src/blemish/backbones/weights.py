@@ -121,7 +121,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def fill(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> None:
-    """Load a file's parameters into a network; raise WeightsError with the first that differ.
+    """Load a file's parameters into a network; raise WeightsError with the first that differ."""
+    state = fitting(network, path, whole=whole)
+    network.load_state_dict({key: state.get(key, value) for key, value in network.state_dict().items()})
+
+
+def fitting(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> dict[str, Tensor]:
+    """Read those of a file's parameters that a network has; raise WeightsError with the first that differ.
 
     whole: the same network with all its stages, where `network` lacks the last ones; parameters that only the
     whole one has, and those of a classification head, are passed over. Batch counters may be missing.
@@ -140,16 +146,15 @@ def fill(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> N
     for key in state:
         if key not in known and not key.startswith(HEADS):
             raise WeightsError(f"{path} does not fit: the network has no parameter {key}")
-    network.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
+    return {key: value for key, value in state.items() if key in wanted}
 
 
 def keep(name: str, path: Path, network: nn.Module) -> Path:
     """Copy weights into the user's cache after a check that they fit `network`; say where they are now."""
-    fill(network, path)
+    state = fitting(network, path)
     target = cache_folder() / f"{name}.safetensors"
-    wanted = network.state_dict()
     with whole_file(target) as temporary:
-        save_file({key: value.contiguous() for key, value in read(path).items() if key in wanted}, temporary)
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary)
     return target
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,11 @@ class ImageStore:
         """Give (B, 3, H, W) float32 images in [0, 1]."""
         return torch.from_numpy(np.stack([images.to_input(self.resized(i), white) for i in indices]))
 
+    def batches(self, white: float, size: int = 4) -> Iterator[Tensor]:
+        """Give all images in order, some at a time."""
+        for start in range(0, len(self.paths), size):
+            yield self.batch(range(start, min(start + size, len(self.paths))), white)
+
 
 class EncodedStore:
     """What the frozen part makes of each image, in half precision, kept while it fits a budget in bytes.
@@ -74,8 +79,10 @@ class EncodedStore:
         self.budget, self.used = budget, 0
         self.kept: dict[int, tuple[Tensor, ...]] = {}
 
-    def __len__(self) -> int:
-        return len(self.store.paths)
+    def entries(self) -> Iterator[tuple[Tensor, ...]]:
+        """Give every image's entry in order, as a batch of one."""
+        for index in range(len(self.store.paths)):
+            yield self.batch([index])
 
     def compute(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """Encode some images, rounded to half precision, one entry each."""
@@ -123,7 +130,7 @@ class Batches:
         self.batch_size, self.seed = min(batch_size, len(samples)), seed
         self.per_epoch = -(-len(samples) // self.batch_size)
         self.pool = ThreadPoolExecutor(1)
-        self.ahead = (-1, self.pool.submit(lambda: (torch.empty(0), None)))
+        self.ahead: tuple[int, Future[tuple[Tensor, Tensor | None]]] | None = None
 
     def indices(self, step: int) -> list[int]:
         """Give the positions of the samples of a step; every image has one turn in an epoch."""
@@ -145,8 +152,10 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """Give a step's batch on the device."""
-        ready, future = self.ahead
-        images_, natural = future.result() if ready == step else self.read(step)
+        if self.ahead is not None and self.ahead[0] == step:
+            images_, natural = self.ahead[1].result()
+        else:
+            images_, natural = self.read(step)
         self.ahead = (step + 1, self.pool.submit(self.read, step + 1))
         chosen, device = self.indices(step), self.encoded.device
         return Batch(

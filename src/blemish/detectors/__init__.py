@@ -83,14 +83,22 @@ def convert(key: str, value: Any, kind: Any) -> Any:
                 raise ValueError
             return value
         if origin is tuple:
-            parts = value.replace("x", ",").split(",") if isinstance(value, str) and choices[0] is int else value
+            parts = (
+                value.replace("x", ",").split(",") if isinstance(value, str) and choices[0] is int else value
+            )
             parts = parts.split(",") if isinstance(parts, str) else parts
             return tuple(choices[0](part) for part in parts if part != "")
         if kind is bool and isinstance(value, str):
-            return {"true": True, "false": False, "1": True, "0": False, "on": True, "off": False}[value.lower()]
+            return {"true": True, "false": False, "1": True, "0": False, "on": True, "off": False}[
+                value.lower()
+            ]
         return kind(value)
     except (ValueError, TypeError, KeyError) as error:
-        wanted = " or ".join(map(repr, choices)) if origin is typing.Literal else str(getattr(kind, "__name__", kind))
+        wanted = (
+            " or ".join(map(repr, choices))
+            if origin is typing.Literal
+            else str(getattr(kind, "__name__", kind))
+        )
         raise ConfigError(f"setting {key}={value} does not fit; expected {wanted}") from error
 
 
@@ -117,6 +125,7 @@ def build(name: str, config: Config, seed: int) -> Detector:
         return method(name).detector(config)
 
 
-def config_text(config: Config) -> str:
-    """Write a config as JSON, for the model file."""
-    return json.dumps(dataclasses.asdict(config))
+def as_json(config: Config) -> dict[str, Any]:
+    """Write a config as what JSON would make of it: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

@@ -22,7 +22,7 @@ class Config:
     image_size: tuple[int, int] = (256, 256)
     """Height and width of the network's input."""
     statistics: tuple[str, ...] = STATISTICS
-    """Numbers that are joined into the image score, by their held-out robust z-scores; one alone stays raw."""
+    """Numbers joined into the image score by robust z-scores on held-out images; one alone stays raw."""
     batch_size: int
     steps: int = 0
     """Optimiser steps when nothing else is asked for; 0: see epochs."""
@@ -60,7 +60,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
-        """Learn what must be known of all training images before the first step; say it in a sentence or ""."""
+        """Learn what must be known of all training images before the first step; say it, or ""."""
         raise NotImplementedError
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -96,7 +96,7 @@ def step_80_90(progress: float) -> float:
 
 
 def one_cycle(progress: float) -> float:
-    """Rise linearly for 5 %, hold until half, fall as a cosine to 1 %: best for a run of known, short length."""
+    """Rise linearly for 5 %, hold until half, fall as a cosine to 1 %: for short runs of known length."""
     if progress < 0.05:
         return 0.05 + 0.95 * progress / 0.05
     if progress < 0.5:

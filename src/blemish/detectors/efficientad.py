@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         widths = (3, 32, 32, 64, 64, 64)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.ReLU()]
         self.encoder = nn.Sequential(*layers, nn.Conv2d(64, 64, 8))
         self.decoder = nn.ModuleList([nn.Conv2d(64, 64, 4, padding=2) for _ in range(6)])
@@ -101,7 +102,7 @@ class Autoencoder(nn.Module):
 class EfficientAD(Detector):
     """Teacher, student and autoencoder with the statistics that join their maps."""
 
-    outputs = ("map", "statistics", "structural", "logical")
+    outputs: tuple[str, ...] = ("map", "statistics", "structural", "logical")
     wants_images = True
     teacher_mean: Tensor
     teacher_std: Tensor
@@ -169,15 +170,16 @@ class EfficientAD(Detector):
         if self.autoencoder is not None:
             augmented = self.normalise(jitter(batch.images, generator))
             images.append(augmented)
-        trunk, last = self.student[:-1], self.student[-1]
+        trunk, last = self.student[:-1], cast(nn.Conv2d, self.student[-1])
         features = trunk(torch.cat(images))
-        first = functional.conv2d(features[:imitating], last.weight[:CHANNELS], last.bias[:CHANNELS]).float()
+        bias = cast(Tensor, last.bias)
+        first = functional.conv2d(features[:imitating], last.weight[:CHANNELS], bias[:CHANNELS]).float()
         described = self.describe(batch.encoded[0])
         terms = {"hard": self.hard_loss((described - first[:count]).square())}
         if imitating > count:
             terms["penalty"] = first[count:].square().mean()
         if self.autoencoder is not None:
-            second = functional.conv2d(features[imitating:], last.weight[CHANNELS:], last.bias[CHANNELS:])
+            second = functional.conv2d(features[imitating:], last.weight[CHANNELS:], bias[CHANNELS:])
             with torch.no_grad():
                 target = self.describe(self.teacher(augmented).float())
             rebuilt = self.autoencoder(augmented, generator).float()
@@ -190,7 +192,7 @@ class EfficientAD(Detector):
         return (raw - self.teacher_mean) / self.teacher_std
 
     def hard_loss(self, error: Tensor) -> Tensor:
-        """Average the elements of (B, C, h, w) squared errors from the hard quantile of their own image up."""
+        """Average the (B, C, h, w) squared errors that are at least their own image's hard quantile."""
         if self.config.hard_quantile == 0:
             return error.mean()
         flat = error.flatten(1)
@@ -259,7 +261,7 @@ def sometimes_grey(images: Tensor, probability: float, generator: torch.Generato
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Change exactly one of brightness, contrast and saturation of each image by a factor from U(0.8, 1.2)."""
+    """Change one of brightness, contrast and saturation of each image by a factor from U(0.8, 1.2)."""
     shape, device = (len(images), 1, 1, 1), images.device
     which = torch.randint(3, shape, generator=generator, device=device)
     factor = 0.8 + 0.4 * torch.rand(shape, generator=generator, device=device)

@@ -9,10 +9,10 @@ Departures from the paper, each one word in the config, all undone by `--preset 
   (the paper's ablation has both detection and localisation higher without it);
 - the run is shorter, in smaller batches, under a one-cycle schedule.
 
-Everything from the backbone's outputs to the segmentation head's batch norm is linear. So the 1x1 convolutions
-run before the upscaling, on a quarter and a sixteenth of the positions, upscaling and averaging are one product
-with a matrix per axis, and noise is added behind, on the cells that have any: the same numbers, several times
-faster in training and at inference.
+Everything from the backbone's outputs to the segmentation head's batch norm is linear. So the 1x1
+convolutions run before the upscaling, on a quarter and a sixteenth of the positions, upscaling and averaging
+are one product with a matrix per axis, and noise is added behind, on the cells that have any: the same
+numbers, several times faster in training and at inference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from blemish import ops
-from blemish.backbones import BACKBONES, Backbone, choose_layers, fill_backbone
+from blemish.backbones import Backbone, choose_layers, fill_backbone
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError
 from blemish.types import Batch
@@ -96,12 +96,7 @@ class SuperSimpleNet(Detector):
         channels = sum(self.backbone.channels)
         # The paper's 1x1 convolutions, as linear layers on cells whose channels lie last.
         self.adaptor = nn.Linear(channels, channels)
-        self.segmentation = nn.Sequential(
-            nn.Linear(channels, config.hidden_channels),
-            nn.BatchNorm1d(config.hidden_channels),
-            nn.LeakyReLU(0.2),
-            nn.Linear(config.hidden_channels, 1, bias=False),
-        )
+        self.segmentation = SegmentationHead(channels, config.hidden_channels)
         self.classification = ClassificationHead(channels) if config.classification_head else None
         for module in (self.adaptor, self.segmentation, self.classification):
             for part in module.modules() if module is not None else ():
@@ -177,8 +172,8 @@ class SuperSimpleNet(Detector):
         return self.spread(padded)
 
     def adapted_parts(self, encoded: tuple[Tensor, ...]) -> list[Tensor]:
-        """Multiply each layer with its columns of the adaptor, at the layer's own size; the bias is left out."""
-        columns = self.adaptor.weight.split(list(self.backbone.channels), 1)
+        """Multiply each layer with its columns of the adaptor, at its own size, without the bias."""
+        columns = torch.split(self.adaptor.weight, list(self.backbone.channels), 1)
         return [functional.linear(x, weight) for x, weight in zip(encoded, columns, strict=True)]
 
     def adapted(self, encoded: tuple[Tensor, ...]) -> Tensor:
@@ -187,7 +182,7 @@ class SuperSimpleNet(Detector):
 
     def hidden(self, encoded: tuple[Tensor, ...]) -> Tensor:
         """Give the segmentation head's first convolution of the adapted features, (B, h, w, hidden)."""
-        first = self.segmentation[0]
+        first = self.segmentation.first
         parts = [functional.linear(x, first.weight) for x in self.adapted_parts(encoded)]
         return self.spread(parts) + functional.linear(self.adaptor.bias, first.weight, first.bias)
 
@@ -228,7 +223,9 @@ class SuperSimpleNet(Detector):
         if self.classification is not None:
             size = self.feature_size(encoded)
             seen = logits.detach() if self.config.stop_gradient else logits
-            score = self.classification(self.classified(encoded, noisy, noise), seen.view(-1, 1, *size)).float()
+            score = self.classification(
+                self.classified(encoded, noisy, noise), seen.view(-1, 1, *size)
+            ).float()
             terms["score"] = focal(score, labels)
         return terms
 
@@ -237,12 +234,11 @@ class SuperSimpleNet(Detector):
 
         Cells are rows of a matrix here, so that noise can be added to a few of them.
         """
-        first, norm, activate, last = self.segmentation
         rows = self.hidden(encoded).flatten(0, 2).repeat(len(noisy) // len(encoded[0]), 1)
         if len(noise):
-            added = functional.linear(noise, first.weight)
+            added = functional.linear(noise, self.segmentation.first.weight)
             rows = rows.index_add(0, noisy.flatten().nonzero()[:, 0], added.to(rows.dtype))
-        logits: Tensor = last(activate(norm(rows)))[:, 0]
+        logits: Tensor = self.segmentation(rows)
         return logits.float()
 
     def classified(self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor) -> Tensor:
@@ -261,7 +257,8 @@ class SuperSimpleNet(Detector):
         self.eval()
         with torch.no_grad():
             for parts in encoded:
-                noisy = torch.rand((1, *self.feature_size(parts)), generator=generator, device=generator.device) < 0.5
+                shape = (1, *self.feature_size(parts))
+                noisy = torch.rand(shape, generator=generator, device=generator.device) < 0.5
                 logits = self.segment(parts, noisy, self.draw_noise(int(noisy.sum()), generator))
                 right.append(((logits > 0) == noisy.flatten()).double().mean())
         self.train()
@@ -269,7 +266,8 @@ class SuperSimpleNet(Detector):
         if share >= TOLD_APART:
             return ""
         self.noise_std.mul_(2)
-        return f"{share:.0%} of noisy and clean cells are told apart; noise raised to {float(self.noise_std):.3g}"
+        raised = f"noise raised to {float(self.noise_std):.3g}"
+        return f"only {share:.0%} of noisy and clean cells are told apart; {raised}"
 
     @override
     def finish(self, images: Iterable[Tensor]) -> None:
@@ -279,10 +277,8 @@ class SuperSimpleNet(Detector):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Section 3.4: the logits, resized and blurred, are the map."""
         encoded = self.encode(images)
-        _, norm, activate, last = self.segmentation
         hidden = self.hidden(encoded)
-        rows: Tensor = last(activate(norm(hidden.flatten(0, 2))))
-        cells = rows.view(hidden.shape[:3])
+        cells: Tensor = self.segmentation(hidden.flatten(0, 2)).view(hidden.shape[:3])
         size = (images.shape[2], images.shape[3])
         maps = functional.interpolate(cells[:, None], size, mode="bilinear")[:, 0]
         if self.config.blur_sigma:
@@ -293,6 +289,24 @@ class SuperSimpleNet(Detector):
             features = self.adapted(encoded) if adapt else self.features(encoded)
             statistics["head"] = self.classification(features.permute(0, 3, 1, 2), cells[:, None])
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+
+
+class SegmentationHead(nn.Module):
+    """Map the first layer's output of any number of cells, (cells, hidden), to (cells,) logits.
+
+    `first` is applied by the detector, which knows how to do so on few positions.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, hidden)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.last = nn.Linear(hidden, 1, bias=False)
+
+    @override
+    def forward(self, rows: Tensor) -> Tensor:
+        logits: Tensor = self.last(functional.leaky_relu(self.norm(rows), 0.2))
+        return logits[:, 0]
 
 
 class ClassificationHead(nn.Module):

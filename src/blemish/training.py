@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import hashlib
-import platform
 import re
 import signal
 import threading
@@ -22,28 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from blemish import bundle, calibrate, checkpoint, data, images, ops
-from blemish._version import __version__
+from blemish import checkpoint, data, images, ops
 from blemish.backbones import weights
 from blemish.data.loading import Batches, EncodedStore, ImageStore
-from blemish.data.split import Split, split
-from blemish.detectors import build, configure
+from blemish.data.split import split
+from blemish.detectors import as_json, build, configure
 from blemish.detectors.base import SCHEDULES, Config, Detector
-from blemish.errors import ConfigError, Interrupted, ModelFileError
-from blemish.export import onnx
+from blemish.errors import ConfigError, ModelFileError, StoppedError
+from blemish.hardware import choose_device, choose_precision, keep_freed_memory
 from blemish.progress import Progress, say
-from blemish.runtime import Graph, Predictor
-from blemish.types import Calibration
+from blemish.runtime import Predictor
+from blemish.seal import seal
 
 HISTORY = 100
 """Points of the loss curve that a model file keeps."""
 CHECKPOINT_SECONDS = 60.0
 PROBE_SECONDS = 10.0
+SETTLED = 100
+"""Steps before which a detector's state on held-out images says nothing yet."""
 CARRIED = ("step", "steps", "history", "pending", "notes")
 """Fields of a run that a checkpoint carries beside parameters and the optimiser's state."""
 
@@ -67,13 +64,14 @@ class Run:
     batches: Batches
     held_out: EncodedStore
     seed: int
-    steps: int
     device: str
     dtype: torch.dtype
     path: Path
     """Where checkpoints go."""
     fingerprint: dict[str, Any]
+    """What two runs must have in common for one to go on where the other stopped."""
     step: int = 0
+    steps: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     pending: list[dict[str, float]] = dataclasses.field(default_factory=list)
     """Losses since the last point of the history."""
@@ -99,59 +97,18 @@ def seconds(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def choose_device(name: str) -> str:
-    """Resolve auto, and refuse a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"unknown device {name!r}; expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: this torch sees no CUDA device; use --device cpu")
-    return name
-
-
-def choose_precision(name: str, device: str) -> torch.dtype:
-    """Resolve auto: bfloat16 where the processor multiplies it faster than float32."""
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if name in known:
-        return known[name]
-    if name != "auto":
-        raise ConfigError(f"unknown precision {name!r}; expected auto, fp32 or bf16")
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" and _bf16_cpu() else torch.float32
-
-
-def _bf16_cpu() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed buffers: handing them back at every step costs a third of the time."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-        for parameter, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 256 << 20)):
-            libc.mallopt(parameter, value)
-
-
 def digest(paths: Sequence[Path]) -> str:
     """Sum up the contents of files, in any order, as one SHA-256."""
     each = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     return hashlib.sha256("".join(each).encode()).hexdigest()
 
 
-def groups(store: ImageStore, white: float, device: str, size: int = 4) -> Iterator[Tensor]:
-    """Give all images of a store in small batches."""
-    for start in range(0, len(store.paths), size):
-        yield store.batch(range(start, min(start + size, len(store.paths))), white).to(device)
-
-
 def encode_all(encoded: EncodedStore, title: str) -> Iterator[tuple[Tensor, ...]]:
     """Run the frozen part over every image, keeping what fits, and give each entry as a batch of one."""
-    progress = Progress(title, len(encoded), unit="image")
-    for index in range(len(encoded)):
-        yield encoded.batch([index])
-        progress.show(index + 1)
+    progress = Progress(title, len(encoded.store.paths), unit="image")
+    for number, entry in enumerate(encoded.entries()):
+        progress.show(number + 1)
+        yield entry
 
 
 def one_step(run: Run, step: int) -> dict[str, float]:
@@ -169,16 +126,18 @@ def one_step(run: Run, step: int) -> dict[str, float]:
     run.optimizer.step()
     losses = {name: float(term.detach()) for name, term in terms.items()} | {"loss": float(total.detach())}
     if not np.isfinite(losses["loss"]):
-        raise ConfigError(f"the loss became {losses['loss']} at step {step + 1}; lower --set learning_rate=...")
+        raise ConfigError(f"the loss became {losses['loss']} at step {step + 1}: lower the learning rate")
     return losses
 
 
-def count_steps(run: Run, length: Length, config: Config, started: float) -> int:
+def count_steps(run: Run, length: Length, started: float) -> int:
     """Turn a length into optimiser steps; a budget is measured on steps that are then undone."""
+    config = run.detector.config
     if length.budget is None:
         epochs = length.epochs or (0 if length.steps else config.epochs)
         return length.steps or (epochs * run.batches.per_epoch if epochs else config.steps)
     network, optimizer = copy.deepcopy(run.detector.state_dict()), copy.deepcopy(run.optimizer.state_dict())
+    run.steps = 1 << 30  # the share done stays 0, the schedule's start
     one_step(run, 0)
     begin, taken = time.monotonic(), 0
     while taken < 2 or time.monotonic() - begin < min(PROBE_SECONDS, 0.03 * length.budget):
@@ -220,8 +179,16 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def inspect(run: Run) -> None:
+    """Let the detector look at how it does on held-out images, and pass on what it says."""
+    draw = ops.generator(run.seed, "inspect", run.step, device=run.device)
+    if note := run.detector.inspect(run.held_out.entries(), draw):
+        run.notes.append(f"at step {run.step}: {note}")
+        say(run.notes[-1])
+
+
 def loop(run: Run) -> None:
-    """Train from the run's step to its last, with checkpoints; raise Interrupted when asked to stop."""
+    """Train from the run's step to its last, with checkpoints; raise StoppedError when asked to stop."""
     run.detector.train()
     progress = Progress("training", run.steps, done=run.step)
     point, twentieth = max(1, run.steps // HISTORY), max(1, run.steps // 20)
@@ -232,18 +199,15 @@ def loop(run: Run) -> None:
             run.step += 1
             run.pending.append(losses)
             progress.show(run.step, ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
-            if run.step % twentieth == 0:
-                draw = ops.generator(run.seed, "inspect", run.step, device=run.device)
-                if note := run.detector.inspect((run.held_out.batch([i]) for i in range(len(run.held_out))), draw):
-                    run.notes.append(f"at step {run.step}: {note}")
-                    say(run.notes[-1])
+            if run.step % twentieth == 0 and run.step >= SETTLED:
+                inspect(run)
             if run.step % point == 0 or run.step == run.steps:
                 means = {name: float(np.mean([item[name] for item in run.pending])) for name in losses}
                 run.history.append({"step": float(run.step)} | means)
                 run.pending = []
             if stopping() and run.step < run.steps:
                 run.save()
-                raise Interrupted(
+                raise StoppedError(
                     f"stopped after step {run.step} of {run.steps}, kept in {run.path}; "
                     "the same command with --resume goes on from there"
                 )
@@ -289,25 +253,15 @@ def train(
     keep_freed_memory()
     parts = split(data.scan(Path(root), layout), Path(root))
     detector = build(model, config, seed)
-    detector.load_pretrained(Path(weights_file) if weights_file else None)
-    detector.to(device, memory_format=torch.channels_last)
+    source = weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)
+    detector.load_pretrained(source)
+    detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     natural = open_natural(natural_images, detector, config, memory)
 
     say(f"reading {len(parts.train)} training and {len(parts.held_out)} held-out good images")
     store = ImageStore([sample.path for sample in parts.train], config.image_size, budget=memory).fill()
     held = ImageStore([sample.path for sample in parts.held_out], config.image_size, budget=memory).fill()
     white = images.white_level(max(store.deepest, held.deepest))
-    fingerprint = {
-        "model": model,
-        "preset": preset,
-        "config": dataclasses.asdict(config),
-        "seed": seed,
-        "precision": str(dtype).removeprefix("torch."),
-        "images": digest(store.paths),
-        "held_out": digest(held.paths),
-        "natural_images": len(natural.paths) if natural else 0,
-        "pretrained": digest([weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)]),
-    }
     encoded = EncodedStore(detector.encode, store, white, budget=memory, device=device)
     run = Run(
         detector=detector,
@@ -323,67 +277,47 @@ def train(
         ),
         held_out=EncodedStore(detector.encode, held, white, budget=memory, device=device),
         seed=seed,
-        steps=0,
         device=device,
         dtype=dtype,
         path=out.with_name(out.name + ".checkpoint"),
-        fingerprint=fingerprint,
+        fingerprint={
+            "model": model,
+            "preset": preset,
+            "config": as_json(config),
+            "seed": seed,
+            "precision": str(dtype).removeprefix("torch."),
+            "images": digest(store.paths),
+            "held_out": digest(held.paths),
+            "natural_images": len(natural.paths) if natural else 0,
+            "pretrained": digest([source]),
+        },
     )
-    for group in run.optimizer.param_groups:
-        group["base_lr"] = group["lr"]
-    begin(run, length, config, resume, started)
-    trained = time.monotonic()
+    begin(run, length, resume, started)
     loop(run)
-    trained = time.monotonic() - trained
-
-    detector.finish(groups(held, white, device))
-    exported = onnx.graph(detector)
-    graph = Graph(exported, detector.outputs)
-    difference = onnx.compare(detector, graph, groups(held, white, device))
-    calibration = calibrate_graph(graph, held, white, config, false_reject_rate)
-    say(calibrate.describe(calibration))
-    manifest = {
-        "method": model,
-        "preset": preset,
-        "config": dataclasses.asdict(config),
-        "preprocessing": {"image_size": list(config.image_size), "white": white, "color": "RGB"},
-        "outputs": list(detector.outputs),
-        "calibration": dataclasses.asdict(calibration),
-        "training": {
-            "data": Path(root).resolve().name,
-            "good_images": len(store.paths),
-            "held_out_images": len(held.paths),
-            "pretrained": detector.pretrained_name,
-            "steps": run.steps,
-            "epochs": round(run.steps / run.batches.per_epoch, 2),
-            "seconds": round(time.monotonic() - started, 1),
-            "loop_seconds": round(trained, 1),
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "graph_difference": difference,
-            "notes": run.notes,
-            "history": run.history,
-            "run": fingerprint,
-        },
-        "versions": {
-            "blemish": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
+    provenance = {
+        "data": Path(root).resolve().name,
+        "good_images": len(store.paths),
+        "held_out_images": len(held.paths),
+        "pretrained": detector.pretrained_name,
+        "steps": run.steps,
+        "epochs": round(run.steps / run.batches.per_epoch, 2),
+        "seconds": round(time.monotonic() - started, 1),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "notes": run.notes,
+        "history": run.history,
+        "run": run.fingerprint,
     }
-    state = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
-    bundle.write(out, manifest, tensor_bytes(state), exported)
+    opened = seal(out, detector, held, white, provenance, false_reject_rate)
     run.path.unlink(missing_ok=True)
-    return Predictor(bundle.read(out))
+    return opened
 
 
 def check_length(length: Length) -> None:
     """Refuse more than one length, and none that is not positive."""
     given = {name: value for name, value in dataclasses.asdict(length).items() if value is not None}
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} were both given; expected one of steps, epochs, budget")
+        raise ConfigError(f"{' and '.join(given)} were both given; expected one of them")
     for name, value in given.items():
         if value <= 0:
             raise ConfigError(f"{name} {value}: expected more than 0")
@@ -398,18 +332,22 @@ def open_natural(
     if folder is None:
         say("no --natural-images folder: the pretraining penalty is off")
         return None
+    if not Path(folder).is_dir():
+        raise ConfigError(f"no folder {folder}; expected photographs for the pretraining penalty")
     paths = images.list_images(Path(folder), recursive=True)
     if not paths:
         raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
     return ImageStore(paths, config.image_size, budget=memory, crop=True)
 
 
-def begin(run: Run, length: Length, config: Config, resume: bool, started: float) -> None:
+def begin(run: Run, length: Length, resume: bool, started: float) -> None:
     """Prepare a new run, or go back to a checkpoint; raise ModelFileError if that is another run's."""
+    for group in run.optimizer.param_groups:
+        group["base_lr"] = group["lr"]
     if resume and run.path.is_file():
         header = checkpoint.header(run.path)
         for key, value in run.fingerprint.items():
-            if header["run"].get(key) != value and not same_json(header["run"].get(key), value):
+            if header["run"].get(key) != value:
                 raise ModelFileError(
                     f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
                 )
@@ -421,23 +359,4 @@ def begin(run: Run, length: Length, config: Config, resume: bool, started: float
     if note := run.detector.prepare(encode_all(run.batches.encoded, "encoding")):
         run.notes.append(note)
         say(note)
-    run.steps = count_steps(run, length, config, started)
-
-
-def same_json(found: Any, value: Any) -> bool:
-    """Compare a value with its form after a way through JSON, where tuples become lists."""
-    if isinstance(value, dict) and isinstance(found, dict):
-        return found.keys() == value.keys() and all(same_json(found[key], value[key]) for key in value)
-    return bool(found == (list(value) if isinstance(value, tuple) else value))
-
-
-def calibrate_graph(
-    graph: Graph, held: ImageStore, white: float, config: Config, false_reject_rate: float
-) -> Calibration:
-    """Score the held-out good images as prediction will, and set the thresholds by them."""
-    found = [graph.run(batch.numpy()) for batch in groups(held, white, "cpu", size=1)]
-    statistics = np.concatenate([each["statistics"] for each in found])
-    maxima = np.array([each["map"].max() for each in found])
-    return calibrate.calibrate(
-        statistics, maxima, config.statistics, false_reject_rate=false_reject_rate
-    )
+    run.steps = count_steps(run, length, started)

@@ -1,0 +1,308 @@
+"""The command line: one function per command, and what is heavy imported inside it.
+
+Results go to standard output, what is said on the way to standard error. Exit status: 0 done; 1 the command
+ran and the answer is no; 2 something the user can fix, in one line; anything else is a bug, with a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from blemish._version import __version__
+from blemish.errors import BlemishError, ConfigError
+
+METHODS = ("efficientad-s", "efficientad-m", "supersimplenet")
+Command = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:  # type: ignore[explicit-override]  # in Python from 3.12 on
+        """Say what is wrong with the arguments, and where the right ones are listed."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; give its exit status."""
+    options = parser().parse_args(arguments)
+    command: Command = options.command
+    try:
+        return command(options)
+    except BlemishError as error:
+        print(f"blemish: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "onnx", "onnxscript", "safetensors"):
+            raise
+        print(f"blemish: {error.name} is not installed; training needs blemish[train]", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing is to be flushed at exit.
+        sys.stderr.close()
+        return 0
+
+
+def parser() -> Parser:
+    """Build the parser of all commands."""
+    top = Parser(prog="blemish", description="Find defects on manufactured parts, from good images only.")
+    top.add_argument("--version", action="version", version=f"blemish {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, command, add, text in COMMANDS:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add(sub)
+        sub.set_defaults(command=command)
+    return top
+
+
+def check_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `check` takes."""
+    sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest of a data set")
+    add_layout(sub)
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Say what is in a folder and what is wrong with it; 1 if anything is."""
+    from blemish.data import check
+
+    report = check.check(options.data, options.layout)
+    print(check.format(report))
+    return int(any(problem.severity == "problem" for problem in report.problems))
+
+
+def train_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `train` takes."""
+    sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with good images")
+    sub.add_argument("--model", required=True, metavar="M", help=", ".join(METHODS))
+    sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    length.add_argument("--epochs", type=int, metavar="N", help="times that every image has its turn")
+    length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
+    sub.add_argument("--image-size", metavar="HxW", help="size of the network's input (256x256)")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the teacher or the backbone")
+    sub.add_argument(
+        "--natural-images", type=Path, metavar="DIR", help="photographs of anything (EfficientAD)"
+    )
+    sub.add_argument("--preset", default="default", help="default, or paper for the method to the letter")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
+    )
+    sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (0)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    sub.add_argument(
+        "--memory", type=float, default=4.0, metavar="GB", help="for decoded and encoded images (4)"
+    )
+    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside F.blemish")
+    add_layout(sub)
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Train, calibrate and write a model file."""
+    settings = {}
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE")
+        settings[key] = value
+    if options.image_size:
+        settings["image_size"] = options.image_size
+    from blemish.training import train
+
+    train(
+        options.data,
+        model=options.model,
+        out=options.out,
+        layout=options.layout,
+        weights_file=options.weights,
+        natural_images=options.natural_images,
+        preset=options.preset,
+        settings=settings,
+        steps=options.steps,
+        epochs=options.epochs,
+        budget=options.budget,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        false_reject_rate=options.false_reject_rate,
+        memory=int(options.memory * 2**30),
+        resume=options.resume,
+    )
+    print(options.out)
+    return 0
+
+
+def evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `evaluate` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with labelled test images")
+    sub.add_argument("--json", type=Path, metavar="F", help="write every figure")
+    sub.add_argument("--csv", type=Path, metavar="F", help="write one row per image")
+    sub.add_argument("--report", type=Path, metavar="F.html", help="write one self-contained page")
+    sub.add_argument(
+        "--memory", type=float, default=2.0, metavar="GB", help="for the scores of all pixels (2)"
+    )
+    add_layout(sub)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Measure a model on a labelled data set; 2 if some images could not be read."""
+    from blemish import evaluation, report
+    from blemish.runtime import load
+
+    found = evaluation.evaluate(
+        load(options.model), options.data, layout=options.layout, memory=int(options.memory * 2**30)
+    )
+    print(evaluation.table(found))
+    for write, path in (
+        (report.write_json, options.json),
+        (report.write_csv, options.csv),
+        (report.write_html, options.report),
+    ):
+        if path is not None:
+            write(found, path)
+    if found.skipped:
+        print(f"blemish: {len(found.skipped)} images could not be read, the others count", file=sys.stderr)
+    return 2 if found.skipped else 0
+
+
+def predict_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `predict` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders of them"
+    )
+    sub.add_argument("--jsonl", type=Path, metavar="F", help="write the lines here, not to standard output")
+    sub.add_argument("--maps", type=Path, metavar="DIR", help="write the raw anomaly maps")
+    sub.add_argument("--map-format", choices=("tiff", "npy"), default="tiff", help="32-bit TIFF, or NPY")
+    sub.add_argument("--overlays", type=Path, metavar="DIR", help="write images with what is odd in colour")
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="for one image (all cores)")
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Judge images, one JSON line each; 2 if some could not be read."""
+    from blemish import predict
+    from blemish.runtime import load
+
+    outputs = predict.Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
+    files = predict.gather(options.images)
+    counts = predict.run(load(options.model, threads=options.threads), files, outputs)
+    print(", ".join(f"{count} {label}" for label, count in counts.items()), file=sys.stderr)
+    return 2 if counts["unreadable"] else 0
+
+
+def calibrate_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `calibrate` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument("images", type=Path, metavar="GOOD_IMAGES", help="folder of good images, not trained on")
+    sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
+    sub.add_argument("--out", type=Path, required=True, metavar="F2.blemish", help="the model file to write")
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    """Set a model's thresholds anew from good images, without training."""
+    from blemish import bundle, calibrate, images
+    from blemish.predict import measure
+    from blemish.runtime import Predictor
+
+    opened = bundle.read(options.model)
+    if not options.images.is_dir():
+        raise ConfigError(f"no folder {options.images}; expected one of good images")
+    statistics, maxima = measure(Predictor(opened), images.list_images(options.images, recursive=True))
+    calibration = calibrate.calibrate(
+        statistics, maxima, opened.calibration.statistics, false_reject_rate=options.false_reject_rate
+    )
+    bundle.recalibrate(opened, calibration, options.out)
+    print(calibrate.describe(calibration))
+    return 0
+
+
+def weights_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `weights` takes."""
+    actions = sub.add_subparsers(required=True, metavar="ACTION", dest="action")
+    actions.add_parser("list", help="say which pretrained weights are on this machine")
+    add = actions.add_parser("add", help="keep a file of weights in the user's cache, if it fits")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("file", type=Path, metavar="FILE")
+    fetch = actions.add_parser("fetch", help="download weights from their publisher")
+    fetch.add_argument("name", metavar="NAME")
+
+
+def run_weights(options: argparse.Namespace) -> int:
+    """List, add or fetch pretrained weights."""
+    from blemish.backbones import skeleton, weights
+
+    if options.action == "list":
+        for name in weights.SOURCES:
+            print(f"{name:20}{weights.available(name) or 'not on this machine'}")
+        return 0
+    if options.name not in weights.SOURCES:
+        raise ConfigError(f"unknown weights {options.name!r}; there are {', '.join(weights.SOURCES)}")
+    if options.action == "add":
+        print(weights.keep(options.name, weights.find(options.name, options.file), skeleton(options.name)))
+    else:
+        print(weights.fetch(options.name, skeleton(options.name)))
+    return 0
+
+
+def demo_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `demo` takes."""
+    sub.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (demo)"
+    )
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing and the training (0)")
+    sub.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Draw parts, train, evaluate, write a report, and say where everything is."""
+    from blemish import demo, evaluation, report
+    from blemish.training import train
+
+    parts, file, page = options.out / "parts", options.out / "demo.blemish", options.out / "report.html"
+    print(f"drawing parts into {parts}", file=sys.stderr)
+    demo.draw(parts, options.seed)
+    model = train(parts, model="supersimplenet", out=file, seed=options.seed, steps=options.steps)
+    found = evaluation.evaluate(model, parts)
+    report.write_html(found, page)
+    print(evaluation.table(found))
+    print(
+        f"\nparts   {parts}\nmodel   {file}\nreport  {page}\n\n"
+        "With your own images, a folder of good ones to begin with:\n"
+        "  blemish check MY_IMAGES\n"
+        "  blemish train MY_IMAGES --model supersimplenet --out mine.blemish\n"
+        "  blemish predict mine.blemish NEW_IMAGES --overlays overlays"
+    )
+    return 0
+
+
+def add_layout(sub: argparse.ArgumentParser) -> None:
+    """Declare the layout of a data set."""
+    sub.add_argument("--layout", default="auto", help="auto, mvtec, folder or csv")
+
+
+RATE_HELP = "share of good parts that may be called defect (0.01)"
+COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], str], ...] = (
+    ("check", run_check, check_arguments, "say what is in a folder of images, and what is wrong with it"),
+    ("train", run_train, train_arguments, "train a model on good images, calibrate it, write a model file"),
+    ("evaluate", run_evaluate, evaluate_arguments, "measure a model on labelled images, with a report"),
+    (
+        "predict",
+        run_predict,
+        predict_arguments,
+        "judge images: score, label, p-value, regions, maps, overlays",
+    ),
+    ("calibrate", run_calibrate, calibrate_arguments, "set a model's thresholds anew from good images"),
+    ("weights", run_weights, weights_arguments, "list, add or fetch pretrained weights"),
+    ("demo", run_demo, demo_arguments, "draw parts, train, evaluate, report: no download, no images needed"),
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""A model and a labelled data set to a table of metrics. The only room that opens a test set; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from blemish import data, display, images, metrics
+from blemish.data.split import choose_test, relative_path
+from blemish.errors import DataError, ImageError, MetricError
+from blemish.progress import Progress, say
+from blemish.runtime import Predictor
+from blemish.types import BoolArray, Evaluation, Exhibit, ImageResult, MetricRow, Sample, Verdict
+
+ALL = "all"
+IMAGE_METRICS: dict[str, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
+    "image_auroc": metrics.auroc,
+    "image_ap": metrics.average_precision,
+    "image_f1_max": metrics.f1_max,
+}
+PIXEL_METRICS: dict[str, Callable[[metrics.PixelScores], float]] = {
+    "pixel_auroc": metrics.PixelScores.auroc,
+    "pixel_ap": metrics.PixelScores.average_precision,
+    "pixel_f1_max": metrics.PixelScores.f1_max,
+    "aupro": metrics.PixelScores.aupro,
+}
+
+
+@dataclass
+class Group:
+    """What is gathered for one row of the table."""
+
+    kind: str
+    pixels: metrics.PixelScores
+    scores: list[float] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    masked: int = 0
+
+    def add(self, sample: Sample, verdict: Verdict, mask: BoolArray | None) -> None:
+        """Take in one image; a defect without a mask counts for the image-level metrics alone."""
+        self.scores.append(verdict.score)
+        self.labels.append(sample.label)
+        if sample.label == 0 or mask is not None:
+            self.pixels.update(verdict.map, mask)
+            self.masked += sample.label
+
+    def row(self) -> MetricRow:
+        """Compute the row."""
+        image = {name: defined(metric, self.scores, self.labels) for name, metric in IMAGE_METRICS.items()}
+        pixel = {name: defined(metric, self.pixels) for name, metric in PIXEL_METRICS.items()}
+        defective = sum(self.labels)
+        good = len(self.labels) - defective
+        return MetricRow(self.kind, good, defective, self.masked, **image, **pixel)
+
+
+def defined(metric: Callable[..., float], *inputs: Any) -> float | None:
+    """Compute a metric, or give None where it is not defined."""
+    try:
+        return metric(*inputs)
+    except MetricError:
+        return None
+
+
+def evaluate(
+    model: Predictor, root: str | Path, *, layout: str = "auto", memory: int = 2 << 30, exhibits: int = 4
+) -> Evaluation:
+    """Judge the test images of a labelled data set and measure how well.
+
+    Maps are compared with masks at each image's own size. memory: bytes for the pixels' scores, beyond which
+    metrics come from a fine histogram. exhibits: images of each sort that the report shows. An image that
+    cannot be read is skipped and listed. Raises DataError for a data set without test images.
+    """
+    root = Path(root)
+    test = choose_test(data.scan(root, layout), root)
+    if not test:
+        raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
+    kinds = sorted({sample.kind for sample in test if sample.label == 1})
+    share = memory // (1 + len(kinds))
+    groups = {kind: Group(kind, metrics.PixelScores(share)) for kind in (ALL, *kinds)}
+    results: list[tuple[Sample, ImageResult]] = []
+    skipped: list[str] = []
+    for sample, outcome in judged(model, test):
+        if isinstance(outcome, ImageError):
+            skipped.append(str(outcome))
+            say(f"skipped: {outcome}")
+            continue
+        mask = images.read_mask(sample.masks, shape(outcome)) if sample.masks else None
+        for group in groups.values() if sample.label == 0 else (groups[ALL], groups[sample.kind]):
+            group.add(sample, outcome, mask)
+        name = relative_path(sample.path, root)
+        result = ImageResult(name, sample.kind, sample.label, outcome.label, outcome.score, outcome.p_value)
+        results.append((sample, result))
+    overall = groups[ALL]
+    return Evaluation(
+        data=root.resolve().name,
+        rows=tuple(group.row() for group in groups.values()),
+        intervals={
+            name: metrics.bootstrap_interval(metric, overall.scores, overall.labels)
+            for name, metric in IMAGE_METRICS.items()
+            if 0 < sum(overall.labels) < len(overall.labels)
+        },
+        images=tuple(result for _, result in results),
+        skipped=tuple(skipped),
+        calibration=model.calibration,
+        provenance=provenance(model),
+        exhibits=tuple(exhibit(model, *chosen) for chosen in choose_exhibits(results, exhibits)),
+    )
+
+
+def judged(model: Predictor, test: Sequence[Sample]) -> Iterator[tuple[Sample, Verdict | ImageError]]:
+    """Judge samples in order, with progress."""
+    progress = Progress("evaluating", len(test), unit="image")
+    for number, outcome in enumerate(model.predict_stream(sample.path for sample in test)):
+        progress.show(number + 1)
+        yield test[number], outcome
+
+
+def shape(verdict: Verdict) -> tuple[int, int]:
+    """Give the image's height and width."""
+    return verdict.map.shape[0], verdict.map.shape[1]
+
+
+def provenance(model: Predictor) -> dict[str, Any]:
+    """Say flatly what a model file says of itself."""
+    manifest, training = model.manifest, model.manifest["training"]
+    height, width = model.image_size
+    return {
+        "model file": model.path.name,
+        "method": manifest["method"],
+        "pretrained network": training["pretrained"],
+        "image size": f"{height} x {width}",
+        "trained on": f"{training['data']}, {training['good_images']} good images",
+        "held out": training["held_out_images"],
+        "steps": training["steps"],
+        "seed": training["run"]["seed"],
+        "preset": training["run"]["preset"],
+        "precision": training["run"]["precision"],
+        "training time": f"{training['seconds']:.0f} s on {training['device']}",
+        "training images SHA-256": training["run"]["images"],
+        "image score": ", ".join(model.calibration.statistics),
+        **{f"{name} version": version for name, version in manifest["versions"].items()},
+    }
+
+
+def choose_exhibits(
+    results: Sequence[tuple[Sample, ImageResult]], count: int
+) -> Iterator[tuple[str, Sample, ImageResult]]:
+    """Choose escapes and false rejects, the worst first, then the clearest find of each kind."""
+    by_score = sorted(results, key=lambda pair: pair[1].score)
+    escapes = [pair for pair in by_score if pair[1].truth == 1 and pair[1].label == "ok"]
+    rejects = [pair for pair in reversed(by_score) if pair[1].truth == 0 and pair[1].label != "ok"]
+    for title, chosen in (("Escape", escapes), ("False reject", rejects)):
+        for sample, result in chosen[:count]:
+            yield title, sample, result
+    seen: set[str] = set()
+    for sample, result in reversed(by_score):
+        if result.truth == 1 and result.label != "ok" and sample.kind not in seen and len(seen) < 2 * count:
+            seen.add(sample.kind)
+            yield "Best find", sample, result
+
+
+def exhibit(model: Predictor, title: str, sample: Sample, result: ImageResult) -> Exhibit:
+    """Judge an image once more and keep what the report shows of it."""
+    image = images.read(sample.path)
+    verdict = model.predict(image)
+    mask = images.read_mask(sample.masks, shape(verdict)) if sample.masks else None
+    return Exhibit(title, result, display.to_display(image, model.white), verdict.map, mask)
+
+
+def table(evaluation: Evaluation) -> str:
+    """Lay the metrics out for a terminal."""
+    names = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"]
+    heads = ["kind", "good", "bad", "AUROC", "AP", "F1", "pix AUROC", "pix AP", "pix F1", "AUPRO"]
+    lines = [heads]
+    for row in evaluation.rows:
+        values = (getattr(row, name) for name in names)
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        lines.append([row.kind, str(row.good), str(row.defective), *cells])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    widths[0] = -widths[0]  # the first column is aligned to the left
+    layout = "  ".join(f"%{width}s" for width in widths)
+    return "\n".join(layout % tuple(line) for line in lines)

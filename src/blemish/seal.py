@@ -1,0 +1,74 @@
+"""From a trained detector to a model file: graph, comparison, thresholds, manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from safetensors.torch import save
+
+from blemish import bundle, calibrate
+from blemish._version import __version__
+from blemish.data.loading import ImageStore
+from blemish.detectors import as_json
+from blemish.detectors.base import Detector
+from blemish.export import onnx
+from blemish.progress import say
+from blemish.runtime import Graph, Predictor
+from blemish.types import Calibration
+
+
+def seal(
+    path: Path,
+    detector: Detector,
+    held_out: ImageStore,
+    white: float,
+    provenance: dict[str, Any],
+    false_reject_rate: float,
+) -> Predictor:
+    """Finish a trained detector on held-out good images and write its model file.
+
+    The graph is compared with the detector on those images before anything is written; raises ExportError.
+    """
+    device = next(detector.parameters()).device
+    detector.eval()
+    with torch.no_grad():
+        detector.finish(batch.to(device) for batch in held_out.batches(white))
+    exported = onnx.graph(detector)
+    graph = Graph(exported, detector.outputs)
+    difference = onnx.compare(detector, graph, (batch.to(device) for batch in held_out.batches(white)))
+    calibration = calibrate_graph(graph, held_out, white, detector.config.statistics, false_reject_rate)
+    say(calibrate.describe(calibration))
+    manifest = {
+        "method": provenance["run"]["model"],
+        "config": as_json(detector.config),
+        "preprocessing": {"image_size": list(detector.config.image_size), "white": white, "color": "RGB"},
+        "outputs": list(detector.outputs),
+        "calibration": dataclasses.asdict(calibration),
+        "training": provenance | {"graph_difference": difference},
+        "versions": {
+            "blemish": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+    state = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
+    bundle.write(path, manifest, save(state), exported)
+    return Predictor(bundle.read(path))
+
+
+def calibrate_graph(
+    graph: Graph, held_out: ImageStore, white: float, names: tuple[str, ...], false_reject_rate: float
+) -> Calibration:
+    """Score the held-out good images as prediction will, and set the thresholds by them."""
+    found = [graph.run(batch.numpy()) for batch in held_out.batches(white, size=1)]
+    statistics = np.concatenate([each["statistics"] for each in found])
+    maxima = np.array([each["map"].max() for each in found])
+    return calibrate.calibrate(statistics, maxima, names, false_reject_rate=false_reject_rate)
