@@ -203,6 +203,7 @@ def test_16_bit_tiff_with_an_unused_channel_loses_no_bit(tmp_path: Path, order: 
     [
         (tiff(noise(4, 4, 3), planar=2), "separate planes"),
         (tiff(noise(4, 4, 3), planar=2, compression=8), "separate planes"),
+        (tiff(noise(4, 4, 1), planar=2, photometric=1), "separate planes"),
         (tiff(noise(4, 4, 4), extra_sample=1), "RGBa;16"),
         (tiff(noise(4, 4, 4), photometric=5), "CMYK;16"),
         (tiff(noise(4, 4, 1), photometric=0), "0 is white"),
@@ -239,6 +240,8 @@ def test_8_bit_colour(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     Image.fromarray(array).save(path, lossless=True)
     assert read(path).dtype == np.uint8
+    assert read(path).flags.writeable  # torch warns of others
+    assert resize(read(path), (3, 3)).flags.writeable
     np.testing.assert_array_equal(read(path), array)
 
 
@@ -462,6 +465,30 @@ def test_as_image_takes_arrays(dtype: str, channels: int) -> None:
     assert image.flags.c_contiguous
     assert image.flags.writeable
     np.testing.assert_array_equal(image, grey3(array) if channels < 3 else array[..., :3])
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "expected"),
+    [
+        ("RGBX", (10, 20, 30, 40), (10, 20, 30)),
+        ("RGBa", (50, 25, 0, 128), (99, 49, 0)),
+        ("La", (50, 128), (99, 99, 99)),
+        ("YCbCr", (150, 128, 128), (150, 150, 150)),
+        ("HSV", (0, 255, 255), (255, 0, 0)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ],
+)
+def test_as_image_takes_pil_images_of_every_mode(
+    mode: str, pixel: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    image = as_image(Image.frombytes(mode, (2, 2), bytes(pixel) * 4))
+    np.testing.assert_array_equal(image, np.broadcast_to(expected, (2, 2, 3)))
+
+
+def test_as_image_takes_a_palette_with_alpha() -> None:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([0, 0, 0, 200, 100, 0])
+    np.testing.assert_array_equal(as_image(image.convert("PA")), np.full((2, 2, 3), [200, 100, 0]))
 
 
 def test_as_image_takes_bool_as_black_and_white() -> None:

@@ -232,8 +232,6 @@ def resize_map(anomaly_map: FloatArray, size: tuple[int, int]) -> FloatArray:
     Upwards it is torch's interpolate(mode="bilinear", align_corners=False). Downwards it is that with
     antialias=True: every pixel of the map has its weight, so that a small peak is lowered but never skipped.
     """
-    if anomaly_map.shape == tuple(size):
-        return anomaly_map
     return np.array(Image.fromarray(anomaly_map).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
@@ -305,7 +303,7 @@ def _check_header(image: ImageFile, path: Path) -> None:
         # Pillow decodes these two as if they were others.
         if image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0:
             raise ImageError(f"{path} is a 16-bit TIFF in which 0 is white; expected one in which 0 is black")
-        if image.tag_v2.get(_TIFF_PLANAR, 1) != 1 and len(image.getbands()) > 1:
+        if image.tag_v2.get(_TIFF_PLANAR, 1) != 1:
             raise ImageError(f"{path} is a 16-bit TIFF in separate planes; expected interleaved channels")
 
 
@@ -339,7 +337,7 @@ def _decode_as(path: Path, raw_mode: str) -> AnyArray:
             for tile in image.tile
         ]
         ImageOps.exif_transpose(image, in_place=True)
-        return np.array(image)
+        return np.asarray(image)
 
 
 def _join(high: AnyArray, low: AnyArray) -> AnyArray:
@@ -357,8 +355,8 @@ def _pixels(image: Image.Image, name: str) -> AnyArray:
         raise ImageError(
             f"{name} has {'float' if image.mode == 'F' else 'CIELAB'} pixels; expected whole numbers"
         )
-    # By way of alpha where there may be some: a direct conversion warns of it or does not exist.
-    straight = {"La": "LA", "P": "RGBA", "PA": "RGBA", "RGBa": "RGBA"}.get(image.mode, image.mode)
+    # By way of alpha: a direct conversion does not exist, or warns of a palette's transparent entries.
+    straight = {"La": "LA", "P": "RGBA"}.get(image.mode, image.mode)
     return np.array(image.convert(straight).convert("RGB"))
 
 
