@@ -24,15 +24,17 @@ def generator(seed: int, *labels: str | int, device: torch.device | str = "cpu")
 def channel_moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of each channel over the batch and the positions of (B, C, H, W) parts.
 
-    In float64 and merged part by part (Chan, Golub, LeVeque 1979): E[x^2] - E[x]^2 in float32 goes negative.
-    Returns two float64 (C,) tensors on the CPU; raises ValueError without parts.
+    Each part by Welford's rule, merged in float64 (Chan, Golub, LeVeque 1979): E[x^2] - E[x]^2 in float32
+    goes negative. Returns two float64 (C,) tensors on the CPU; raises ValueError without parts.
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for part in parts:
-        x = part.double().transpose(0, 1).flatten(1).cpu()
-        number, center = x.shape[1], x.mean(1)
-        delta, total = center - mean, count + x.shape[1]
-        squares = squares + (x - center[:, None]).square().sum(1) + delta.square() * (count * number / total)
+        number = part.numel() // part.shape[1]
+        variance, center = (
+            moment.double().cpu() for moment in torch.var_mean(part, dim=(0, 2, 3), correction=0)
+        )
+        delta, total = center - mean, count + number
+        squares = squares + variance * number + delta.square() * (count * number / total)
         mean, count = mean + delta * (number / total), total
     if count == 0:
         raise ValueError("moments of nothing")
