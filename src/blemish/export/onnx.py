@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -22,9 +24,7 @@ def graph(detector: Detector) -> bytes:
     height, width = detector.config.image_size
     detector = detector.eval()
     example = torch.rand(2, 3, height, width, device=next(detector.parameters()).device)
-    with warnings.catch_warnings():
-        # The exporter warns of its own internals; a wrong graph does not pass `compare`.
-        warnings.simplefilter("ignore")
+    with silence():
         program = torch.onnx.export(
             detector,
             (example,),
@@ -39,6 +39,19 @@ def graph(detector: Detector) -> bytes:
         raise ExportError("torch's exporter gave no graph")
     model: bytes = program.model_proto.SerializeToString()
     return model
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep back what the exporter warns and logs of its own internals; a wrong graph fails in `compare`."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def compare(detector: Detector, exported: Graph, batches: Iterable[Tensor]) -> float:
