@@ -11,8 +11,10 @@ import importlib.util
 import os
 import pickle
 import shutil
+import struct
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,11 @@ from blemish.files import whole_file
 VARIABLE = "BLEMISH_WEIGHTS"
 HEADS = ("fc.", "_fc.", "_conv_head.", "_bn1.")
 """Parameters of classification heads, which no backbone here has."""
+
+
+# What torch and safetensors raise on damaged files, by trial.
+_DAMAGE: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
+_DAMAGE += (LookupError, TypeError, AssertionError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,15 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is unusual in a file that then cannot be read
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to run what is in the file.
+        raise WeightsError(
+            f"{path} holds no readable weights: it is damaged, or not tensors alone"
+        ) from error
+    except _DAMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} holds no readable weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
