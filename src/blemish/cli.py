@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"blemish: {error.name} is not installed; training needs blemish[train]", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("blemish: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing is to be flushed at exit.
         sys.stderr.close()
@@ -93,7 +96,7 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same bytes (0)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (0)")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
     sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     sub.add_argument(

@@ -134,7 +134,7 @@ def provenance(model: Predictor) -> dict[str, Any]:
         "pretrained network": training["pretrained"],
         "image size": f"{height} x {width}",
         "trained on": f"{training['data']}, {training['good_images']} good images",
-        "held out": training["held_out_images"],
+        "calibrated on": f"{len(model.calibration.scores)} good images",
         "steps": training["steps"],
         "seed": training["run"]["seed"],
         "preset": training["run"]["preset"],

@@ -43,6 +43,8 @@ from blemish.types import AnyArray, BoolArray, FloatArray
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Endings of the files that `list_images` takes, in lower case; upper case is taken too."""
 
+FULL_SCALE = 65535.0
+"""White of 16-bit files whose true depth nobody has stated."""
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is decoded; Pillow refuses more, too. Room for a 150-megapixel camera."""
 
@@ -144,7 +146,7 @@ def read(path: Path) -> AnyArray:
     return _join(high[..., :3], low[..., :3])
 
 
-def as_image(image: str | Path | Image.Image | AnyArray, white: float = 65535.0) -> AnyArray:
+def as_image(image: str | Path | Image.Image | AnyArray, white: float = FULL_SCALE) -> AnyArray:
     """Turn a path, a PIL image or an array into the (H, W, 3) array that `read` gives.
 
     Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose fourth channel is dropped, of type uint8,
@@ -182,7 +184,7 @@ def resize(image: AnyArray, size: tuple[int, int]) -> AnyArray:
     return np.stack(planes, axis=-1)
 
 
-def to_input(resized: AnyArray, white: float = 65535.0) -> FloatArray:
+def to_input(resized: AnyArray, white: float = FULL_SCALE) -> FloatArray:
     """Turn (h, w, 3) into the (3, h, w) float32 array that a model takes, black 0 and white 1, contiguous.
 
     uint8 is divided by 255; all else is in the units of 16-bit data and divided by `white`.
@@ -191,7 +193,7 @@ def to_input(resized: AnyArray, white: float = 65535.0) -> FloatArray:
     return np.divide(resized.transpose(2, 0, 1), np.float32(scale), dtype=np.float32, order="C")
 
 
-def prepare(image: AnyArray, size: tuple[int, int], white: float = 65535.0) -> FloatArray:
+def prepare(image: AnyArray, size: tuple[int, int], white: float = FULL_SCALE) -> FloatArray:
     """Resize (H, W, 3) to `size` and turn it into a model's (3, h, w) input."""
     return to_input(resize(image, size), white)
 

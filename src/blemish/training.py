@@ -261,7 +261,8 @@ def train(
     say(f"reading {len(parts.train)} training and {len(parts.held_out)} held-out good images")
     store = ImageStore([sample.path for sample in parts.train], config.image_size, budget=memory).fill()
     held = ImageStore([sample.path for sample in parts.held_out], config.image_size, budget=memory).fill()
-    white = images.white_level(max(store.deepest, held.deepest))
+    deepest = max(store.deepest, held.deepest)
+    white = images.white_level(deepest) if deepest else images.FULL_SCALE
     encoded = EncodedStore(detector.encode, store, white, budget=memory, device=device)
     run = Run(
         detector=detector,
@@ -352,6 +353,8 @@ def begin(run: Run, length: Length, resume: bool, started: float) -> None:
                     f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
                 )
         run.restore(header)
+        if length.steps is not None and length.steps != run.steps:
+            raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {length.steps}")
         say(f"going on from step {run.step} of {run.steps}")
         return
     if resume:

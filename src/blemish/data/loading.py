@@ -146,7 +146,7 @@ class Batches:
         if self.natural is not None:
             draw = ops.generator(self.seed, "natural", step)
             picks = torch.randint(len(self.natural.paths), (len(chosen),), generator=draw).tolist()
-            natural = self.natural.batch(picks, 65535.0)
+            natural = self.natural.batch(picks, images.FULL_SCALE)
         images_ = self.store.batch(chosen, self.encoded.white) if self.with_images else torch.empty(0)
         return images_, natural
 

@@ -54,7 +54,8 @@ class SuperSimpleNetConfig(Config):
     head_weight_decay: float = 1e-5
     upscale: bool = True
     """Double the finest layer's resolution."""
-    hidden_channels: int = 1024
+    hidden_channels: int = 0
+    """Of the segmentation head; 0: two thirds of the features' channels, as in the paper, at least 256."""
     classification_head: bool = False
     adapt_classification_features: bool = True
     stop_gradient: bool = True
@@ -76,6 +77,7 @@ PAPER = {
     "epochs": 300,
     "schedule": "step-80-90",
     "classification_head": True,
+    "hidden_channels": 1024,
     "noise": 0.015,
     "statistics": ("head",),
 }
@@ -96,7 +98,8 @@ class SuperSimpleNet(Detector):
         channels = sum(self.backbone.channels)
         # The paper's 1x1 convolutions, as linear layers on cells whose channels lie last.
         self.adaptor = nn.Linear(channels, channels)
-        self.segmentation = SegmentationHead(channels, config.hidden_channels)
+        hidden = config.hidden_channels or max(256, 2 * channels // 3)
+        self.segmentation = SegmentationHead(channels, hidden)
         self.classification = ClassificationHead(channels) if config.classification_head else None
         for module in (self.adaptor, self.segmentation, self.classification):
             for part in module.modules() if module is not None else ():
