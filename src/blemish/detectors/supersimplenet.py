@@ -34,6 +34,8 @@ from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError
 from blemish.types import Batch
 
+ROUND = 4096
+"""Noisy cells of a step are filled up to a multiple of this."""
 TOLD_APART = 0.6
 """Share of cells, noisy and clean alike, that must be told apart when training has got under way."""
 
@@ -47,7 +49,7 @@ class SuperSimpleNetConfig(Config):
     """Backbone outputs that are joined, finest first; empty: the backbone's default."""
     batch_size: int = 8
     epochs: int = 0
-    steps: int = 400
+    steps: int = 1000
     adaptor_learning_rate: float = 1e-4
     adaptor_weight_decay: float = 1e-2
     head_learning_rate: float = 2e-4
@@ -202,16 +204,22 @@ class SuperSimpleNet(Detector):
         return ops.perlin_masks(count, size, self.config.perlin_threshold, generator)
 
     def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw (count, C) noise, one row for each noisy cell."""
-        shape, device = (count, self.adaptor.out_features), self.noise_std.device
-        return self.noise_std * torch.randn(shape, generator=generator, device=device)
+        """Draw noise, a row of C for each of `count` noisy cells, and rows of zeros up to a round number.
+
+        A number of rows that is new at every step would leave a freed buffer of a new size at every step.
+        """
+        shape, device = (-(-count // ROUND) * ROUND, self.adaptor.out_features), self.noise_std.device
+        noise = torch.randn(shape, generator=generator, device=device).mul_(self.noise_std)
+        noise[count:] = 0
+        return noise
 
     def losses(
         self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor, masks: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """Section 3.3, on N = one or more copies of the B encoded images.
 
-        noisy: (N, h, w) booleans, the cells that get the rows of `noise` in order; masks: (N, h, w) booleans,
+        noisy: (N, h, w) booleans, the cells that get the rows of `noise` in order (what rows are left over
+        are zeros); masks: (N, h, w) booleans,
         what is anomalous; labels: (N,) likewise of whole images.
         """
         logits = self.segment(encoded, noisy, noise)
@@ -240,7 +248,7 @@ class SuperSimpleNet(Detector):
         rows = self.hidden(encoded).flatten(0, 2).repeat(len(noisy) // len(encoded[0]), 1)
         if len(noise):
             added = functional.linear(noise, self.segmentation.first.weight)
-            rows = rows.index_add(0, noisy.flatten().nonzero()[:, 0], added.to(rows.dtype))
+            rows = rows.index_add(0, places(noisy, len(noise)), added.to(rows.dtype))
         logits: Tensor = self.segmentation(rows)
         return logits.float()
 
@@ -248,7 +256,7 @@ class SuperSimpleNet(Detector):
         """Give what the classification head reads, (N, C, h, w), with the noise."""
         clean = self.adapted(encoded) if self.config.adapt_classification_features else self.features(encoded)
         rows = clean.repeat(len(noisy) // len(clean), 1, 1, 1).flatten(0, 2)
-        rows = rows.index_add(0, noisy.flatten().nonzero()[:, 0], noise.to(rows.dtype))
+        rows = rows.index_add(0, places(noisy, len(noise)), noise.to(rows.dtype))
         return rows.view(*noisy.shape, -1).permute(0, 3, 1, 2)
 
     @override
@@ -292,6 +300,12 @@ class SuperSimpleNet(Detector):
             features = self.adapted(encoded) if adapt else self.features(encoded)
             statistics["head"] = self.classification(features.permute(0, 3, 1, 2), cells[:, None])
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+
+
+def places(noisy: Tensor, count: int) -> Tensor:
+    """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
+    found = noisy.flatten().nonzero()[:, 0]
+    return functional.pad(found, (0, count - len(found)))
 
 
 class SegmentationHead(nn.Module):
