@@ -1,0 +1,92 @@
+"""What every test stands on: no network, one thread for what is small, and a small model trained once."""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drawn
+from blemish import training
+from blemish.runtime import Predictor
+
+
+def refuse_remote(address: Any) -> None:
+    """Raise PermissionError for an address that is not this machine's own; a path is a local socket."""
+    if not isinstance(address, tuple):
+        return
+    host = address[0]
+    try:
+        own = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        own = host in ("", "localhost")
+    if not own:
+        raise PermissionError(f"a test asked the network for {host}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Refuse sockets to other machines, and to look up their names."""
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: socket.socket, *arguments: Any) -> Any:
+            refuse_remote(arguments[-1])  # the address comes last in all of them
+            return method(self, *arguments)
+
+        return call
+
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        refuse_remote((host or "",))
+        return look_up(host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex", "sendto"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: small tensors lose more than they gain when two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small trained model with what it was trained on."""
+
+    data: Path
+    weights: Path
+    file: Path
+    model: Predictor
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Train the smallest model that finds spots; tests leave its files as they are."""
+    folder = tmp_path_factory.mktemp("tiny")
+    data, file = drawn.data_set(folder / "parts"), folder / "tiny.blemish"
+    weights = drawn.tiny_weights(folder / "lite0.safetensors")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = training.train(
+        data,
+        model="supersimplenet",
+        out=file,
+        weights_file=weights,
+        settings=drawn.TINY,
+        steps=drawn.STEPS,
+        precision="fp32",
+    )
+    torch.set_num_threads(threads)
+    return Tiny(data, weights, file, model)
