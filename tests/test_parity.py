@@ -191,6 +191,7 @@ def set_norms(built: Backbone, images: Tensor) -> None:
 def recorded_detector(name: str, size: tuple[int, int], stop_gradient: bool) -> SuperSimpleNet:
     d = SuperSimpleNet(
         SuperSimpleNetConfig(
+            hidden_channels=1024,
             backbone=name,
             image_size=size,
             classification_head=True,
