@@ -41,7 +41,7 @@ CHECKPOINT_SECONDS = 60.0
 PROBE_SECONDS = 10.0
 SETTLED = 100
 """Steps before which a detector's state on held-out images says nothing yet."""
-CARRIED = ("step", "steps", "history", "pending", "notes")
+CARRIED = ("step", "steps", "seconds", "history", "pending", "notes")
 """Fields of a run that a checkpoint carries beside parameters and the optimiser's state."""
 
 
@@ -70,6 +70,10 @@ class Run:
     """Where checkpoints go."""
     fingerprint: dict[str, Any]
     """What two runs must have in common for one to go on where the other stopped."""
+    clock: float = dataclasses.field(default_factory=time.monotonic)
+    """When time was last added to `seconds`."""
+    seconds: float = 0.0
+    """Wall time spent, that of earlier parts of an interrupted run included."""
     step: int = 0
     steps: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -79,6 +83,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.seconds, self.clock = self.seconds + time.monotonic() - self.clock, time.monotonic()
         header = {name: getattr(self, name) for name in CARRIED} | {"run": self.fingerprint}
         checkpoint.save(self.path, self.detector, self.optimizer, header)
 
@@ -281,6 +286,7 @@ def train(
         device=device,
         dtype=dtype,
         path=out.with_name(out.name + ".checkpoint"),
+        clock=started,
         fingerprint={
             "model": model,
             "preset": preset,
@@ -302,7 +308,7 @@ def train(
         "pretrained": detector.pretrained_name,
         "steps": run.steps,
         "epochs": round(run.steps / run.batches.per_epoch, 2),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(run.seconds, 1),
         "device": device,
         "threads": torch.get_num_threads(),
         "notes": run.notes,
@@ -357,6 +363,8 @@ def begin(run: Run, length: Length, resume: bool, started: float) -> None:
             raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {length.steps}")
         say(f"going on from step {run.step} of {run.steps}")
         return
+    if run.path.exists():
+        raise ConfigError(f"{run.path} is of a run that has not ended: go on with --resume, or delete it")
     if resume:
         say(f"nothing to resume at {run.path}: starting anew")
     if note := run.detector.prepare(encode_all(run.batches.encoded, "encoding")):
