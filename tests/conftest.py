@@ -3,8 +3,6 @@
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 import drawn
 from blemish import training
-from blemish.runtime import Predictor
 
 
 def refuse_remote(address: Any) -> None:
@@ -61,18 +58,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """A small trained model with what it was trained on."""
-
-    data: Path
-    weights: Path
-    file: Path
-    model: Predictor
-
-
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
     """Train the smallest model that finds spots; tests leave its files as they are."""
     folder = tmp_path_factory.mktemp("tiny")
     data, file = drawn.data_set(folder / "parts"), folder / "tiny.blemish"
@@ -89,4 +76,4 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         precision="fp32",
     )
     torch.set_num_threads(threads)
-    return Tiny(data, weights, file, model)
+    return drawn.Tiny(data, weights, file, model)

@@ -1,5 +1,6 @@
 """Small parts, data sets and weights, drawn from whole numbers: the same bytes on every machine."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from blemish import images
 from blemish.backbones import BACKBONES
+from blemish.runtime import Predictor
 from blemish.types import AnyArray, BoolArray
 
 KIND = "spot"
@@ -74,9 +76,19 @@ def weights(path: Path, network: nn.Module, seed: int = 0) -> Path:
     return path
 
 
-def tiny_weights(path: Path) -> Path:
+def tiny_weights(path: Path, seed: int = 0) -> Path:
     """Draw the weights that TINY needs."""
-    return weights(path, BACKBONES[TINY["backbone"]].build(TINY["layers"]))
+    return weights(path, BACKBONES[TINY["backbone"]].build(TINY["layers"]), seed)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small trained model with what it was trained on."""
+
+    data: Path
+    weights: Path
+    file: Path
+    model: Predictor
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
