@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,20 @@ from blemish.types import Calibration
 
 FORMAT = 1
 MANIFEST, WEIGHTS, GRAPH = "manifest.json", "weights.safetensors", "model.onnx"
-REQUIRED = ("method", "config", "preprocessing", "outputs", "calibration", "training", "versions", "members")
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "method": (),
+    "config": (),
+    "preprocessing": ("image_size", "white"),
+    "outputs": (),
+    "calibration": tuple(field.name for field in dataclasses.fields(Calibration)),
+    "training": (),
+    "versions": (),
+    "members": (WEIGHTS, GRAPH),
+}
+"""What a manifest must say, and what must be in it."""
+
+# What Python's zip reader raises on damaged files, by trial. RuntimeError: a wrong bit says "encrypted".
+_DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ def read(path: Path) -> Bundle:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive)
             data = {name: _member(path, archive, manifest, name) for name in (WEIGHTS, GRAPH)}
-    except (zipfile.BadZipFile, EOFError) as error:
+    except _DAMAGE as error:
         raise ModelFileError(f"{path} is no model file, or a damaged one: {error}") from error
     return Bundle(path, manifest, data[WEIGHTS], data[GRAPH])
 
@@ -83,14 +97,17 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         raise ModelFileError(f"{path} is no model file: its {MANIFEST} has no format number") from error
     if found != FORMAT:
         raise ModelFileError(f"{path} has format {found}; this version of Blemish reads format {FORMAT}")
-    for key in REQUIRED:
+    for key, parts in REQUIRED.items():
         if key not in manifest:
             raise ModelFileError(f"{path} is damaged: its {MANIFEST} lacks {key!r}")
+        for part in parts:
+            if not isinstance(manifest[key], dict) or part not in manifest[key]:
+                raise ModelFileError(f"{path} is damaged: {key!r} in its {MANIFEST} lacks {part!r}")
     return dict(manifest)
 
 
 def _member(path: Path, archive: zipfile.ZipFile, manifest: dict[str, Any], name: str) -> bytes:
-    if name not in archive.namelist() or name not in manifest["members"]:
+    if name not in archive.namelist():
         raise ModelFileError(f"{path} is damaged: it lacks {name}")
     data = archive.read(name)
     found, expected = hashlib.sha256(data).hexdigest(), manifest["members"][name]
