@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,7 +33,7 @@ from blemish import ops
 from blemish.backbones import Backbone, choose_layers, fill_backbone
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError
-from blemish.types import Batch
+from blemish.types import Batch, FloatArray
 
 ROUND = 4096
 """Noisy cells of a step are filled up to a multiple of this."""
@@ -344,14 +345,21 @@ class ClassificationHead(nn.Module):
         return score[:, 0]
 
 
-@lru_cache(maxsize=64)
 def axis_matrix(cells: int, length: int) -> Tensor:
     """Make the (length, cells) matrix that resizes an axis linearly, ends aligned, and averages three cells.
 
     Beyond the ends are zeros, which count: 3x3 averaging with padding, as in SimpleNet.
     """
-    resized = functional.interpolate(torch.eye(cells)[None], length, mode="linear", align_corners=True)
-    return functional.avg_pool1d(resized, 3, stride=1, padding=1)[0].T.contiguous()
+    return torch.from_numpy(axis_weights(cells, length))
+
+
+@lru_cache(maxsize=64)
+def axis_weights(cells: int, length: int) -> FloatArray:
+    """Compute `axis_matrix` with NumPy: a tensor made while torch traces is a stand-in, and would be kept."""
+    places = np.linspace(0, cells - 1, length)[:, None]
+    resized = np.pad(np.maximum(0, 1 - np.abs(places - np.arange(cells))), ((1, 1), (0, 0)))
+    averaged: FloatArray = ((resized[:-2] + resized[1:-1] + resized[2:]) / 3).astype(np.float32)
+    return averaged
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float = 4.0) -> Tensor:
