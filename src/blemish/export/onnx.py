@@ -37,8 +37,15 @@ def graph(detector: Detector) -> bytes:
         )
     if program is None:
         raise ExportError("torch's exporter gave no graph")
-    model: bytes = program.model_proto.SerializeToString()
-    return model
+    model = program.model_proto
+    # The exporter notes on every node where in this machine's source files it came from, and numbers nodes on
+    # from one export to the next.
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        part.ClearField("metadata_props")
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    written: bytes = model.SerializeToString()
+    return written
 
 
 @contextlib.contextmanager
