@@ -22,6 +22,7 @@ from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors import METHODS, as_json, build, configure
 from blemish.detectors.base import Config, Detector
+from blemish.detectors.supersimplenet import axis_matrix
 from blemish.export import onnx
 from blemish.images import to_input
 from blemish.runtime import Graph, Predictor
@@ -234,6 +235,15 @@ def test_the_map_points_at_a_planted_defect(case: Case) -> None:
         inner[20:-20, 20:-20] = True  # EfficientAD is blind at the edges
         found = case.model.predict(image).map
         assert found[mask & inner].mean() > found[inner & ~mask].mean() + found[inner & ~mask].std()
+
+
+@pytest.mark.parametrize("cells", [1, 2, 7, 16])
+@pytest.mark.parametrize("length", [1, 8, 14, 33])
+def test_an_axis_is_resized_and_averaged_as_torch_does(cells: int, length: int) -> None:
+    one = torch.eye(cells, dtype=torch.float64)[None]
+    resized = nn.functional.interpolate(one, length, mode="linear", align_corners=True)
+    expected = nn.functional.avg_pool1d(resized, 3, stride=1, padding=1)[0].T
+    torch.testing.assert_close(axis_matrix(cells, length).double(), expected, rtol=0, atol=1e-6)
 
 
 # --- the file ---
