@@ -104,6 +104,7 @@ def test_a_graph_is_exported_to_the_same_bytes_and_tells_nothing_of_this_machine
     opened = bundle.read(tiny.file)
     detector = build("supersimplenet", configure("supersimplenet", settings=drawn.TINY), 7)
     detector.load_state_dict(load(opened.weights))
+    detector.to(memory_format=torch.channels_last)  # as in training
     assert onnx.graph(detector) == opened.graph
     stored = tiny.file.read_bytes()
     for path in (Path(blemish.__file__).parent, tiny.data.parent, Path.home(), Path(sys.prefix)):
