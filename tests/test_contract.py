@@ -288,6 +288,30 @@ def test_training_repeats_bit_for_bit(case: Case, tmp_path: Path, monkeypatch: p
     assert again.calibration == first.calibration
 
 
+def test_a_resumed_run_ends_in_the_same_bytes(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of an optimiser may walk its state as raw memory: a checkpoint must keep even the layout."""
+    found: list[dict[str, Tensor]] = []
+    one_step = training.one_step
+
+    def stop(run: training.Run, step: int) -> dict[str, float]:
+        if step == 2:
+            run.save()
+            raise InterruptedError
+        return one_step(run, step)
+
+    monkeypatch.setattr(training, "seal", lambda path, detector, *rest: found.append(detector.state_dict()))
+    case.train(tmp_path / "whole.blemish", steps=4)
+    monkeypatch.setattr(training, "one_step", stop)
+    with pytest.raises(InterruptedError):
+        case.train(tmp_path / "stopped.blemish", steps=4)
+    monkeypatch.setattr(training, "one_step", one_step)
+    case.train(tmp_path / "stopped.blemish", steps=4, resume=True)
+    whole, resumed = found
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
 def test_another_seed_gives_another_model(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
