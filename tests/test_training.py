@@ -340,7 +340,7 @@ def test_a_budget_equals_the_steps_that_it_prints(
     clock = SimpleNamespace(monotonic=itertools.count(0, 0.1).__next__)
     with monkeypatch.context() as patch:
         patch.setattr(training, "time", clock)
-        train(tiny, tmp_path / "m.blemish", budget="13s")
+        train(tiny, tmp_path / "m.blemish", budget="18s")
     said = capsys.readouterr().err
     steps = int(said.split("--steps ")[1].split(")")[0])
     assert steps >= 20

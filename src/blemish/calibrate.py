@@ -33,7 +33,7 @@ def order_statistic_index(count: int, rate: float, confidence: float) -> int | N
     None where not even the largest (r = 0) does: there are fewer than `images_needed`.
     """
     _check_count(count)
-    _check_shares(rate=rate, confidence=confidence)
+    check_shares(rate=rate, confidence=confidence)
     allowed = (1 - confidence) * (1 + _ROUNDING)
     r, below = 0, _binomial(0, count, rate)
     while below <= allowed and r < count:
@@ -49,7 +49,7 @@ def promised_rate(count: int, r: int, confidence: float) -> float:
     0.139
     """
     _check_count(count)
-    _check_shares(confidence=confidence)
+    check_shares(confidence=confidence)
     if not 0 <= r < count:
         raise ConfigError(f"r is {r}, expected 0 to {count - 1} for {count} held-out images")
     broken, kept = 0.0, 1.0
@@ -68,7 +68,7 @@ def images_needed(rate: float, confidence: float) -> int:
     >>> images_needed(0.01, 0.95)
     299
     """
-    _check_shares(rate=rate, confidence=confidence)
+    check_shares(rate=rate, confidence=confidence)
     count = max(1, math.floor(math.log(1 - confidence) / math.log1p(-rate)))
     return count if order_statistic_index(count, rate, confidence) is not None else count + 1
 
@@ -198,7 +198,7 @@ def _with_thresholds(
     confidence: float,
 ) -> Calibration:
     """Set the thresholds from ascending scores and map maxima."""
-    _check_shares(false_reject_rate=false_reject_rate, review_rate=review_rate, confidence=confidence)
+    check_shares(false_reject_rate=false_reject_rate, review_rate=review_rate, confidence=confidence)
     if review_rate < false_reject_rate:
         raise ConfigError(
             f"the review rate is {review_rate}, expected at least the false-reject rate, {false_reject_rate}"
@@ -260,7 +260,8 @@ def _check_count(count: int) -> None:
         raise ConfigError(f"there are {count} held-out images, expected at least 1")
 
 
-def _check_shares(**shares: float) -> None:
+def check_shares(**shares: float) -> None:
+    """Refuse a share that is not between 0 and 1; raise ConfigError."""
     for name, share in shares.items():
         if not 0 < share < 1:
             raise ConfigError(f"{name.replace('_', ' ')} is {share}, expected above 0 and below 1")

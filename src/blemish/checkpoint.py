@@ -52,3 +52,13 @@ def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> No
                 state.setdefault(int(index), {})[name] = file.get_tensor(key)
     network.load_state_dict(parameters)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            lay_out_like(parameter, optimizer.state[parameter])
+
+
+def lay_out_like(parameter: Tensor, state: dict[str, Tensor]) -> None:
+    """Give state tensors their parameter's memory layout: fused optimisers walk both as raw memory."""
+    for name, value in state.items():
+        if value.shape == parameter.shape:
+            state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)

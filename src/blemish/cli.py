@@ -74,7 +74,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     report = check.check(options.data, options.layout)
     print(check.format(report))
-    return int(any(problem.severity == "problem" for problem in report.problems))
+    return int(not report.passed)
 
 
 def train_arguments(sub: argparse.ArgumentParser) -> None:
@@ -160,7 +160,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from blemish.runtime import load
 
     found = evaluation.evaluate(
-        load(options.model), options.data, layout=options.layout, memory=int(options.memory * 2**30)
+        load(options.model),
+        options.data,
+        layout=options.layout,
+        memory=int(options.memory * 2**30),
+        exhibits=4 if options.report else 0,
     )
     print(evaluation.table(found))
     for write, path in (

@@ -6,6 +6,7 @@
     ├── ConfigError         an option or value that does not exist or does not fit
     ├── WeightsError        pretrained weights that are missing or do not fit their network
     ├── ModelFileError      a model file or checkpoint that is damaged, foreign or missing
+    ├── OutputError         a place or disk that does not take a file
     ├── ExportError         a graph that differs from the model it was written from
     ├── MetricError         a metric that is not defined on what it was given
     └── StoppedError        a training run that was asked to stop, and can go on
@@ -40,6 +41,10 @@ class ModelFileError(BlemishError):
 
 class MetricError(BlemishError):
     """A metric that is not defined on what it was given."""
+
+
+class OutputError(BlemishError):
+    """A place or disk that does not take a file."""
 
 
 class ExportError(BlemishError):

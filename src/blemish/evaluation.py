@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from blemish import data, display, images, metrics
 from blemish.data.split import choose_test, relative_path
-from blemish.errors import DataError, ImageError, MetricError
+from blemish.errors import BlemishError, DataError, ImageError, MetricError
 from blemish.progress import Progress, say
 from blemish.runtime import Predictor
 from blemish.types import BoolArray, Evaluation, Exhibit, ImageResult, MetricRow, Sample, Verdict
@@ -80,24 +80,27 @@ def evaluate(
         raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
     kinds = sorted({sample.kind for sample in test if sample.label == 1})
     share = memory // (1 + len(kinds))
-    groups = {kind: Group(kind, metrics.PixelScores(share)) for kind in (ALL, *kinds)}
+    share = max(share, metrics.SMALLEST_BUDGET)
+    overall = Group(ALL, metrics.PixelScores(share))
+    groups = {kind: Group(kind, metrics.PixelScores(share)) for kind in kinds}
     results: list[tuple[Sample, ImageResult]] = []
     skipped: list[str] = []
     for sample, outcome in judged(model, test):
-        if isinstance(outcome, ImageError):
-            skipped.append(str(outcome))
-            say(f"skipped: {outcome}")
+        mask = None if isinstance(outcome, ImageError) else mask_of(sample, outcome)
+        for failure in (outcome, mask):
+            if isinstance(failure, BlemishError):
+                skipped.append(str(failure))
+                say(f"skipped: {failure}")
+        if isinstance(outcome, BlemishError) or isinstance(mask, BlemishError):
             continue
-        mask = images.read_mask(sample.masks, shape(outcome)) if sample.masks else None
-        for group in groups.values() if sample.label == 0 else (groups[ALL], groups[sample.kind]):
+        for group in (overall, *(groups.values() if sample.label == 0 else (groups[sample.kind],))):
             group.add(sample, outcome, mask)
         name = relative_path(sample.path, root)
         result = ImageResult(name, sample.kind, sample.label, outcome.label, outcome.score, outcome.p_value)
         results.append((sample, result))
-    overall = groups[ALL]
     return Evaluation(
         data=root.resolve().name,
-        rows=tuple(group.row() for group in groups.values()),
+        rows=tuple(group.row() for group in (overall, *groups.values())),
         intervals={
             name: metrics.bootstrap_interval(metric, overall.scores, overall.labels)
             for name, metric in IMAGE_METRICS.items()
@@ -117,6 +120,14 @@ def judged(model: Predictor, test: Sequence[Sample]) -> Iterator[tuple[Sample, V
     for number, outcome in enumerate(model.predict_stream(sample.path for sample in test)):
         progress.show(number + 1)
         yield test[number], outcome
+
+
+def mask_of(sample: Sample, verdict: Verdict) -> BoolArray | BlemishError | None:
+    """Read a sample's mask, if it has one; give the error of one that does not do."""
+    try:
+        return images.read_mask(sample.masks, shape(verdict)) if sample.masks else None
+    except (ImageError, DataError) as error:
+        return error
 
 
 def shape(verdict: Verdict) -> tuple[int, int]:
@@ -152,8 +163,10 @@ def choose_exhibits(
     """Choose escapes and false rejects, the worst first, then the clearest find of each kind."""
     by_score = sorted(results, key=lambda pair: pair[1].score)
     escapes = [pair for pair in by_score if pair[1].truth == 1 and pair[1].label == "ok"]
-    rejects = [pair for pair in reversed(by_score) if pair[1].truth == 0 and pair[1].label != "ok"]
-    for title, chosen in (("Escape", escapes), ("False reject", rejects)):
+    good = [pair for pair in reversed(by_score) if pair[1].truth == 0]
+    rejects = [pair for pair in good if pair[1].label == "defect"]
+    reviews = [pair for pair in good if pair[1].label == "review"]
+    for title, chosen in (("Escape", escapes), ("False reject", rejects), ("Needless review", reviews)):
         for sample, result in chosen[:count]:
             yield title, sample, result
     seen: set[str] = set()

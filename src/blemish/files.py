@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from blemish.errors import OutputError
+
+REFUSALS = {
+    getattr(errno, name)
+    for name in (
+        "EACCES",
+        "EDQUOT",
+        "EEXIST",
+        "EISDIR",
+        "ENAMETOOLONG",
+        "ENOSPC",
+        "ENOTDIR",
+        "EPERM",
+        "EROFS",
+    )
+}
+"""What a place or a disk says when it does not take a file."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` that takes its name when the block ends well, else vanishes.
 
-    Missing parent folders are made. The bytes are on the disk before the name changes.
+    Missing parent folders are made. The bytes are on the disk before the name changes. Raises OutputError
+    where the place or the disk does not allow it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

@@ -35,13 +35,12 @@ def seal(
 
     The graph is compared with the detector on those images before anything is written; raises ExportError.
     """
-    device = next(detector.parameters()).device
-    detector.eval()
+    detector.eval().to("cpu")  # where float32 is float32, as it is in the runtime
     with torch.no_grad():
-        detector.finish(batch.to(device) for batch in held_out.batches(white))
+        detector.finish(held_out.batches(white))
     exported = onnx.graph(detector)
     graph = Graph(exported, detector.outputs)
-    difference = onnx.compare(detector, graph, (batch.to(device) for batch in held_out.batches(white)))
+    difference = onnx.compare(detector, graph, held_out.batches(white))
     calibration = calibrate_graph(graph, held_out, white, detector.config.statistics, false_reject_rate)
     say(calibrate.describe(calibration))
     manifest = {

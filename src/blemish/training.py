@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from blemish import checkpoint, data, images, ops
+from blemish._version import __version__
 from blemish.backbones import weights
-from blemish.data.loading import Batches, EncodedStore, ImageStore
+from blemish.calibrate import check_shares
+from blemish.data.loading import Batches, EncodedStore, ImageStore, Memory
 from blemish.data.split import split
 from blemish.detectors import as_json, build, configure
 from blemish.detectors.base import SCHEDULES, Config, Detector
-from blemish.errors import ConfigError, ModelFileError, StoppedError
+from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
+from blemish.files import whole_file
 from blemish.hardware import choose_device, choose_precision, keep_freed_memory
 from blemish.progress import Progress, say
 from blemish.runtime import Predictor
@@ -103,9 +106,15 @@ def seconds(text: str) -> float:
 
 
 def digest(paths: Sequence[Path]) -> str:
-    """Sum up the contents of files, in any order, as one SHA-256."""
-    each = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+    """Sum up the contents of files, in their order, as one SHA-256."""
+    each = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
     return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def digest_names(paths: Sequence[Path]) -> str:
+    """Sum up the names and sizes of files, for those too many to read."""
+    text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def encode_all(encoded: EncodedStore, title: str) -> Iterator[tuple[Tensor, ...]]:
@@ -135,8 +144,11 @@ def one_step(run: Run, step: int) -> dict[str, float]:
     return losses
 
 
-def count_steps(run: Run, length: Length, started: float) -> int:
-    """Turn a length into optimiser steps; a budget is measured on steps that are then undone."""
+def count_steps(run: Run, length: Length, reserve: float) -> int:
+    """Turn a length into optimiser steps; a budget is measured on steps that are then undone.
+
+    reserve: seconds of a budget that are kept for what follows training.
+    """
     config = run.detector.config
     if length.budget is None:
         epochs = length.epochs or (0 if length.steps else config.epochs)
@@ -151,8 +163,7 @@ def count_steps(run: Run, length: Length, started: float) -> int:
     pace = (time.monotonic() - begin) / taken
     run.detector.load_state_dict(network)
     run.optimizer.load_state_dict(optimizer)
-    # What follows training: quantiles, calibration, the export and its check.
-    left = length.budget - (time.monotonic() - started) - max(10.0, 0.02 * length.budget)
+    left = length.budget - (time.monotonic() - run.clock) - reserve
     steps = int(left / pace)
     if steps < 20:
         raise ConfigError(
@@ -247,28 +258,39 @@ def train(
     weights_file: of the teacher or backbone, where the weights room should not choose. natural_images: folder
     of photographs for EfficientAD's pretraining penalty; without one the penalty is off. settings: fields of
     the method's config. Give at most one of steps, epochs and budget (seconds, or text such as "10m").
-    memory: bytes for decoded images and for encoded ones, each. Raises a BlemishError that a user can fix.
+    memory: bytes for all decoded images, and as many for all encoded ones. Raises a BlemishError that a user
+    can fix, as early as it can be known.
     """
     started = time.monotonic()
     length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
     check_length(length)
+    check_shares(false_reject_rate=false_reject_rate)
     config = configure(model, preset, settings)
-    device, out = choose_device(device), Path(out)
-    dtype = choose_precision(precision, device)
+    device, out = choose_device(device), writable(Path(out))
+    # The paper trained in float32, and its noise is close to bfloat16's rounding.
+    dtype = choose_precision("fp32" if (preset, precision) == ("paper", "auto") else precision, device)
     keep_freed_memory()
     parts = split(data.scan(Path(root), layout), Path(root))
+    if len(parts.held_out) < 2:
+        good = len(parts.train) + len(parts.held_out)
+        raise DataError(
+            f"found {good} good images in {root}, {len(parts.held_out)} of them held out for the thresholds; "
+            "expected at least 4, of which 2 are held out"
+        )
     detector = build(model, config, seed)
     source = weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)
     detector.load_pretrained(source)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    natural = open_natural(natural_images, detector, config, memory)
+    forward_seconds = try_out(detector, device)
+    decoded, features = Memory(memory), Memory(memory)
+    natural = open_natural(natural_images, detector, config, decoded)
 
     say(f"reading {len(parts.train)} training and {len(parts.held_out)} held-out good images")
-    store = ImageStore([sample.path for sample in parts.train], config.image_size, budget=memory).fill()
-    held = ImageStore([sample.path for sample in parts.held_out], config.image_size, budget=memory).fill()
-    deepest = max(store.deepest, held.deepest)
+    store = ImageStore([sample.path for sample in parts.train], config.image_size, decoded).fill()
+    held = ImageStore([sample.path for sample in parts.held_out], config.image_size, decoded).fill()
+    deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     white = images.white_level(deepest) if deepest else images.FULL_SCALE
-    encoded = EncodedStore(detector.encode, store, white, budget=memory, device=device)
+    encoded = EncodedStore(detector.encode, store, white, features, device)
     run = Run(
         detector=detector,
         optimizer=detector.optimizer(),
@@ -281,7 +303,7 @@ def train(
             with_images=detector.wants_images,
             natural=natural,
         ),
-        held_out=EncodedStore(detector.encode, held, white, budget=memory, device=device),
+        held_out=EncodedStore(detector.encode, held, white, features, device),
         seed=seed,
         device=device,
         dtype=dtype,
@@ -295,11 +317,17 @@ def train(
             "precision": str(dtype).removeprefix("torch."),
             "images": digest(store.paths),
             "held_out": digest(held.paths),
-            "natural_images": len(natural.paths) if natural else 0,
+            "natural_images": digest_names(natural.paths) if natural else "",
+            "white": white,
+            "device": device,
+            "torch": torch.__version__,
+            "blemish": __version__,
             "pretrained": digest([source]),
         },
     )
-    begin(run, length, resume, started)
+    # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
+    reserve = 10.0 + 10 * forward_seconds * len(held.paths)
+    begin(run, length, resume, reserve)
     loop(run)
     provenance = {
         "data": Path(root).resolve().name,
@@ -320,6 +348,29 @@ def train(
     return opened
 
 
+def writable(out: Path) -> Path:
+    """Refuse a model file that could not be written, before hours go into it; make its folder."""
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder; expected the name of a model file")
+    with whole_file(out.with_name(out.name + ".checkpoint.trial")):
+        pass
+    out.with_name(out.name + ".checkpoint.trial").unlink()
+    return out
+
+
+def try_out(detector: Detector, device: str) -> float:
+    """Score one empty image, so that settings that do not go together are refused now; give its seconds."""
+    height, width = detector.config.image_size
+    begin = time.monotonic()
+    try:
+        with torch.no_grad():
+            detector.eval()(torch.zeros(1, 3, height, width, device=device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"these settings do not go together at {height}x{width}: {reason}") from error
+    return time.monotonic() - begin
+
+
 def check_length(length: Length) -> None:
     """Refuse more than one length, and none that is not positive."""
     given = {name: value for name, value in dataclasses.asdict(length).items() if value is not None}
@@ -331,7 +382,7 @@ def check_length(length: Length) -> None:
 
 
 def open_natural(
-    folder: str | Path | None, detector: Detector, config: Config, memory: int
+    folder: str | Path | None, detector: Detector, config: Config, memory: Memory
 ) -> ImageStore | None:
     """Open the photographs for the pretraining penalty, or say that it is off."""
     if not detector.wants_natural_images:
@@ -344,10 +395,10 @@ def open_natural(
     paths = images.list_images(Path(folder), recursive=True)
     if not paths:
         raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
-    return ImageStore(paths, config.image_size, budget=memory, crop=True)
+    return ImageStore(paths, config.image_size, memory, crop=True)
 
 
-def begin(run: Run, length: Length, resume: bool, started: float) -> None:
+def begin(run: Run, length: Length, resume: bool, reserve: float) -> None:
     """Prepare a new run, or go back to a checkpoint; raise ModelFileError if that is another run's."""
     for group in run.optimizer.param_groups:
         group["base_lr"] = group["lr"]
@@ -359,8 +410,10 @@ def begin(run: Run, length: Length, resume: bool, started: float) -> None:
                     f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
                 )
         run.restore(header)
-        if length.steps is not None and length.steps != run.steps:
-            raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {length.steps}")
+        epochs = None if length.epochs is None else length.epochs * run.batches.per_epoch
+        for asked in (length.steps, epochs):
+            if asked not in (None, run.steps):
+                raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {asked}")
         say(f"going on from step {run.step} of {run.steps}")
         return
     if run.path.exists():
@@ -370,4 +423,4 @@ def begin(run: Run, length: Length, resume: bool, started: float) -> None:
     if note := run.detector.prepare(encode_all(run.batches.encoded, "encoding")):
         run.notes.append(note)
         say(note)
-    run.steps = count_steps(run, length, started)
+    run.steps = count_steps(run, length, reserve)

@@ -5,32 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blemish import images, ops
+from blemish.errors import DataError, ImageError
 from blemish.types import AnyArray, Batch, Sample
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
 
 
+class Memory:
+    """A budget in bytes that several stores share, from several threads."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+        self.lock = Lock()
+
+    def take(self, size: int) -> bool:
+        """Take some bytes, if there are as many left."""
+        with self.lock:
+            fits = size <= self.left
+            self.left -= size if fits else 0
+        return fits
+
+
 class ImageStore:
-    """Images at the network's size, decoded once and kept while they fit a memory budget in bytes.
+    """Images at the network's size, decoded once and kept while they fit into memory.
 
     Kept as they come out of the one resize of the product: bytes for 8-bit files, float32 for deeper ones.
     With crop, an image is resized to twice the size and its centre is taken.
     """
 
     def __init__(
-        self, paths: Sequence[Path], size: tuple[int, int], *, budget: int, crop: bool = False
+        self, paths: Sequence[Path], size: tuple[int, int], memory: Memory, *, crop: bool = False
     ) -> None:
-        self.paths, self.size, self.budget, self.crop = list(paths), size, budget, crop
+        self.paths, self.size, self.memory, self.crop = list(paths), size, memory, crop
         self.kept: dict[int, AnyArray] = {}
-        self.used = 0
-        self.deepest = 0
-        """Largest value seen in files of more than 8 bits; 0 if there were none."""
+        self.maxima: dict[int, int] = {}
+        """Largest value of each image read so far from a file of more than 8 bits."""
 
     def fill(self) -> ImageStore:
         """Decode every image once, in parallel; raise ImageError for the first that cannot be read."""
@@ -45,7 +61,7 @@ class ImageStore:
             return self.kept[index]
         image = images.read(self.paths[index])
         if image.dtype == np.uint16:
-            self.deepest = max(self.deepest, int(image.max()))
+            self.maxima[index] = int(image.max())
         height, width = self.size
         if self.crop:
             wide = images.resize(image, (2 * height, 2 * width))
@@ -53,8 +69,7 @@ class ImageStore:
             image = np.ascontiguousarray(wide[top : top + height, left : left + width])
         else:
             image = images.resize(image, self.size)
-        if self.used + image.nbytes <= self.budget:
-            self.used += image.nbytes
+        if self.memory.take(image.nbytes):
             self.kept[index] = image
         return image
 
@@ -69,14 +84,14 @@ class ImageStore:
 
 
 class EncodedStore:
-    """What the frozen part makes of each image, in half precision, kept while it fits a budget in bytes.
+    """What the frozen part makes of each image, in half precision, kept while it fits into memory.
 
     An entry that is not kept is computed again and rounded alike, so a budget changes no result.
     """
 
-    def __init__(self, encode: Encode, store: ImageStore, white: float, *, budget: int, device: str) -> None:
-        self.encode, self.store, self.white, self.device = encode, store, white, device
-        self.budget, self.used = budget, 0
+    def __init__(self, encode: Encode, store: ImageStore, white: float, memory: Memory, device: str) -> None:
+        self.encode, self.store, self.white = encode, store, white
+        self.memory, self.device = memory, device
         self.kept: dict[int, tuple[Tensor, ...]] = {}
 
     def entries(self) -> Iterator[tuple[Tensor, ...]]:
@@ -96,9 +111,7 @@ class EncodedStore:
         if index in self.kept:
             return self.kept[index]
         (entry,) = self.compute([index])
-        size = sum(part.nbytes for part in entry)
-        if self.used + size <= self.budget:
-            self.used += size
+        if self.memory.take(sum(part.nbytes for part in entry)):
             self.kept[index] = entry
         return entry
 
@@ -146,7 +159,7 @@ class Batches:
         if self.natural is not None:
             draw = ops.generator(self.seed, "natural", step)
             picks = torch.randint(len(self.natural.paths), (len(chosen),), generator=draw).tolist()
-            natural = self.natural.batch(picks, images.FULL_SCALE)
+            natural = self.natural.batch([readable(self.natural, pick) for pick in picks], images.FULL_SCALE)
         images_ = self.store.batch(chosen, self.encoded.white) if self.with_images else torch.empty(0)
         return images_, natural
 
@@ -164,3 +177,18 @@ class Batches:
             torch.tensor([float(self.samples[index].label) for index in chosen], device=device),
             natural.to(device) if natural is not None else None,
         )
+
+
+def readable(store: ImageStore, pick: int) -> int:
+    """Give the first image from `pick` on that can be read, for a purpose that any image serves.
+
+    Raises DataError if there is none.
+    """
+    for offset in range(len(store.paths)):
+        index = (pick + offset) % len(store.paths)
+        try:
+            store.resized(index)
+        except ImageError:
+            continue
+        return index
+    raise DataError(f"none of the {len(store.paths)} photographs beside {store.paths[0]} can be read")

@@ -69,6 +69,8 @@ def configure(name: str, preset: str = "default", settings: Mapping[str, Any] | 
         if key not in hints:
             raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
     changes = {key: convert(key, value, hints[key]) for key, value in (settings or {}).items()}
+    if changes.get("steps"):
+        changes.setdefault("epochs", 0)
     config = dataclasses.replace(config, **changes)
     check(config)
     return config
@@ -92,6 +94,8 @@ def convert(key: str, value: Any, kind: Any) -> Any:
             return {"true": True, "false": False, "1": True, "0": False, "on": True, "off": False}[
                 value.lower()
             ]
+        if kind is int and int(value) != float(value):
+            raise ValueError
         return kind(value)
     except (ValueError, TypeError, KeyError) as error:
         wanted = (
@@ -108,6 +112,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"unknown schedule {config.schedule!r}; {nearest(config.schedule, SCHEDULES)}")
     if len(config.image_size) != 2 or min(config.image_size) < 32:
         raise ConfigError(f"image size {config.image_size}: expected height and width of at least 32")
+    if config.steps < 0 or config.epochs < 0 or not config.steps + config.epochs:
+        raise ConfigError(f"steps {config.steps} and epochs {config.epochs}: expected one of them above 0")
     if config.batch_size < 1:
         raise ConfigError(f"batch size {config.batch_size}: expected at least 1")
     known = (*STATISTICS, "head") if hasattr(config, "classification_head") else STATISTICS

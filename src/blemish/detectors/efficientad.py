@@ -113,6 +113,10 @@ class EfficientAD(Detector):
         if min(config.image_size) < 256:
             height, width = config.image_size
             raise ConfigError(f"image size {height}x{width}: EfficientAD needs at least 256 in both axes")
+        if any(length % 4 for length in config.image_size):
+            height, width = config.image_size
+            raise ConfigError(f"image size {height}x{width}: EfficientAD needs multiples of 4")
+        refuse_numbers(config)
         self.config: EfficientADConfig = config
         self.wants_natural_images = config.penalty
         if not config.autoencoder:
@@ -239,6 +243,21 @@ class EfficientAD(Detector):
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
         joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
         return (maps, joined, *(parts if len(parts) > 1 else ()))
+
+
+def refuse_numbers(config: EfficientADConfig) -> None:
+    """Refuse settings that cannot work; raise ConfigError."""
+    c = config
+    for name, value, fits, expected in (
+        ("learning_rate", c.learning_rate, c.learning_rate > 0, "more than 0"),
+        ("weight_decay", c.weight_decay, c.weight_decay >= 0, "at least 0"),
+        ("dropout", c.dropout, 0 <= c.dropout < 1, "at least 0 and less than 1"),
+        ("hard_quantile", c.hard_quantile, 0 <= c.hard_quantile < 1, "at least 0 and less than 1"),
+        ("low_quantile", c.low_quantile, 0 <= c.low_quantile < c.high_quantile, "less than high_quantile"),
+        ("high_quantile", c.high_quantile, c.high_quantile <= 1, "at most 1"),
+    ):
+        if not fits:
+            raise ConfigError(f"setting {name}={value} does not fit; expected {expected}")
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
