@@ -146,6 +146,8 @@ def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
     if not above.any():
         return ()
     labels = cc3d.connected_components(above, connectivity=8)
+    # cc3d 4.1.1 leaves what its memory held in the background of arrays with an odd side (November 2026).
+    labels[~above] = 0
     statistics = cc3d.statistics(labels)
     found = []
     for number in range(1, len(statistics["voxel_counts"])):
