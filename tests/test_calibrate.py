@@ -181,10 +181,10 @@ def test_one_statistic_is_the_score_as_it_is() -> None:
 
 
 def test_several_statistics_join_as_the_largest_robust_z_score() -> None:
-    statistics = np.array([[0.0, 10.0], [1.0, 30.0], [2.0, 20.0], [3.0, 50.0], [40.0, 40.0]])
+    statistics = np.array([[0.0, 10.0], [1.0, 30.0], [2.0, 20.0], [3.0, 50.0], [4.0, 40.0]])
     calibration = calibrate(statistics, np.zeros(5), ("a", "b"))
     assert calibration.centers == (2.0, 30.0)  # medians
-    assert calibration.scales == pytest.approx((1.4826, 14.826))  # of deviations 0 1 1 2 38 and 0 10 10 20 20
+    assert calibration.scales == pytest.approx((1.4826, 14.826))  # of deviations 0 1 1 2 2 and 0 10 10 20 20
     scores = image_scores(np.array([[2.0, 30.0], [5.0, 30.0], [2.0, 60.0], [5.0, 90.0]]), calibration)
     np.testing.assert_allclose(scores, np.array([0, 3, 3, 6]) / 1.4826)
     assert scores.dtype == np.float64
@@ -200,12 +200,21 @@ def test_the_scale_is_that_of_a_gaussian_and_no_outlier_moves_it() -> None:
 
 
 def test_no_spread_gives_a_usable_scale() -> None:
-    mostly_equal = np.array([4.0, 4, 4, 4, 4, 9])
-    calibration = calibrate(
-        np.stack((np.full(6, 0.1), mostly_equal, np.arange(6.0)), axis=1), np.zeros(6), ("a", "b", "c")
-    )
+    mostly_equal = np.array([4.0] * 20 + [9])
+    statistics = np.stack((np.full(21, 0.1), mostly_equal, np.arange(21.0)), axis=1)
+    calibration = calibrate(statistics, np.zeros(21), ("a", "b", "c"))
     assert calibration.scales[:2] == (1.0, mostly_equal.std())
     assert np.isfinite(calibration.scores).all()
+
+
+def test_half_the_images_nearly_equal_do_not_make_the_others_infinitely_odd() -> None:
+    # Seen on parts before a white background, whose oddness is the same to rounding in every image.
+    nearly_equal = np.concatenate((0.04 + 1e-9 * np.arange(11), np.linspace(0.05, 0.2, 10)))
+    calibration = calibrate(np.stack((nearly_equal, nearly_equal), 1), np.zeros(21), ("a", "b"))
+    assert calibration.scales[0] == pytest.approx(
+        np.subtract(*np.quantile(nearly_equal, (0.9, 0.1))) / 2.5631
+    )
+    assert max(calibration.scores) < 10
 
 
 def test_p_value_counts_held_out_scores_at_least_as_large() -> None:

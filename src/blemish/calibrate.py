@@ -23,6 +23,8 @@ _ROUNDING = 1e-9
 """Relative tolerance, so that 1 - 0.95 and the like meet the bounds that they equal on paper."""
 
 
+WIDTH = 2.5631
+"""Distance between the 10 % and the 90 % quantile of a Gaussian, in standard deviations."""
 REVIEW_RATE = 0.05
 """Share of good parts that may be called review or defect, unless the user says otherwise."""
 
@@ -88,9 +90,11 @@ def calibrate(
 
     `statistics` is (m, K), the K numbers called `names` that the model gives for each image; `pixel_maxima`
     (m,) the largest value of each image's map. One statistic is the score as it is. Several are joined as the
-    largest of their robust z-scores: value minus median, divided by 1.4826 x the median absolute deviation,
-    which for a Gaussian is its standard deviation. Where that is 0, since half of the values or more are
-    equal, the standard deviation takes its place; where all values are equal, 1 does.
+    largest of their robust z-scores: value minus median, divided by the larger of two spreads that for a
+    Gaussian are its standard deviation: 1.4826 x the median absolute deviation, and the distance between the
+    10 % and 90 % quantiles over 2.5631. The first alone vanishes where half of the images are equally odd, as
+    before a white background, and the others would be infinitely odd. Where both are 0 the standard deviation
+    takes their place; where all values are equal, 1 does.
 
     With several statistics the promise is slightly optimistic: the same images set the z-scores.
     """
@@ -235,6 +239,8 @@ def _centers_and_scales(statistics: Doubles) -> tuple[tuple[float, ...], tuple[f
         return (0.0,), (1.0,)
     centers = np.median(statistics, axis=0)
     scales = 1.4826 * np.median(np.abs(statistics - centers), axis=0)
+    low, high = np.quantile(statistics, (0.1, 0.9), axis=0)
+    scales = np.maximum(scales, (high - low) / WIDTH)
     scales = np.where(scales > 0, scales, statistics.std(axis=0))
     scales = np.where(np.ptp(statistics, axis=0) > 0, scales, 1.0)
     return tuple(centers.tolist()), tuple(scales.tolist())
