@@ -8,7 +8,8 @@ Departures from the paper, each one word in the config, all undone by `--preset 
   rate is the default;
 - the image score joins the map's maximum with its smoothed maximum and top mean.
 The networks run without padding, as in the reproduction that reaches the published numbers; the finished map
-is padded by the 4 cells that this costs on each side.
+is padded by the 4 cells that this costs on each side. The teacher's outputs are kept in half precision, and
+the photographs for the penalty are the user's.
 """
 
 from __future__ import annotations
