@@ -19,9 +19,9 @@ from torch import Tensor
 
 import drawn
 from blemish import bundle, checkpoint, images, ops, training
-from blemish.data.loading import Batches, EncodedStore, ImageStore
+from blemish.data.loading import Batches, EncodedStore, ImageStore, Memory, readable
 from blemish.detectors.base import SCHEDULES
-from blemish.errors import ConfigError, ImageError, ModelFileError, StoppedError
+from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
 from blemish.training import Length, check_length, seconds
 from blemish.types import Batch, Sample
 from drawn import Tiny
@@ -340,7 +340,7 @@ def test_a_budget_equals_the_steps_that_it_prints(
     clock = SimpleNamespace(monotonic=itertools.count(0, 0.1).__next__)
     with monkeypatch.context() as patch:
         patch.setattr(training, "time", clock)
-        train(tiny, tmp_path / "m.blemish", budget="18s")
+        train(tiny, tmp_path / "m.blemish", budget="25s")
     said = capsys.readouterr().err
     steps = int(said.split("--steps ")[1].split(")")[0])
     assert steps >= 20
@@ -354,7 +354,7 @@ def test_a_budget_is_kept(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, T
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "time", SimpleNamespace(monotonic=elapsed.__next__))
         train(tiny, tmp_path / "m.blemish", budget=100.0)
-    assert 80 < next(elapsed) <= 100
+    assert 30 < next(elapsed) <= 100  # some of it is kept for what follows training
 
 
 # --- draws ---
@@ -460,49 +460,49 @@ def encode(batch: Tensor) -> tuple[Tensor, ...]:
 
 def test_a_budget_of_memory_changes_no_image(paths: list[Path]) -> None:
     size, one = (32, 32), 32 * 32 * 3
-    everything = torch.cat(list(ImageStore(paths, size, budget=1 << 30).fill().batches(255.0)))
+    everything = torch.cat(list(ImageStore(paths, size, Memory(1 << 30)).fill().batches(255.0)))
     assert everything.shape == (7, 3, 32, 32)
     for budget, kept in ((0, 0), (one - 1, 0), (one, 1), (3 * one, 3), (1 << 30, 7)):
-        store = ImageStore(paths, size, budget=budget).fill()
+        memory = Memory(budget)
+        store = ImageStore(paths, size, memory).fill()
         for _ in range(2):
             assert torch.equal(torch.cat(list(store.batches(255.0, size=3))), everything)
         assert len(store.kept) == kept
-        assert store.used == kept * one <= budget
+        assert memory.left == budget - kept * one >= 0
 
 
 def test_an_image_in_a_store_is_what_prediction_reads(paths: list[Path]) -> None:
-    store = ImageStore(paths, (48, 32), budget=0)
+    store = ImageStore(paths, (48, 32), Memory(0))
     for index, path in enumerate(paths):
         found = store.batch([index], 255.0)[0].numpy()
         assert np.array_equal(found, images.prepare(images.read(path), (48, 32), 255.0))
 
 
 def test_deep_images_set_the_white_level(paths: list[Path], tmp_path: Path) -> None:
-    store = ImageStore(paths, (32, 32), budget=0).fill()
-    assert store.deepest == 0
+    assert ImageStore(paths, (32, 32), Memory(0)).fill().maxima == {}
     from PIL import Image
 
     deep = np.full((32, 32), 1000, np.uint16)
     deep[3, 4] = 3000
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    store = ImageStore([*paths, tmp_path / "deep.png"], (32, 32), budget=0).fill()
-    assert store.deepest == 3000
+    store = ImageStore([*paths, tmp_path / "deep.png"], (32, 32), Memory(0)).fill()
+    assert store.maxima == {7: 3000}
     assert float(store.batch([7], 4095.0)[0, 0, 3, 4]) == pytest.approx(3000 / 4095)
 
 
 def test_photographs_are_cropped_from_twice_the_size(tmp_path: Path) -> None:
     image = drawn.part(1, (64, 96))
     images.write_png(tmp_path / "p.png", image)
-    cropped = ImageStore([tmp_path / "p.png"], (32, 48), budget=0, crop=True).resized(0)
+    cropped = ImageStore([tmp_path / "p.png"], (32, 48), Memory(0), crop=True).resized(0)
     assert np.array_equal(cropped, image[16:48, 24:72])
 
 
 def test_a_budget_of_memory_changes_no_encoding(paths: list[Path]) -> None:
-    store = ImageStore(paths, (32, 32), budget=1 << 30)
+    store = ImageStore(paths, (32, 32), Memory(1 << 30))
     one = 2 * (32 * 32 + 3 * 16 * 16)  # bytes in half precision
     expected = [part.half().float() for part in encode(store.batch(range(7), 255.0))]
     for budget, kept in ((0, 0), (one, 1), (2 * one + 1, 2), (1 << 30, 7)):
-        encoded = EncodedStore(encode, store, 255.0, budget=budget, device="cpu")
+        encoded = EncodedStore(encode, store, 255.0, Memory(budget), "cpu")
         for _ in range(2):
             columns = [torch.cat(column) for column in zip(*encoded.entries(), strict=True)]
             assert all(torch.equal(found, wanted) for found, wanted in zip(columns, expected, strict=True))
@@ -515,8 +515,8 @@ def test_a_budget_of_memory_changes_no_encoding(paths: list[Path]) -> None:
 
 def make_batches(paths: list[Path], **changes: Any) -> Batches:
     samples = [Sample(path, number % 2, "kind") for number, path in enumerate(paths)]
-    store = ImageStore(paths, (32, 32), budget=1 << 30)
-    encoded = EncodedStore(encode, store, 255.0, budget=1 << 30, device="cpu")
+    store = ImageStore(paths, (32, 32), Memory(1 << 30))
+    encoded = EncodedStore(encode, store, 255.0, Memory(1 << 30), "cpu")
     return Batches(samples, store, encoded, **{"batch_size": 3, "seed": 0} | changes)
 
 
@@ -547,7 +547,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
-    photographs = ImageStore(paths, (32, 32), budget=0, crop=True)
+    photographs = ImageStore(paths, (32, 32), Memory(0), crop=True)
     in_order, backwards = make_batches(paths, natural=photographs), make_batches(paths, natural=photographs)
     expected = [in_order.at(step) for step in range(8)]
     for step in (7, 2, 3, 3, 0, 1, 6, 5, 4):
@@ -562,7 +562,7 @@ def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
 
 
 def test_photographs_are_drawn_from_all_of_them(paths: list[Path]) -> None:
-    photographs = ImageStore(paths, (8, 8), budget=0, crop=True)
+    photographs = ImageStore(paths, (8, 8), Memory(0), crop=True)
     all_of_them = photographs.batch(range(7), 65535.0)
     batches, seen = make_batches(paths, natural=photographs), Counter[int]()
     for step in range(30):
@@ -571,6 +571,21 @@ def test_photographs_are_drawn_from_all_of_them(paths: list[Path]) -> None:
         for one in natural:
             seen[next(n for n in range(7) if torch.equal(one, all_of_them[n]))] += 1
     assert set(seen) == set(range(7))
+
+
+def test_a_photograph_that_cannot_be_read_gives_its_turn_to_the_next(paths: list[Path]) -> None:
+    photographs = ImageStore(paths, (8, 8), Memory(0), crop=True)
+    paths[4].write_bytes(b"none")
+    batches = make_batches(paths, natural=photographs, batch_size=7, with_images=False)
+    others = photographs.batch([0, 1, 2, 3, 5, 6], 65535.0)
+    for step in range(5):
+        natural = batches.read(step)[1]
+        assert natural is not None
+        assert all(any(torch.equal(one, other) for other in others) for one in natural)
+    for path in paths:
+        path.write_bytes(b"none")
+    with pytest.raises(DataError, match=r"none of the 7 photographs beside .* can be read"):
+        readable(photographs, 3)
 
 
 def test_without_images_none_are_decoded(paths: list[Path]) -> None:
@@ -582,4 +597,4 @@ def test_without_images_none_are_decoded(paths: list[Path]) -> None:
 def test_an_unreadable_image_is_named(paths: list[Path]) -> None:
     paths[4].write_bytes(paths[4].read_bytes()[:200])
     with pytest.raises(ImageError, match=r"4\.png is damaged or truncated"):
-        ImageStore(paths, (32, 32), budget=0).fill()
+        ImageStore(paths, (32, 32), Memory(0)).fill()
