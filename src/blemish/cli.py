@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except BlemishError as error:
-        print(f"blemish: {error}", file=sys.stderr)
+        print("blemish:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "onnx", "onnxscript", "safetensors"):
@@ -134,7 +134,7 @@ def run_train(options: argparse.Namespace) -> int:
         device=options.device,
         precision=options.precision,
         false_reject_rate=options.false_reject_rate,
-        memory=int(options.memory * 2**30),
+        memory=gigabytes(options.memory),
         resume=options.resume,
     )
     print(options.out)
@@ -159,11 +159,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from blemish import evaluation, report
     from blemish.runtime import load
 
+    refuse_outputs(options.json, options.csv, options.report)
     found = evaluation.evaluate(
         load(options.model),
         options.data,
         layout=options.layout,
-        memory=int(options.memory * 2**30),
+        memory=gigabytes(options.memory),
         exhibits=4 if options.report else 0,
     )
     print(evaluation.table(found))
@@ -197,6 +198,7 @@ def run_predict(options: argparse.Namespace) -> int:
     from blemish import predict
     from blemish.runtime import load
 
+    refuse_outputs(options.jsonl, folders=(options.maps, options.overlays))
     outputs = predict.Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
     files = predict.gather(options.images)
     counts = predict.run(load(options.model, threads=options.threads), files, outputs)
@@ -218,6 +220,8 @@ def run_calibrate(options: argparse.Namespace) -> int:
     from blemish.predict import measure
     from blemish.runtime import Predictor
 
+    calibrate.check_shares(false_reject_rate=options.false_reject_rate)
+    refuse_outputs(options.out)
     opened = bundle.read(options.model)
     if not options.images.is_dir():
         raise ConfigError(f"no folder {options.images}; expected one of good images")
@@ -287,6 +291,25 @@ def run_demo(options: argparse.Namespace) -> int:
         "  blemish predict mine.blemish NEW_IMAGES --overlays overlays"
     )
     return 0
+
+
+def gigabytes(count: float) -> int:
+    """Give bytes; raise ConfigError for a number that is none of memory."""
+    if not 0 <= count < 2**20:
+        raise ConfigError(f"memory {count:g}: expected gigabytes, 0 or more")
+    return int(count * 2**30)
+
+
+def refuse_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> None:
+    """Refuse places that could not be written, before work goes into what is to be written there."""
+    from blemish.files import check_folder, check_writable
+
+    for file in files:
+        if file is not None:
+            check_writable(file)
+    for folder in folders:
+        if folder is not None:
+            check_folder(folder)
 
 
 def add_layout(sub: argparse.ArgumentParser) -> None:

@@ -56,3 +56,21 @@ def write_whole(path: Path, data: bytes | str) -> None:
     """Write `data` to `path`, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before work goes into it; raise OutputError, make nothing."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder, expected the name of a file")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that could not be made or written into; raise OutputError, make nothing."""
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OutputError(f"cannot write into {folder}: {nearest} is a file, expected a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {folder}: {nearest} does not allow it")

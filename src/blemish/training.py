@@ -32,7 +32,7 @@ from blemish.data.split import split
 from blemish.detectors import as_json, build, configure
 from blemish.detectors.base import SCHEDULES, Config, Detector
 from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
-from blemish.files import whole_file
+from blemish.files import check_writable
 from blemish.hardware import choose_device, choose_precision, keep_freed_memory
 from blemish.progress import Progress, say
 from blemish.runtime import Predictor
@@ -266,7 +266,8 @@ def train(
     check_length(length)
     check_shares(false_reject_rate=false_reject_rate)
     config = configure(model, preset, settings)
-    device, out = choose_device(device), writable(Path(out))
+    device, out = choose_device(device), Path(out)
+    check_writable(out)
     # The paper trained in float32, and its noise is close to bfloat16's rounding.
     dtype = choose_precision("fp32" if (preset, precision) == ("paper", "auto") else precision, device)
     keep_freed_memory()
@@ -346,16 +347,6 @@ def train(
     opened = seal(out, detector, held, white, provenance, false_reject_rate)
     run.path.unlink(missing_ok=True)
     return opened
-
-
-def writable(out: Path) -> Path:
-    """Refuse a model file that could not be written, before hours go into it; make its folder."""
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder; expected the name of a model file")
-    with whole_file(out.with_name(out.name + ".checkpoint.trial")):
-        pass
-    out.with_name(out.name + ".checkpoint.trial").unlink()
-    return out
 
 
 def try_out(detector: Detector, device: str) -> float:
