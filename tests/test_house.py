@@ -22,7 +22,7 @@ TIERS = (
     ("backbones", "bundle", "checkpoint", "images", "metrics"),
     ("charts", "data", "demo", "detectors", "display", "runtime"),
     ("evaluation", "export", "predict", "report"),
-    ("seal",),
+    ("preflight", "seal"),
     ("training",),
     ("cli",),
 )

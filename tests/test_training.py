@@ -21,8 +21,9 @@ import drawn
 from blemish import bundle, checkpoint, images, ops, training
 from blemish.data.loading import Batches, EncodedStore, ImageStore, Memory, readable
 from blemish.detectors.base import SCHEDULES
+from blemish.detectors.supersimplenet import SuperSimpleNet
 from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
-from blemish.training import Length, check_length, seconds
+from blemish.preflight import Length, check_length, seconds
 from blemish.types import Batch, Sample
 from drawn import Tiny
 
@@ -33,6 +34,7 @@ SCRIPT = """
 import sys
 from blemish import cli, training
 training.CHECKPOINT_SECONDS = 0
+training.HISTORY = 10
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -100,7 +102,11 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # --- the story: killed, killed again, interrupted, and the same in the end ---
 
 
-def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A point of the loss curve is then the mean over three steps, which a kill may fall between.
+    monkeypatch.setattr(training, "HISTORY", 10)
     whole = train(tiny, tmp_path / "whole.blemish")
     out, path = tmp_path / "killed.blemish", tmp_path / "killed.blemish.checkpoint"
     for number, step in enumerate((5, 14)):
@@ -121,6 +127,7 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(tiny: Tiny, tmp
     assert resumed.calibration == whole.calibration
     histories = [opened.manifest["training"]["history"] for opened in (resumed, whole)]
     assert histories[0] == histories[1]
+    assert [point["step"] for point in histories[0]] == [3.0 * number for number in range(1, 11)]
     assert not path.exists()
 
 
@@ -413,6 +420,23 @@ def test_the_seed_alone_decides(tiny: Tiny, tmp_path: Path, unsealed: list[dict[
     torch.manual_seed(2)
     train(tiny, tmp_path / "m.blemish", steps=5, memory=0)
     assert equal(*unsealed)
+
+
+def test_every_step_draws_anew(
+    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    loss = SuperSimpleNet.loss
+
+    def noted(self: SuperSimpleNet, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        seeds.append(generator.initial_seed())
+        return loss(self, batch, generator)
+
+    monkeypatch.setattr(SuperSimpleNet, "loss", noted)
+    for seed in (0, 1, 0):
+        train(tiny, tmp_path / "m.blemish", steps=4, seed=seed)
+    assert len(set(seeds)) == 8
+    assert seeds[:4] == seeds[8:]
 
 
 def test_a_generator_is_of_its_purpose_alone() -> None:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish import checkpoint, data, images, ops
+from blemish import checkpoint, images, ops
 from blemish._version import __version__
 from blemish.backbones import weights
 from blemish.calibrate import check_shares
 from blemish.data.loading import Batches, EncodedStore, ImageStore, Memory
-from blemish.data.split import split
 from blemish.detectors import as_json, build, configure
-from blemish.detectors.base import SCHEDULES, Config, Detector
-from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
+from blemish.detectors.base import SCHEDULES, Detector
+from blemish.errors import ConfigError, ModelFileError, StoppedError
 from blemish.files import check_writable
 from blemish.hardware import choose_device, choose_precision, keep_freed_memory
+from blemish.preflight import (
+    Length,
+    check_length,
+    choose_images,
+    digest,
+    digest_names,
+    open_natural,
+    seconds,
+    try_out,
+)
 from blemish.progress import Progress, say
 from blemish.runtime import Predictor
 from blemish.seal import seal
@@ -46,16 +53,6 @@ SETTLED = 100
 """Steps before which a detector's state on held-out images says nothing yet."""
 CARRIED = ("step", "steps", "seconds", "history", "pending", "notes")
 """Fields of a run that a checkpoint carries beside parameters and the optimiser's state."""
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long to train: one of the three, or none for the method's own default."""
-
-    steps: int | None = None
-    epochs: int | None = None
-    budget: float | None = None
-    """Seconds of wall time for everything from reading the images to the finished model file."""
 
 
 @dataclass
@@ -95,26 +92,6 @@ class Run:
         for name in CARRIED:
             setattr(self, name, header[name])
         checkpoint.load(self.path, self.detector, self.optimizer)
-
-
-def seconds(text: str) -> float:
-    """Read a duration such as 90s, 10m or 1.5h; raise ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    if not match or float(match[1]) == 0:
-        raise ConfigError(f"budget {text!r}: expected a duration such as 90s, 10m or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def digest(paths: Sequence[Path]) -> str:
-    """Sum up the contents of files, in their order, as one SHA-256."""
-    each = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-    return hashlib.sha256("".join(each).encode()).hexdigest()
-
-
-def digest_names(paths: Sequence[Path]) -> str:
-    """Sum up the names and sizes of files, for those too many to read."""
-    text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def encode_all(encoded: EncodedStore, title: str) -> Iterator[tuple[Tensor, ...]]:
@@ -271,13 +248,7 @@ def train(
     # The paper trained in float32, and its noise is close to bfloat16's rounding.
     dtype = choose_precision("fp32" if (preset, precision) == ("paper", "auto") else precision, device)
     keep_freed_memory()
-    parts = split(data.scan(Path(root), layout), Path(root))
-    if len(parts.held_out) < 2:
-        good = len(parts.train) + len(parts.held_out)
-        raise DataError(
-            f"found {good} good images in {root}, {len(parts.held_out)} of them held out for the thresholds; "
-            "expected at least 4, of which 2 are held out"
-        )
+    parts = choose_images(Path(root), layout)
     detector = build(model, config, seed)
     source = weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)
     detector.load_pretrained(source)
@@ -330,63 +301,26 @@ def train(
     reserve = 10.0 + 10 * forward_seconds * len(held.paths)
     begin(run, length, resume, reserve)
     loop(run)
-    provenance = {
-        "data": Path(root).resolve().name,
-        "good_images": len(store.paths),
-        "held_out_images": len(held.paths),
-        "pretrained": detector.pretrained_name,
+    facts = provenance(run) | {"data": Path(root).resolve().name, "held_out_images": len(held.paths)}
+    opened = seal(out, detector, held, white, facts, false_reject_rate)
+    run.path.unlink(missing_ok=True)
+    return opened
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Say how a run that has ended went, for the model file."""
+    return {
+        "good_images": len(run.batches.samples),
+        "pretrained": run.detector.pretrained_name,
         "steps": run.steps,
         "epochs": round(run.steps / run.batches.per_epoch, 2),
         "seconds": round(run.seconds, 1),
-        "device": device,
+        "device": run.device,
         "threads": torch.get_num_threads(),
         "notes": run.notes,
         "history": run.history,
         "run": run.fingerprint,
     }
-    opened = seal(out, detector, held, white, provenance, false_reject_rate)
-    run.path.unlink(missing_ok=True)
-    return opened
-
-
-def try_out(detector: Detector, device: str) -> float:
-    """Score one empty image, so that settings that do not go together are refused now; give its seconds."""
-    height, width = detector.config.image_size
-    begin = time.monotonic()
-    try:
-        with torch.no_grad():
-            detector.eval()(torch.zeros(1, 3, height, width, device=device))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"these settings do not go together at {height}x{width}: {reason}") from error
-    return time.monotonic() - begin
-
-
-def check_length(length: Length) -> None:
-    """Refuse more than one length, and none that is not positive."""
-    given = {name: value for name, value in dataclasses.asdict(length).items() if value is not None}
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} were both given; expected one of them")
-    for name, value in given.items():
-        if value <= 0:
-            raise ConfigError(f"{name} {value}: expected more than 0")
-
-
-def open_natural(
-    folder: str | Path | None, detector: Detector, config: Config, memory: Memory
-) -> ImageStore | None:
-    """Open the photographs for the pretraining penalty, or say that it is off."""
-    if not detector.wants_natural_images:
-        return None
-    if folder is None:
-        say("no --natural-images folder: the pretraining penalty is off")
-        return None
-    if not Path(folder).is_dir():
-        raise ConfigError(f"no folder {folder}; expected photographs for the pretraining penalty")
-    paths = images.list_images(Path(folder), recursive=True)
-    if not paths:
-        raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
-    return ImageStore(paths, config.image_size, memory, crop=True)
 
 
 def begin(run: Run, length: Length, resume: bool, reserve: float) -> None:
