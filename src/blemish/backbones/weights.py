@@ -33,8 +33,19 @@ HEADS = ("fc.", "_fc.", "_conv_head.", "_bn1.")
 
 
 # What torch and safetensors raise on damaged files, by trial.
-_DAMAGE: tuple[type[Exception], ...] = (SafetensorError, RuntimeError, OSError, EOFError, ValueError)
-_DAMAGE += (LookupError, TypeError, AssertionError, struct.error)
+_DAMAGE = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AssertionError,
+    struct.error,
+)
+"""What the libraries raise at files that are damaged or are something else."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +132,11 @@ def read(path: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is unusual in a file that then cannot be read
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own text advises to run what is in the file.
-        raise WeightsError(
-            f"{path} holds no readable weights: it is damaged, or not tensors alone"
-        ) from error
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} holds no readable weights: {reason}") from error
+        # Neither library's text helps here: torch's advises to run what is in the file.
+        raise WeightsError(
+            f"{path} holds no readable weights; expected a whole safetensors file or a torch file of tensors"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds no plain table of parameters")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
