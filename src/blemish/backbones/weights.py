@@ -32,7 +32,6 @@ HEADS = ("fc.", "_fc.", "_conv_head.", "_bn1.")
 """Parameters of classification heads, which no backbone here has."""
 
 
-# What torch and safetensors raise on damaged files, by trial.
 _DAMAGE = (
     pickle.UnpicklingError,
     SafetensorError,
@@ -45,7 +44,7 @@ _DAMAGE = (
     AssertionError,
     struct.error,
 )
-"""What the libraries raise at files that are damaged or are something else."""
+"""What torch and safetensors raise at files that are damaged or something else, by trial."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,284 @@
+"""An evaluation against scikit-learn on the same verdicts, and predictions in bulk."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+import blemish
+import drawn
+from blemish import images, predict
+from blemish.errors import DataError, ImageError
+from blemish.evaluation import choose_exhibits, evaluate, table
+from blemish.runtime import Predictor
+from blemish.types import Evaluation, ImageResult, Sample, Verdict
+from make_format1 import FILES
+
+
+@pytest.fixture(scope="module")
+def model() -> Predictor:
+    return blemish.load(FILES / "format1.blemish", threads=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw parts of two sizes: spots, faint stains that partly escape, and cracks without masks."""
+    root = drawn.data_set(tmp_path_factory.mktemp("evaluation") / "parts", train=1, good=6, bad=4)
+    for number in range(4):
+        image, mask = drawn.spotted(3000 + number, (48, 80))
+        faint = np.where(mask[..., None], drawn.part(3000 + number, (48, 80)) + 3 * number, image)
+        images.write_png(root / f"test/stain/{number}.png", faint.astype(np.uint8))
+        images.write_png(root / f"ground_truth/stain/{number}_mask.png", (255 * mask).astype(np.uint8))
+        images.write_png(root / f"test/crack/{number}.png", drawn.spotted(4000 + number)[0])
+    return root
+
+
+@pytest.fixture(scope="module")
+def found(model: Predictor, data: Path) -> Evaluation:
+    return evaluate(model, data)
+
+
+def judged(model: Predictor, data: Path, kinds: Sequence[str]) -> Iterator[tuple[int, Verdict, Any]]:
+    """Judge the good parts and some kinds by hand: truth, verdict, and mask or None."""
+    for path in sorted((data / "test").rglob("*.png")):
+        kind = path.parent.name
+        if kind in ("good", *kinds):
+            verdict = model.predict(path)
+            file = data / "ground_truth" / kind / f"{path.stem}_mask.png"
+            mask = images.read_mask((file,), verdict.map.shape) if file.is_file() else None  # type: ignore[arg-type]
+            yield int(kind != "good"), verdict, mask
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "kinds", "counts"),
+    [
+        (0, "all", ("spot", "stain", "crack"), (6, 12, 8)),
+        (1, "crack", ("crack",), (6, 4, 0)),
+        (2, "spot", ("spot",), (6, 4, 4)),
+        (3, "stain", ("stain",), (6, 4, 4)),
+    ],
+)
+def test_rows_are_what_scikit_learn_says(
+    place: int,
+    kind: str,
+    kinds: tuple[str, ...],
+    counts: tuple[int, ...],
+    model: Predictor,
+    data: Path,
+    found: Evaluation,
+) -> None:
+    row = found.rows[place]
+    assert (row.kind, row.good, row.defective, row.masked) == (kind, *counts)
+    images_ = list(judged(model, data, kinds))
+    truths, scores = [truth for truth, _, _ in images_], [verdict.score for _, verdict, _ in images_]
+    assert row.image_auroc == pytest.approx(roc_auc_score(truths, scores))
+    assert row.image_ap == pytest.approx(average_precision_score(truths, scores))
+    known = [
+        (v.map, np.zeros(v.map.shape, bool) if m is None else m)
+        for t, v, m in images_
+        if not t or m is not None
+    ]
+    pixels, marked = (np.concatenate([pair[n].ravel() for pair in known]) for n in (0, 1))
+    if marked.any():
+        assert row.pixel_auroc == pytest.approx(roc_auc_score(marked, pixels))
+        assert row.pixel_ap == pytest.approx(average_precision_score(marked, pixels))
+        assert row.aupro is not None
+    else:
+        assert (row.pixel_auroc, row.pixel_ap, row.pixel_f1_max, row.aupro) == (None,) * 4
+
+
+def test_results_are_those_of_the_model(model: Predictor, data: Path, found: Evaluation) -> None:
+    assert len(found.rows) == 4
+    assert [result.path for result in found.images] == sorted(result.path for result in found.images)
+    assert len(found.images) == 18
+    for result in found.images:
+        verdict = model.predict(data / result.path)
+        expected = (verdict.label, verdict.score, verdict.p_value)
+        assert (result.label, result.score, result.p_value) == expected
+        assert result.kind == Path(result.path).parent.name
+        assert result.truth == (result.kind != "good")
+    assert found.data == "parts"
+    assert found.skipped == ()
+    assert found.calibration == model.calibration
+
+
+def test_intervals_hold_what_was_measured(found: Evaluation) -> None:
+    assert set(found.intervals) == {"image_auroc", "image_ap", "image_f1_max"}
+    for name, (low, high) in found.intervals.items():
+        assert 0 <= low <= getattr(found.rows[0], name) <= high <= 1
+    assert any(low < high for low, high in found.intervals.values())
+
+
+def test_an_evaluation_repeats(model: Predictor, data: Path, found: Evaluation) -> None:
+    again = evaluate(model, data)
+    for field in fields(Evaluation):
+        if field.name != "exhibits":
+            assert getattr(again, field.name) == getattr(found, field.name)
+
+
+def test_little_memory_changes_little(model: Predictor, data: Path, found: Evaluation) -> None:
+    for row, other in zip(found.rows, evaluate(model, data, memory=0).rows, strict=True):
+        for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"):
+            exact, rough = getattr(row, name), getattr(other, name)
+            assert rough == (None if exact is None else pytest.approx(exact, abs=1e-3))
+
+
+def test_provenance_says_where_the_model_comes_from(found: Evaluation) -> None:
+    said = found.provenance
+    assert (said["model file"], said["method"]) == ("format1.blemish", "supersimplenet")
+    assert (said["image size"], said["trained on"]) == ("64 x 64", "drawn, 11 good images")
+    assert (said["steps"], said["seed"]) == (200, 0)
+    assert said["torch version"].startswith("2.")
+
+
+def test_images_and_masks_that_cannot_be_read_are_listed(model: Predictor, tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", train=1, good=3, bad=3)
+    (root / "test/good/000.png").write_bytes(b"none")
+    (root / "ground_truth/spot/001_mask.png").write_bytes(b"none")
+    images.write_png(root / "ground_truth/spot/002_mask.png", np.zeros((9, 9), np.uint8))
+    found = evaluate(model, root)
+    assert (found.rows[0].good, found.rows[0].defective, found.rows[0].masked) == (2, 1, 1)
+    assert [
+        "000.png" in found.skipped[0],
+        "001_mask" in found.skipped[1],
+        "002_mask" in found.skipped[2],
+    ] == [True] * 3
+    assert len(found.images) == 3
+
+
+def test_one_class_alone_leaves_cells_empty(model: Predictor, tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", train=1, good=3, bad=0)
+    found = evaluate(model, root)
+    (row,) = found.rows
+    assert (row.good, row.defective, row.image_auroc, row.image_ap, row.aupro) == (3, 0, None, None, None)
+    assert found.intervals == {}
+    assert "None" not in table(found)
+
+
+def test_the_table_lines_up(found: Evaluation) -> None:
+    lines = table(found).splitlines()
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split()[0] for line in lines] == ["kind", "all", "crack", "spot", "stain"]
+    assert f"{found.rows[0].image_auroc:.4f}" in lines[1].split()
+
+
+# --- exhibits ---
+
+
+def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
+    def one(kind: str, label: str, score: float) -> tuple[Sample, ImageResult]:
+        truth = int(kind != "good")
+        path = Path(f"{kind}{score}")
+        return Sample(path, truth, kind), ImageResult(str(path), kind, truth, label, score, 0.5)  # type: ignore[arg-type]
+
+    results = [
+        *(one("good", "ok", 0), one("good", "review", 5), one("good", "defect", 9), one("good", "defect", 8)),
+        *(one("dent", "ok", 1), one("dent", "ok", 2), one("dent", "defect", 20), one("dent", "defect", 30)),
+        *(one("rust", "review", 6), one("rust", "ok", 3)),
+    ]
+    chosen = [(title, result.path) for title, _, result in choose_exhibits(results, 2)]
+    assert chosen == [
+        ("Escape", "dent1"),
+        ("Escape", "dent2"),
+        ("False reject", "good9"),
+        ("False reject", "good8"),
+        ("Needless review", "good5"),
+        ("Best find", "dent30"),
+        ("Best find", "rust6"),
+    ]
+    assert list(choose_exhibits(results, 0)) == []
+
+
+def test_an_exhibit_is_the_image_its_map_and_its_mask(
+    model: Predictor, data: Path, found: Evaluation
+) -> None:
+    assert found.exhibits
+    for exhibit in found.exhibits:
+        path = data / exhibit.result.path
+        assert np.array_equal(exhibit.image, images.read(path))
+        assert np.array_equal(exhibit.map, model.predict(path).map)
+        assert (exhibit.mask is not None) == (exhibit.result.kind in ("spot", "stain"))
+
+
+# --- predictions in bulk ---
+
+
+def test_images_are_gathered_with_the_names_of_their_results(tmp_path: Path) -> None:
+    for name in ("d/b.png", "d/sub/a.PNG", "d/.hidden.png", "single.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "d/notes.txt").write_text("none")
+    files = predict.gather([tmp_path / "single.png", tmp_path / "d"])
+    assert [(file.path.name, file.name.as_posix()) for file in files] == [
+        ("single.png", "single.png"),
+        ("b.png", "b.png"),
+        ("a.PNG", "sub/a.PNG"),
+    ]
+    # One image twice is one result; two images of one name are not.
+    assert len(predict.gather([tmp_path / "single.png"] * 2)) == 2
+    (tmp_path / "d/b.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match="would share the name"):
+        predict.gather([tmp_path / "d"])
+
+
+def test_a_run_that_fails_leaves_no_half_file(
+    model: Predictor, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(3))
+
+    def fail_at_last(*arguments: Any) -> None:
+        if next(calls) == 2:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(predict, "write_pictures", fail_at_last)
+    with pytest.raises(ZeroDivisionError):
+        predict.run(model, predict.gather([data / "test"]), predict.Outputs(tmp_path / "lines.jsonl"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_counts_labels(model: Predictor, data: Path, tmp_path: Path) -> None:
+    files = predict.gather([data / "test"])
+    counts = predict.run(model, files, predict.Outputs(tmp_path / "lines.jsonl"))
+    labels = [model.predict(file.path).label for file in files]
+    assert counts == {name: labels.count(name) for name in ("ok", "review", "defect")} | {"unreadable": 0}  # type: ignore[arg-type]
+    records = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [record["path"] for record in records] == [str(file.path) for file in files]
+    for record in records:
+        verdict = model.predict(record["path"])
+        assert (record["score"], record["label"], record["p_value"]) == (
+            verdict.score,
+            verdict.label,
+            verdict.p_value,
+        )
+        assert [tuple(region["box"]) for region in record["regions"]] == [
+            region.box for region in verdict.regions
+        ]
+
+
+def test_measuring_gives_what_calibration_wants(model: Predictor, data: Path, tmp_path: Path) -> None:
+    paths = images.list_images(data / "test" / "good")
+    statistics, maxima = predict.measure(model, paths)
+    assert statistics.shape == (6, 3)
+    for path, row, peak in zip(paths, statistics, maxima, strict=True):
+        found = model.graph.run(model.prepare(path).inputs[None])
+        assert np.array_equal(row, found["statistics"][0])
+        assert peak == found["map"].max()
+    assert predict.measure(model, [])[0].shape == (0, 3)
+    (tmp_path / "none.png").write_bytes(b"none")
+    with pytest.raises(ImageError, match=r"none\.png"):
+        predict.measure(model, [*paths, tmp_path / "none.png"])
+
+
+def test_a_model_that_scores_by_one_statistic_is_evaluated_raw(model: Predictor, data: Path) -> None:
+    calibration = replace(model.calibration, centers=(0.0,) * 3, scales=(1.0, 1e9, 1e9))
+    raw = blemish.load(FILES / "format1.blemish", threads=1)
+    raw.calibration = calibration
+    result = evaluate(raw, data).images[0]
+    assert result.score == pytest.approx(float(raw.predict(data / result.path).map.max()), abs=2e-2)
