@@ -57,10 +57,18 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+def reached(path: Path) -> int:
+    """Give the step of a checkpoint that is being replaced over and over; 0 where it was just then."""
+    try:
+        return int(checkpoint.header(path)["step"]) if path.is_file() else 0
+    except ModelFileError:
+        return 0
+
+
 def wait_for_step(process: subprocess.Popen[str], path: Path, step: int) -> None:
     """Wait until a run's checkpoint has got to a step."""
     deadline = time.monotonic() + 60
-    while not path.is_file() or checkpoint.header(path)["step"] < step:
+    while reached(path) < step:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.005)
