@@ -80,6 +80,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
         settings=drawn.TINY,
         steps=drawn.STEPS,
         precision="fp32",
+        device="cpu",
     )
     torch.set_num_threads(threads)
     return drawn.Tiny(data, weights, file, model)

@@ -58,7 +58,17 @@ def as_words(settings: dict[str, Any]) -> Words:
 def training(tiny: Tiny, out: Path, *more: Any, data: Path | None = None) -> Words:
     """Give the words that train as the tiny model was; later ones win."""
     words = ["train", data or tiny.data, "--model", "supersimplenet", "--out", out]
-    return [*words, "--weights", tiny.weights, "--precision", "fp32", *as_words(drawn.TINY), *more]
+    return [
+        *words,
+        "--weights",
+        tiny.weights,
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        *as_words(drawn.TINY),
+        *more,
+    ]
 
 
 # --- a first day ---

@@ -1,4 +1,4 @@
-"""What every method and every backbone promises, over the whole dictionaries.
+"""What every method promises, over the whole dictionary.
 
 Pretrained weights are drawn. EfficientAD's networks keep their shape but have few channels: the recorded
 tensors of test_parity.py pin the published widths.
@@ -22,7 +22,6 @@ from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors import METHODS, as_json, build, configure
 from blemish.detectors.base import Config, Detector
-from blemish.detectors.supersimplenet import axis_matrix
 from blemish.export import onnx
 from blemish.images import to_input
 from blemish.runtime import Graph, Predictor
@@ -116,13 +115,14 @@ class Case:
             "settings": as_json(self.config),
             "steps": self.steps,
             "precision": "fp32",
+            "device": "cpu",
         }
         return training.train(self.data, out=out, **given | changes)
 
 
 def draw_weights(path: Path, method: str, config: Config) -> Path:
     name = build(method, config, 0).pretrained_name
-    network = PDNS[name]() if name in PDNS else BACKBONES[name].build(choose_layers(name, config.layers))  # type: ignore[attr-defined]
+    network = PDNS[name]() if name in PDNS else BACKBONES[name].build(choose_layers(name, config.layers))
     return drawn.weights(path, network)
 
 
@@ -133,7 +133,7 @@ def case(request: pytest.FixtureRequest, narrow: None, tmp_path_factory: pytest.
     folder = tmp_path_factory.mktemp("contract")
     drawn_weights = draw_weights(folder / "weights.safetensors", method, config)
     root = drawn.data_set(folder / "parts", train=10, good=2, bad=0, size=(80, 100))
-    empty = Case(method, config, steps, drawn_weights, root, folder / "model.blemish", None)  # type: ignore[arg-type]
+    empty = Case(method, config, steps, drawn_weights, root, folder / "model.blemish", None)
     torch.set_num_threads(1)
     return dataclasses.replace(empty, model=empty.train(empty.file))
 
@@ -235,15 +235,6 @@ def test_the_map_points_at_a_planted_defect(case: Case) -> None:
         inner[20:-20, 20:-20] = True  # EfficientAD is blind at the edges
         found = case.model.predict(image).map
         assert found[mask & inner].mean() > found[inner & ~mask].mean() + found[inner & ~mask].std()
-
-
-@pytest.mark.parametrize("cells", [1, 2, 7, 16])
-@pytest.mark.parametrize("length", [1, 8, 14, 33])
-def test_an_axis_is_resized_and_averaged_as_torch_does(cells: int, length: int) -> None:
-    one = torch.eye(cells, dtype=torch.float64)[None]
-    resized = nn.functional.interpolate(one, length, mode="linear", align_corners=True)
-    expected = nn.functional.avg_pool1d(resized, 3, stride=1, padding=1)[0].T
-    torch.testing.assert_close(axis_matrix(cells, length).double(), expected, rtol=0, atol=1e-6)
 
 
 # --- the file ---

@@ -12,7 +12,7 @@ import drawn
 from blemish import ops
 from blemish.detectors import build, configure
 from blemish.detectors.efficientad import EfficientAD, jitter, luma, quantile, sometimes_grey
-from blemish.detectors.supersimplenet import SuperSimpleNet, focal
+from blemish.detectors.supersimplenet import SuperSimpleNet, axis_matrix, focal
 from blemish.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -214,7 +214,7 @@ def test_the_losses_are_those_of_the_paper(detector: SuperSimpleNet) -> None:
         found = detector.losses(parts, torch.zeros_like(masks), nothing, masks, labels)
         score = detector.classification(
             detector.classified(parts, torch.zeros_like(masks), nothing), logits.view(2, 1, 16, 12)
-        )  # type: ignore[misc]
+        )
     flat = masks.flatten()
     assert float(found["normal"]) == pytest.approx(float((0.5 + logits[~flat]).clamp(min=0).mean()), rel=1e-5)
     assert float(found["anomalous"]) == pytest.approx(
@@ -276,6 +276,15 @@ def test_layers_learn_at_their_own_rates(detector: SuperSimpleNet) -> None:
     }
     assert (adaptor["lr"], adaptor["weight_decay"]) == (1e-4, 1e-2)
     assert (heads["lr"], heads["weight_decay"]) == (drawn.TINY["head_learning_rate"], 1e-5)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 7, 16])
+@pytest.mark.parametrize("length", [1, 8, 14, 33])
+def test_an_axis_is_resized_and_averaged_as_torch_does(cells: int, length: int) -> None:
+    one = torch.eye(cells, dtype=torch.float64)[None]
+    resized = nn.functional.interpolate(one, length, mode="linear", align_corners=True)
+    expected = nn.functional.avg_pool1d(resized, 3, stride=1, padding=1)[0].T
+    torch.testing.assert_close(axis_matrix(cells, length).double(), expected, rtol=0, atol=1e-6)
 
 
 # --- shared pieces ---

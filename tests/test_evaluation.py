@@ -50,7 +50,7 @@ def judged(model: Predictor, data: Path, kinds: Sequence[str]) -> Iterator[tuple
         if kind in ("good", *kinds):
             verdict = model.predict(path)
             file = data / "ground_truth" / kind / f"{path.stem}_mask.png"
-            mask = images.read_mask((file,), verdict.map.shape) if file.is_file() else None  # type: ignore[arg-type]
+            mask = images.read_mask((file,), verdict.map.shape) if file.is_file() else None
             yield int(kind != "good"), verdict, mask
 
 
@@ -175,7 +175,7 @@ def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
     def one(kind: str, label: str, score: float) -> tuple[Sample, ImageResult]:
         truth = int(kind != "good")
         path = Path(f"{kind}{score}")
-        return Sample(path, truth, kind), ImageResult(str(path), kind, truth, label, score, 0.5)  # type: ignore[arg-type]
+        return Sample(path, truth, kind), ImageResult(str(path), kind, truth, label, score, 0.5)
 
     results = [
         *(one("good", "ok", 0), one("good", "review", 5), one("good", "defect", 9), one("good", "defect", 8)),
@@ -247,7 +247,7 @@ def test_a_run_counts_labels(model: Predictor, data: Path, tmp_path: Path) -> No
     files = predict.gather([data / "test"])
     counts = predict.run(model, files, predict.Outputs(tmp_path / "lines.jsonl"))
     labels = [model.predict(file.path).label for file in files]
-    assert counts == {name: labels.count(name) for name in ("ok", "review", "defect")} | {"unreadable": 0}  # type: ignore[arg-type]
+    assert counts == {name: labels.count(name) for name in ("ok", "review", "defect")} | {"unreadable": 0}
     records = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert [record["path"] for record in records] == [str(file.path) for file in files]
     for record in records:

@@ -30,7 +30,7 @@ from make_format1 import BAD, FILES, GOOD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CALIBRATION = calibrate.calibrate([[1.0], [2.0], [4.0]], [3.0, 5.0, 6.0], ("maximum",))  # type: ignore[arg-type]
+CALIBRATION = calibrate.calibrate([[1.0], [2.0], [4.0]], [3.0, 5.0, 6.0], ("maximum",))
 
 
 def manifest() -> dict[str, Any]:
@@ -259,7 +259,7 @@ def test_a_manifest_that_lacks_something(small: Path, key: str) -> None:
     assert f"its {MANIFEST} lacks {key!r}" in refused(small)
     for part in bundle.REQUIRED[key]:
         small.write_bytes(whole)
-        rewrite(small, say(lambda said, part=part: said[key].pop(part)))  # type: ignore[misc]
+        rewrite(small, say(lambda said, part=part: said[key].pop(part)))
         assert f"{key!r} in its {MANIFEST} lacks {part!r}" in refused(small)
         rewrite(small, say(lambda said: said.update({key: 3})))
         refused(small)

@@ -67,7 +67,7 @@ class Case:
             for key, value in recorded("efficientad").items()
             if key.startswith(size)
         }
-        config = EfficientADConfig(size=size, dropout=0.0, statistics=("maximum",), learning_rate=1e-4)  # type: ignore[arg-type]
+        config = EfficientADConfig(size=size, dropout=0.0, statistics=("maximum",), learning_rate=1e-4)
         self.detector = EfficientAD(config)
         d = self.detector
         fill(d.teacher.parameters(), 1000)

@@ -146,7 +146,7 @@ def test_a_stream_reads_no_more_than_two_images_ahead(model: Predictor) -> None:
     for taken in range(1, 5):
         next(stream)
         assert len(asked) <= taken + 2
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert list(model.predict_stream([])) == []
 
 
