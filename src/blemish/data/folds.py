@@ -1,0 +1,161 @@
+"""Cross-validation: every image is tested once, by a model that has not seen it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blemish.data.split import relative_path
+from blemish.errors import ConfigError, DataError
+from blemish.types import Sample
+
+COLUMNS = ("image", "fold")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One part of several that a data set is dealt into: what is tested while the others train."""
+
+    index: int
+    """From 0 to count - 1; people are shown it from 1."""
+    count: int
+    seed: int = 0
+    """Of the drawing; without meaning where a file says which image is in which fold."""
+    file: Path | None = None
+    """A CSV file with the columns image and fold."""
+
+
+def assign(samples: Sequence[Sample], root: Path, fold: Fold) -> list[Sample]:
+    """Give every sample the split "test" if it is in the fold, else "train", whatever its split was.
+
+    root: of the data set, a folder or a manifest. Folds are drawn from the seed, or come from the file. The
+    order of the samples is kept and does not count. Raises ConfigError for a fold that cannot be;
+    DataError for a file that does not fit the data set, and where a fold would lack good images, or
+    defective ones that the data set has.
+    """
+    if fold.count < 2:
+        raise ConfigError(f"found {fold.count} folds; expected at least 2")
+    if not 0 <= fold.index < fold.count:
+        raise ConfigError(f"found fold {fold.index + 1} of {fold.count}; expected 1 to {fold.count}")
+    if fold.seed < 0:
+        raise ConfigError(f"found {fold.seed} as the seed of the folds; expected 0 or more")
+    numbers = _draw(samples, root, fold) if fold.file is None else _read(samples, root, fold.file, fold.count)
+    _refuse_one_sided(samples, numbers, root, fold)
+    return [
+        replace(sample, split="test" if number == fold.index else "train")
+        for sample, number in zip(samples, numbers, strict=True)
+    ]
+
+
+def record(fold: Fold, samples: Sequence[Sample], root: Path) -> dict[str, Any]:
+    """Write a fold as JSON takes it, with digests of the samples that it was dealt from and of its file."""
+    file = fold.file and {"path": str(fold.file), "sha256": _digest(fold.file)}
+    dealt = sorted((relative_path(sample.path, root), sample.kind) for sample in samples)
+    images = hashlib.sha256(repr(dealt).encode()).hexdigest()
+    return {"index": fold.index, "count": fold.count, "seed": fold.seed, "images": images, "file": file}
+
+
+def recall(recorded: Mapping[str, Any], samples: Sequence[Sample], root: Path) -> Fold:
+    """Give back what `record` wrote.
+
+    Raises DataError where the samples are not those of then, or the file of folds is gone or has changed:
+    the fold could hold images now that the model was trained on.
+    """
+    path = Path(recorded["file"]["path"]) if recorded["file"] else None
+    fold = Fold(recorded["index"], recorded["count"], recorded["seed"], path)
+    name = f"fold {fold.index + 1} of {fold.count}"
+    now = record(fold, samples, root)
+    if now["images"] != recorded["images"]:
+        raise DataError(f"{name} was dealt from other images or kinds than {root} has; expected the same")
+    if now["file"] != recorded["file"]:
+        raise DataError(f"{path} has changed since {name} was taken from it; expected the same file")
+    return fold
+
+
+def _draw(samples: Sequence[Sample], root: Path, fold: Fold) -> list[int]:
+    """Deal the samples out like cards, kind after kind, each shuffled; give each sample's fold.
+
+    A kind goes on at the fold where the one before ended, so that also the folds' sums differ by one at most.
+    """
+    names = [relative_path(sample.path, root) for sample in samples]
+    order = np.array(sorted(range(len(samples)), key=names.__getitem__), np.intp)
+    shuffled: list[int] = np.random.default_rng(fold.seed).permutation(order).tolist()
+    shuffled.sort(key=lambda place: (samples[place].label, samples[place].kind))  # keeps the order inside
+    numbers = [0] * len(samples)
+    for turn, place in enumerate(shuffled):
+        numbers[place] = turn % fold.count
+    return numbers
+
+
+def _read(samples: Sequence[Sample], root: Path, file: Path, count: int) -> list[int]:
+    """Give each sample's fold as a file says, counted from 0."""
+    names = [relative_path(sample.path, root) for sample in samples]
+    known = set(names)
+    folds: dict[str, int] = {}
+    lines: dict[str, int] = {}
+    for line, image, number in _lines(file):
+        where = f"{file}, line {line}"
+        if image not in known:
+            raise DataError(f"{where}: found {image}, which is no image of {root}; expected only those")
+        if image in lines:
+            raise DataError(f"{where}: {image} is listed in line {lines[image]} already; expected it once")
+        if not number.isdecimal():
+            raise DataError(f"{where}: found the fold {number!r}; expected a whole number")
+        folds[image], lines[image] = int(number), line
+    if missing := sorted(known - folds.keys()):
+        raise DataError(
+            f"{file} lacks {len(missing)} of {len(known)} images of {root}, such as {missing[0]}; "
+            "expected a line for each"
+        )
+    first = _first(sorted(set(folds.values())), file, count)
+    return [folds[name] - first for name in names]
+
+
+def _first(numbers: Sequence[int], file: Path, count: int) -> int:
+    """Tell whether a file counts its folds from 0 or from 1; refuse anything else."""
+    for first in (0, 1):
+        if numbers == list(range(first, first + count)):
+            return first
+    found = ", ".join(map(str, numbers)) or "none"
+    raise DataError(f"{file} has the folds {found}; expected 0 to {count - 1}, or 1 to {count}")
+
+
+def _lines(file: Path) -> list[tuple[int, str, str]]:
+    """Read a file of folds: of every line that is not blank its number, the image and the fold."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.DictReader(opened, strict=True, skipinitialspace=True)
+            found = reader.fieldnames or ["none"]
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file} cannot be read ({error}); expected comma-separated UTF-8 text") from error
+    if missing := [name for name in COLUMNS if name not in found]:
+        raise DataError(f"{file} has the columns {', '.join(found)}; expected {' and '.join(missing)}, too")
+    return [(line, (row["image"] or "").strip(), (row["fold"] or "").strip()) for line, row in rows]
+
+
+def _refuse_one_sided(samples: Sequence[Sample], numbers: Sequence[int], root: Path, fold: Fold) -> None:
+    """Refuse folds without a good or, where the data set has defects, without a defective image."""
+    counts = Counter((sample.label, number) for sample, number in zip(samples, numbers, strict=True))
+    for label, word in enumerate(("good", "defective")):
+        total = sum(sample.label == label for sample in samples)
+        empty = next((number for number in range(fold.count) if not counts[label, number]), None)
+        if empty is not None and (total or label == 0):
+            raise DataError(
+                f"fold {empty + 1} of {fold.count} would test no {word} image of {root}, which has {total}; "
+                "expected at least one in every fold"
+            )
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); expected a file of folds") from error
