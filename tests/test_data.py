@@ -17,6 +17,7 @@ from blemish.data.check import Report, check, format
 from blemish.data.split import choose_test, relative_path, split
 from blemish.errors import ConfigError, DataError
 from blemish.types import Sample
+from test_layouts import MINIATURES
 
 
 def draw(
@@ -83,6 +84,7 @@ DRAWN = {
     "divided folder": ("folder", divided_folder),
     "loose images": ("folder", loose_images),
     "manifest": ("csv", manifest),
+    **{name: (miniature.layout, miniature.draw) for name, miniature in MINIATURES.items()},
 }
 
 

@@ -19,6 +19,7 @@ from blemish.images import (
     as_image,
     describe,
     list_images,
+    mask_is_empty,
     prepare,
     read,
     read_mask,
@@ -652,6 +653,32 @@ def test_noise_around_the_edges_of_a_jpeg_mask_does_not_count(tmp_path: Path) ->
     Image.fromarray(square).save(tmp_path / "a.jpg", quality=60)
     assert ((read(tmp_path / "a.jpg")[..., 0] > 0) & (square == 0)).any()
     np.testing.assert_array_equal(read_mask((tmp_path / "a.jpg",), (64, 64)), square > 0)
+
+
+def test_a_mask_is_empty_where_read_mask_finds_nothing(tmp_path: Path) -> None:
+    one = np.zeros((4, 5), np.uint8)
+    one[2, 3] = 1
+    black_under_alpha = Image.fromarray(np.dstack([0 * one] * 3 + [1 - one]))
+    palette = Image.new("P", (5, 4))
+    palette.putpalette([9, 9, 9])
+    drawn = {
+        "black.png": (Image.fromarray(0 * one), True),
+        "grey.png": (Image.fromarray(one), False),
+        "bit.png": (Image.fromarray(one > 0), False),
+        "no bit.png": (Image.fromarray(one > 1), True),
+        "blue.png": (Image.fromarray(np.dstack([0 * one, 0 * one, one])), False),
+        "deep.png": (Image.fromarray(one.astype(np.uint16)), False),
+        "alpha.png": (black_under_alpha, True),
+        "palette.png": (palette, False),
+        "noise.jpg": (Image.fromarray(100 * one), True),
+        "marked.jpg": (Image.fromarray(np.full((4, 5), 200, np.uint8)), False),
+    }
+    for name, (mask, empty) in drawn.items():
+        mask.save(tmp_path / name)
+        assert read_mask((tmp_path / name,), (4, 5)).any() != empty, name
+        assert mask_is_empty(tmp_path / name) == empty, name
+    with pytest.raises(ImageError, match=r"none\.png"):
+        mask_is_empty(tmp_path / "none.png")
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def refuse_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> 
 
 def add_layout(sub: argparse.ArgumentParser) -> None:
     """Declare the layout of a data set."""
-    sub.add_argument("--layout", default="auto", help="auto, mvtec, folder or csv")
+    sub.add_argument("--layout", default="auto", help="auto, csv, folder, mvtec, loco, visa, ksdd2 or sensum")
 
 
 RATE_HELP = "share of good parts that may be called defect (0.01)"

@@ -21,6 +21,17 @@ Label = Literal["ok", "review", "defect"]
 
 
 @dataclass(frozen=True)
+class Saturation:
+    """From how many pixels on a region counts as found whole, for one kind of defect."""
+
+    pixel_value: int
+    """Of this kind in mask files, 1 to 255."""
+    threshold: float
+    """A number of pixels, or a share of the region's area."""
+    relative: bool
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image of a data set."""
 
@@ -33,6 +44,8 @@ class Sample:
     """What the layout says the image is for; empty where the layout does not say."""
     masks: tuple[Path, ...] = ()
     """Mask files whose union is the defect. None: not masked (or good)."""
+    saturations: tuple[Saturation, ...] = ()
+    """Of the kinds of defect in the data set, where it says; then each mask file is one region."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,8 @@ class MetricRow:
     pixel_ap: float | None
     pixel_f1_max: float | None
     aupro: float | None
+    saturated_pro: float | None = None
+    """Up to a false-positive rate of 0.05; None in every row where the data set names no saturation."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import difflib
 from pathlib import Path
 from typing import Protocol
 
-from blemish.data import csv_manifest, folder, mvtec
+from blemish.data import csv_manifest, folder, ksdd2, loco, mvtec, sensum, visa
 from blemish.errors import DataError
 from blemish.types import Sample
 
@@ -32,13 +32,22 @@ class Layout(Protocol):
         ...
 
 
-LAYOUTS: dict[str, Layout] = {"csv": csv_manifest, "mvtec": mvtec, "folder": folder}
+LAYOUTS: dict[str, Layout] = {
+    "visa": visa,  # before csv: its categories hold tables of another kind with the columns of a manifest
+    "csv": csv_manifest,
+    "loco": loco,
+    "mvtec": mvtec,
+    "ksdd2": ksdd2,
+    "sensum": sensum,
+    "folder": folder,
+}
 """Every layout, the more specific before the more general: the first that matches is taken."""
 
 
 def scan(root: Path, layout: str = "auto") -> list[Sample]:
     """List the samples of the data set at `root`, a folder or a manifest, without opening an image.
 
+    Masks are opened only where nothing else tells good from defective (ksdd2).
     Raises DataError where `root` is missing, its layout is unknown, or it holds no images.
     """
     samples = LAYOUTS[recognise(root, layout)].scan(root)

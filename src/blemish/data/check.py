@@ -15,6 +15,7 @@ from typing import Literal
 from blemish import images
 from blemish.data import LAYOUTS, recognise, scan
 from blemish.data.folder import GOOD
+from blemish.data.saturation import regions
 from blemish.errors import BlemishError, ImageError
 from blemish.images import ImageInfo
 from blemish.types import Sample, SplitName
@@ -145,6 +146,8 @@ def _inspect(sample: Sample) -> _Inspected:
 def _mask_problems(sample: Sample, size: tuple[int, int]) -> Iterator[Problem]:
     try:
         mask = images.read_mask(sample.masks, size)
+        if sample.saturations:
+            regions(sample, size)
     except BlemishError as error:
         yield Problem("problem", str(error))
         return
