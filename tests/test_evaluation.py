@@ -1,6 +1,7 @@
 """An evaluation against scikit-learn on the same verdicts, and predictions in bulk."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from blemish import images, predict
 from blemish.errors import DataError, ImageError
 from blemish.evaluation import choose_exhibits, evaluate, table
 from blemish.runtime import Predictor
-from blemish.types import Evaluation, ImageResult, Sample, Verdict
+from blemish.types import BoolArray, Evaluation, FloatArray, ImageResult, Sample, Verdict
 from make_format1 import FILES
 
 
@@ -166,6 +167,118 @@ def test_the_table_lines_up(found: Evaluation) -> None:
     assert len({len(line) for line in lines}) == 1
     assert [line.split()[0] for line in lines] == ["kind", "all", "crack", "spot", "stain"]
     assert f"{found.rows[0].image_auroc:.4f}" in lines[1].split()
+
+
+# --- saturated PRO ---
+
+
+@pytest.fixture(scope="module")
+def loco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw parts whose logical defects have two masks: a spot, and a spot with an unseen strip."""
+    root = drawn.data_set(tmp_path_factory.mktemp("loco") / "parts", train=1, good=3, bad=0)
+    for number in range(3):
+        size = (48, 80 + 16 * number)
+        image, spot = drawn.spotted(5000 + number, size)
+        images.write_png(root / f"test/structural_anomalies/{number:03}.png", image)
+        write_region(root / f"ground_truth/structural_anomalies/{number:03}/000.png", spot, 255)
+        other, second = drawn.spotted(6000 + number, size)
+        both = np.where(second[..., None], other, image)
+        images.write_png(root / f"test/logical_anomalies/{number:03}.png", both)
+        second[:4, :30] = True
+        write_region(root / f"ground_truth/logical_anomalies/{number:03}/000.png", spot, 255)
+        write_region(root / f"ground_truth/logical_anomalies/{number:03}/001.png", second, 254)
+    entries = [
+        {
+            "defect_name": "spot",
+            "pixel_value": 255,
+            "saturation_threshold": 150,
+            "relative_saturation": False,
+        },
+        {"defect_name": "lost", "pixel_value": 254, "saturation_threshold": 0.7, "relative_saturation": True},
+    ]
+    (root / "defects_config.json").write_text(json.dumps(entries))
+    return root
+
+
+def write_region(path: Path, region: BoolArray, value: int) -> None:
+    images.write_png(path, (value * region).astype(np.uint8))
+
+
+def saturated_pro_by_hand(model: Predictor, root: Path, kinds: Sequence[str]) -> float:
+    """Count pixels at every threshold there is."""
+    normal: list[FloatArray] = []
+    regions: list[tuple[FloatArray, float]] = []
+    for path in sorted((root / "test").rglob("*.png")):
+        if path.parent.name not in ("good", *kinds):
+            continue
+        anomaly_map = model.predict(path).map
+        outside = np.ones(anomaly_map.shape, bool)
+        for file in sorted((root / "ground_truth" / path.parent.name / path.stem).glob("*.png")):
+            values = images.read(file)[..., 0]
+            area = 150 if values.max() == 255 else int(0.7 * (values > 0).sum())
+            regions.append((anomaly_map[values > 0], min(area, (values > 0).sum())))
+            outside &= values == 0
+        normal.append(anomaly_map[outside])
+    all_normal = np.concatenate(normal)
+    thresholds = np.unique(np.concatenate([all_normal, *(scores for scores, _ in regions)]))[::-1]
+
+    def over(scores: FloatArray) -> Any:
+        return scores.size - np.searchsorted(np.sort(scores), thresholds)
+
+    rates = np.append(0, over(all_normal) / all_normal.size)
+    overlaps = np.append(0, np.mean([np.minimum(over(s) / area, 1) for s, area in regions], axis=0))
+    inside = rates <= 0.05
+    rates, overlaps = (
+        np.append(rates[inside], 0.05),
+        np.append(overlaps[inside], np.interp(0.05, rates, overlaps)),
+    )
+    return float(np.diff(rates) @ (overlaps[1:] + overlaps[:-1]) / 2 / 0.05)
+
+
+def test_saturated_pro_is_what_counting_by_hand_says(model: Predictor, loco: Path) -> None:
+    found = evaluate(model, loco)
+    assert [row.kind for row in found.rows] == ["all", "logical_anomalies", "structural_anomalies"]
+    for row, kinds in zip(
+        found.rows,
+        [("logical_anomalies", "structural_anomalies"), ("logical_anomalies",), ("structural_anomalies",)],
+        strict=True,
+    ):
+        assert row.saturated_pro == pytest.approx(saturated_pro_by_hand(model, loco, kinds), abs=1e-9)
+        assert row.saturated_pro is not None
+        assert 0.1 < row.saturated_pro < 1
+    assert len({row.saturated_pro for row in found.rows}) == 3
+    lines = table(found).splitlines()
+    assert lines[0].endswith("AUPRO  saturated PRO")
+    assert lines[1].endswith(f" {found.rows[0].saturated_pro:.4f}")
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_saturated_pro_with_little_memory_is_nearly_the_same(model: Predictor, loco: Path) -> None:
+    for row, rough in zip(evaluate(model, loco).rows, evaluate(model, loco, memory=0).rows, strict=True):
+        assert rough.saturated_pro == pytest.approx(row.saturated_pro, abs=1e-3)
+
+
+def test_without_a_configuration_there_is_no_saturated_pro(found: Evaluation) -> None:
+    assert {row.saturated_pro for row in found.rows} == {None}
+    assert "saturated" not in table(found)
+
+
+def test_a_mask_that_the_configuration_does_not_name_is_skipped(
+    model: Predictor, loco: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(loco, root)
+    mask = root / "ground_truth/structural_anomalies/001/000.png"
+    write_region(mask, images.read(mask)[..., 0] > 0, 99)
+    (root / "ground_truth/structural_anomalies/002/000.png").unlink()
+    found = evaluate(model, root)
+    expected = "has the value 99; expected one that defects_config.json names"
+    assert found.skipped == (f"the mask {mask} {expected}",)
+    assert (found.rows[2].defective, found.rows[2].masked) == (2, 1)
+    assert found.rows[2].saturated_pro is not None
+    (root / "defects_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"defects_config\.json holds no list"):
+        evaluate(model, root)
 
 
 # --- exhibits ---

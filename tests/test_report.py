@@ -37,7 +37,7 @@ def results() -> tuple[ImageResult, ...]:
 
 
 def row(kind: str, **changes: Any) -> MetricRow:
-    metrics = dict.fromkeys([field.name for field in fields(MetricRow)][4:], 0.875)
+    metrics = dict.fromkeys([field.name for field in fields(MetricRow)][4:], 0.875) | {"saturated_pro": None}
     return MetricRow(**({"kind": kind, "good": 4, "defective": 3, "masked": 3} | metrics | changes))
 
 
@@ -173,6 +173,21 @@ def test_wilson_interval(count: int, total: int, interval: tuple[float, float]) 
 def test_what_is_not_defined_is_an_empty_cell(page: Page) -> None:
     assert page.row("dent") == ["dent", "4", "3", "0", "0.875", "0.875", "0.875", "", "0.875", "0.875", ""]
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
+
+
+def test_saturated_pro_is_shown_where_the_data_set_has_it(tmp_path: Path) -> None:
+    assert "Saturated PRO" not in written(evaluation(), tmp_path)
+    report.write_json(evaluation(), tmp_path / "evaluation.json")
+    assert "saturated_pro" not in (tmp_path / "evaluation.json").read_text("utf-8")
+    with_it = replace(evaluation(), rows=(row("all", saturated_pro=0.625), row("dent")))
+    page = Page(written(with_it, tmp_path))
+    assert page.row("Saturated PRO") == ["Saturated PRO", "0.625", ""]
+    assert page.row("Kind")[-2:] == ["AUPRO", "Saturated PRO"]
+    assert page.row("all")[-2:] == ["0.875", "0.625"]
+    assert page.row("dent")[-2:] == ["0.875", ""]
+    report.write_json(with_it, tmp_path / "evaluation.json")
+    rows = json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["rows"]
+    assert [one["saturated_pro"] for one in rows] == [0.625, None]
 
 
 def test_one_class_alone_has_a_report(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from blemish import data, display, images, metrics
+from blemish.data.saturation import Regions, regions
 from blemish.data.split import choose_test, relative_path
 from blemish.errors import BlemishError, DataError, ImageError, MetricError
 from blemish.progress import Progress, say
@@ -28,6 +29,29 @@ PIXEL_METRICS: dict[str, Callable[[metrics.PixelScores], float]] = {
     "pixel_f1_max": metrics.PixelScores.f1_max,
     "aupro": metrics.PixelScores.aupro,
 }
+SATURATED_LIMIT = 0.05
+"""False-positive rate up to which saturated PRO is taken: that of the published figures."""
+COLUMNS = {
+    "image_auroc": "AUROC",
+    "image_ap": "AP",
+    "image_f1_max": "F1",
+    "pixel_auroc": "pix AUROC",
+    "pixel_ap": "pix AP",
+    "pixel_f1_max": "pix F1",
+    "aupro": "AUPRO",
+    "saturated_pro": "saturated PRO",
+}
+"""What the table calls the fields of MetricRow."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the mask files of a defective image say."""
+
+    mask: BoolArray
+    """(H, W): the union."""
+    regions: Regions | None
+    """The files one by one, where the data set says from which areas on they saturate."""
 
 
 @dataclass
@@ -36,25 +60,33 @@ class Group:
 
     kind: str
     pixels: metrics.PixelScores
+    saturated: metrics.PixelScores | None
+    """The same with regions that saturate; None where the data set has none."""
     scores: list[float] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     masked: int = 0
 
-    def add(self, sample: Sample, verdict: Verdict, mask: BoolArray | None) -> None:
+    def add(self, sample: Sample, verdict: Verdict, truth: Truth | None) -> None:
         """Take in one image; a defect without a mask counts for the image-level metrics alone."""
         self.scores.append(verdict.score)
         self.labels.append(sample.label)
-        if sample.label == 0 or mask is not None:
-            self.pixels.update(verdict.map, mask)
-            self.masked += sample.label
+        if sample.label == 1 and truth is None:
+            return
+        self.masked += sample.label
+        self.pixels.update(verdict.map, truth.mask if truth else None)
+        if self.saturated is not None:
+            found = truth.regions if truth else None
+            masks, areas = (found.masks, found.areas) if found else (None, ())
+            self.saturated.update(verdict.map, masks, saturation_areas=areas)
 
     def row(self) -> MetricRow:
         """Compute the row."""
         image = {name: defined(metric, self.scores, self.labels) for name, metric in IMAGE_METRICS.items()}
         pixel = {name: defined(metric, self.pixels) for name, metric in PIXEL_METRICS.items()}
+        saturated = defined(self.saturated.aupro, SATURATED_LIMIT) if self.saturated else None
         defective = sum(self.labels)
         good = len(self.labels) - defective
-        return MetricRow(self.kind, good, defective, self.masked, **image, **pixel)
+        return MetricRow(self.kind, good, defective, self.masked, **image, **pixel, saturated_pro=saturated)
 
 
 def defined(metric: Callable[..., float], *inputs: Any) -> float | None:
@@ -78,23 +110,19 @@ def evaluate(
     test = choose_test(data.scan(root, layout), root)
     if not test:
         raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
-    kinds = sorted({sample.kind for sample in test if sample.label == 1})
-    share = memory // (1 + len(kinds))
-    share = max(share, metrics.SMALLEST_BUDGET)
-    overall = Group(ALL, metrics.PixelScores(share))
-    groups = {kind: Group(kind, metrics.PixelScores(share)) for kind in kinds}
+    overall, groups = empty_groups(test, memory)
     results: list[tuple[Sample, ImageResult]] = []
     skipped: list[str] = []
     for sample, outcome in judged(model, test):
-        mask = None if isinstance(outcome, ImageError) else mask_of(sample, outcome)
-        for failure in (outcome, mask):
+        truth = None if isinstance(outcome, ImageError) else truth_of(sample, outcome)
+        for failure in (outcome, truth):
             if isinstance(failure, BlemishError):
                 skipped.append(str(failure))
                 say(f"skipped: {failure}")
-        if isinstance(outcome, BlemishError) or isinstance(mask, BlemishError):
+        if isinstance(outcome, BlemishError) or isinstance(truth, BlemishError):
             continue
         for group in (overall, *(groups.values() if sample.label == 0 else (groups[sample.kind],))):
-            group.add(sample, outcome, mask)
+            group.add(sample, outcome, truth)
         name = relative_path(sample.path, root)
         result = ImageResult(name, sample.kind, sample.label, outcome.label, outcome.score, outcome.p_value)
         results.append((sample, result))
@@ -114,6 +142,18 @@ def evaluate(
     )
 
 
+def empty_groups(test: Sequence[Sample], memory: int) -> tuple[Group, dict[str, Group]]:
+    """Share `memory` out among the rows of the table: the whole test set, and each kind of defect."""
+    kinds = sorted({sample.kind for sample in test if sample.label == 1})
+    saturating = any(sample.saturations for sample in test)
+    share = max(memory // ((1 + len(kinds)) * (1 + saturating)), metrics.SMALLEST_BUDGET)
+
+    def empty(kind: str) -> Group:
+        return Group(kind, metrics.PixelScores(share), metrics.PixelScores(share) if saturating else None)
+
+    return empty(ALL), {kind: empty(kind) for kind in kinds}
+
+
 def judged(model: Predictor, test: Sequence[Sample]) -> Iterator[tuple[Sample, Verdict | ImageError]]:
     """Judge samples in order, with progress."""
     progress = Progress("evaluating", len(test), unit="image")
@@ -122,10 +162,13 @@ def judged(model: Predictor, test: Sequence[Sample]) -> Iterator[tuple[Sample, V
         yield test[number], outcome
 
 
-def mask_of(sample: Sample, verdict: Verdict) -> BoolArray | BlemishError | None:
-    """Read a sample's mask, if it has one; give the error of one that does not do."""
+def truth_of(sample: Sample, verdict: Verdict) -> Truth | BlemishError | None:
+    """Read a sample's masks, if it has any; give the error of one that does not do."""
+    if not sample.masks:
+        return None
     try:
-        return images.read_mask(sample.masks, shape(verdict)) if sample.masks else None
+        mask = images.read_mask(sample.masks, shape(verdict))
+        return Truth(mask, regions(sample, shape(verdict)) if sample.saturations else None)
     except (ImageError, DataError) as error:
         return error
 
@@ -185,15 +228,15 @@ def exhibit(model: Predictor, title: str, sample: Sample, result: ImageResult) -
 
 
 def table(evaluation: Evaluation) -> str:
-    """Lay the metrics out for a terminal."""
-    names = ["image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"]
-    heads = ["kind", "good", "bad", "AUROC", "AP", "F1", "pix AUROC", "pix AP", "pix F1", "AUPRO"]
-    lines = [heads]
+    """Lay the metrics out for a terminal; saturated PRO only where the data set has it."""
+    saturating = any(row.saturated_pro is not None for row in evaluation.rows)
+    columns = {name: head for name, head in COLUMNS.items() if saturating or name != "saturated_pro"}
+    lines = [["kind", "good", "bad", *columns.values()]]
     for row in evaluation.rows:
-        values = (getattr(row, name) for name in names)
+        values = (getattr(row, name) for name in columns)
         cells = ["" if value is None else f"{value:.4f}" for value in values]
         lines.append([row.kind, str(row.good), str(row.defective), *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     widths[0] = -widths[0]  # the first column is aligned to the left
     layout = "  ".join(f"%{width}s" for width in widths)
     return "\n".join(layout % tuple(line) for line in lines)

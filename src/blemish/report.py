@@ -33,6 +33,7 @@ METRICS = {
     "pixel_ap": "Pixel AP",
     "pixel_f1_max": "Pixel F1-max",
     "aupro": "AUPRO",
+    "saturated_pro": "Saturated PRO",
 }
 PICTURE_SIDE = 448
 """Longest side in pixels of a picture on the page; a larger one is made smaller."""
@@ -80,14 +81,24 @@ def write_csv(evaluation: Evaluation, path: Path) -> None:
 def write_json(evaluation: Evaluation, path: Path) -> None:
     """Write everything but the pixels, under the records' field names.
 
-    What is not defined or not finite is null. An exhibit is its title and its image's path.
+    What is not defined or not finite is null; saturated PRO is there only where the data set has it. An
+    exhibit is its title and its image's path.
     """
     record = {field.name: getattr(evaluation, field.name) for field in fields(Evaluation)}
-    record["rows"] = [asdict(row) for row in evaluation.rows]
+    hidden = METRICS.keys() - _shown_metrics(evaluation).keys()
+    record["rows"] = [
+        {name: value for name, value in asdict(row).items() if name not in hidden} for row in evaluation.rows
+    ]
     record["images"] = [asdict(result) for result in evaluation.images]
     record["calibration"] = asdict(evaluation.calibration)
     record["exhibits"] = [{"title": one.title, "path": one.result.path} for one in evaluation.exhibits]
     _write(path, json.dumps(_plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _shown_metrics(evaluation: Evaluation) -> dict[str, str]:
+    """Leave out saturated PRO where no row has it."""
+    saturating = any(row.saturated_pro is not None for row in evaluation.rows)
+    return {name: title for name, title in METRICS.items() if saturating or name != "saturated_pro"}
 
 
 def _write(path: Path, text: str) -> None:
@@ -118,7 +129,7 @@ def _page(evaluation: Evaluation) -> str:
         headline=_headline(rates),
         counts=Counter((result.truth, result.label) for result in evaluation.images),
         rates=rates,
-        metrics=METRICS,
+        metrics=_shown_metrics(evaluation),
         box=(charts.ROC_WIDTH, charts.ROC_HEIGHT),
         roc=charts.lay_out_roc(evaluation.images),
         strip=(charts.STRIP_WIDTH, charts.STRIP_HEIGHT),
