@@ -147,7 +147,7 @@ def batch_of(detector: Detector, images: Tensor) -> Batch:
     with torch.no_grad():
         encoded = tuple(part.float() for part in detector.encode(images))
     natural = images.flip(3) if detector.wants_natural_images else None
-    return Batch(images, encoded, torch.zeros(len(images)), natural)
+    return Batch(images, encoded, torch.zeros(len(images)), torch.ones(len(images)) > 0, natural=natural)
 
 
 def near(found: FloatArray, expected: FloatArray) -> None:

@@ -12,7 +12,8 @@ import drawn
 from blemish import ops
 from blemish.detectors import build, configure
 from blemish.detectors.efficientad import EfficientAD, jitter, luma, quantile, sometimes_grey
-from blemish.detectors.supersimplenet import SuperSimpleNet, axis_matrix, focal
+from blemish.detectors.heads import axis_matrices
+from blemish.detectors.supersimplenet import SuperSimpleNet, focal
 from blemish.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,8 +152,20 @@ def test_noise_is_added_to_the_adapted_features_of_noisy_cells_alone(detector: S
         expected = head(convolve(adapted + added, head.first).permute(0, 2, 3, 1).flatten(0, 2))
         torch.testing.assert_close(detector.segment(parts, noisy, noise), expected, rtol=1e-4, atol=1e-5)
         read = adapted if detector.config.adapt_classification_features else raw
-        found = detector.classified(parts, noisy, noise)
-        torch.testing.assert_close(found, read + added, rtol=1e-4, atol=1e-5)
+        cells = torch.randn(4, 16, 12, generator=draw(5))
+        found = detector.classify(parts, cells, noisy, noise)
+        torch.testing.assert_close(found, plain_score(detector, read + added, cells), rtol=1e-4, atol=1e-5)
+
+
+def plain_score(detector: SuperSimpleNet, features: Tensor, cells: Tensor) -> Tensor:
+    """Run the classification head as the paper draws it, on (N, C, h, w) features and an (N, h, w) map."""
+    head = detector.classification
+    assert head is not None
+    maps = cells[:, None]
+    seen = head.convolution(torch.cat([features, maps], 1))
+    pools = [seen.amax((2, 3)), seen.mean((2, 3)), maps.amax((2, 3)), maps.mean((2, 3))]
+    score: Tensor = head.linear(torch.cat(pools, 1))[:, 0]
+    return score
 
 
 def test_noise_has_its_deviation(detector: SuperSimpleNet) -> None:
@@ -188,13 +201,16 @@ def test_an_image_with_synthetic_noise_or_a_real_defect_is_defective(
 ) -> None:
     given: list[Any] = []
 
-    def noted(parts: Any, noisy: Tensor, noise: Tensor, masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def noted(
+        parts: Any, noisy: Tensor, noise: Tensor, masks: Tensor, labels: Tensor, weights: Tensor
+    ) -> dict[str, Tensor]:
+        assert torch.equal(weights, torch.ones_like(weights))
         given.append((noisy, noise, masks, labels))
         return {}
 
     monkeypatch.setattr(detector, "losses", noted)
     truth = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0])
-    detector.loss(Batch(torch.empty(0), encoded(5), truth), draw())
+    detector.loss(Batch(torch.empty(0), encoded(5), truth, torch.ones(5) > 0), draw())
     ((noisy, noise, masks, labels),) = given
     assert noisy.shape == (10, 16, 12)
     assert torch.equal(noisy, masks)
@@ -212,9 +228,9 @@ def test_the_losses_are_those_of_the_paper(detector: SuperSimpleNet) -> None:
     with torch.no_grad():
         logits = detector.segment(parts, masks, nothing)
         found = detector.losses(parts, torch.zeros_like(masks), nothing, masks, labels)
-        score = detector.classification(
-            detector.classified(parts, torch.zeros_like(masks), nothing), logits.view(2, 1, 16, 12)
-        )
+        raw = joined(parts)
+        read = convolve(raw, detector.adaptor) if detector.config.adapt_classification_features else raw
+        score = plain_score(detector, read, logits.view(2, 16, 12))
     flat = masks.flatten()
     assert float(found["normal"]) == pytest.approx(float((0.5 + logits[~flat]).clamp(min=0).mean()), rel=1e-5)
     assert float(found["anomalous"]) == pytest.approx(
@@ -231,7 +247,7 @@ def by_hand(logits: Tensor, truth: Tensor) -> float:
 
 
 def test_the_focal_loss_stays_finite_where_the_probability_vanishes() -> None:
-    found = focal(torch.tensor([200.0, -200.0]), torch.tensor([0.0, 1.0]))
+    found = focal(torch.tensor([200.0, -200.0]), torch.tensor([0.0, 1.0])).mean()
     assert float(found) == pytest.approx(200)
 
 
@@ -284,7 +300,7 @@ def test_an_axis_is_resized_and_averaged_as_torch_does(cells: int, length: int) 
     one = torch.eye(cells, dtype=torch.float64)[None]
     resized = nn.functional.interpolate(one, length, mode="linear", align_corners=True)
     expected = nn.functional.avg_pool1d(resized, 3, stride=1, padding=1)[0].T
-    torch.testing.assert_close(axis_matrix(cells, length).double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(axis_matrices(cells, length, 1)[0].double(), expected, rtol=0, atol=1e-6)
 
 
 # --- shared pieces ---

@@ -143,7 +143,7 @@ def test_efficientad_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     augmented = rand(2, 1, 3, 256, 256)
     monkeypatch.setattr(efficientad, "jitter", lambda images, generator: augmented)
     monkeypatch.setattr(efficientad, "sometimes_grey", lambda images, probability, generator: images)
-    batch = Batch(case.x, case.described, torch.zeros(1), rand(3, 1, 3, 256, 256))
+    batch = Batch(case.x, case.described, torch.zeros(1), torch.ones(1) > 0, natural=rand(3, 1, 3, 256, 256))
     optimizer, losses = case.detector.optimizer(), []
     for step in range(3):
         terms = case.detector.loss(batch, ops.generator(0))

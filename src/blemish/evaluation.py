@@ -10,9 +10,11 @@ from typing import Any
 import numpy.typing as npt
 
 from blemish import data, display, images, metrics
+from blemish.data.folds import assign, recall
 from blemish.data.saturation import Regions, regions
 from blemish.data.split import choose_test, relative_path
 from blemish.errors import BlemishError, DataError, ImageError, MetricError
+from blemish.files import short_digest
 from blemish.progress import Progress, say
 from blemish.runtime import Predictor
 from blemish.types import BoolArray, Evaluation, Exhibit, ImageResult, MetricRow, Sample, Verdict
@@ -104,10 +106,11 @@ def evaluate(
 
     Maps are compared with masks at each image's own size. memory: bytes for the pixels' scores, beyond which
     metrics come from a fine histogram. exhibits: images of each sort that the report shows. An image that
-    cannot be read is skipped and listed. Raises DataError for a data set without test images.
+    cannot be read is skipped and listed; one that the model was trained or calibrated on is left out,
+    whatever the data set says of it. Raises DataError for a data set without test images.
     """
     root = Path(root)
-    test = choose_test(data.scan(root, layout), root)
+    test = unseen(choose_test(dealt(data.scan(root, layout), root, model), root), model)
     if not test:
         raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
     overall, groups = empty_groups(test, memory)
@@ -140,6 +143,28 @@ def evaluate(
         provenance=provenance(model),
         exhibits=tuple(exhibit(model, *chosen) for chosen in choose_exhibits(results, exhibits)),
     )
+
+
+def dealt(samples: list[Sample], root: Path, model: Predictor) -> list[Sample]:
+    """Split a data set as the model's cross-validation did, if it came from one on these images."""
+    recorded = model.manifest["training"].get("fold")
+    if recorded is None:
+        return samples
+    try:
+        return assign(samples, root, recall(recorded, samples, root))
+    except DataError as error:
+        say(f"testing on what {root} itself gives for it: {error}")
+        return samples
+
+
+def unseen(test: Sequence[Sample], model: Predictor) -> list[Sample]:
+    """Leave out what the model was trained or calibrated on, known by the files' content."""
+    files = model.manifest["training"].get("files", {})
+    used = {name for names in files.values() for name in names}
+    kept = [sample for sample in test if not used or short_digest(sample.path) not in used]
+    if len(kept) < len(test):
+        say(f"{len(test) - len(kept)} test images are left out: the model was trained or calibrated on them")
+    return kept
 
 
 def empty_groups(test: Sequence[Sample], memory: int) -> tuple[Group, dict[str, Group]]:
@@ -187,7 +212,7 @@ def provenance(model: Predictor) -> dict[str, Any]:
         "method": manifest["method"],
         "pretrained network": training["pretrained"],
         "image size": f"{height} x {width}",
-        "trained on": f"{training['data']}, {training['good_images']} good images",
+        "trained on": f"{training['data']}, {training['good_images']} good images{labelled(training)}",
         "calibrated on": f"{len(model.calibration.scores)} good images",
         "steps": training["steps"],
         "seed": training["run"]["seed"],
@@ -198,6 +223,12 @@ def provenance(model: Predictor) -> dict[str, Any]:
         "image score": ", ".join(model.calibration.statistics),
         **{f"{name} version": version for name, version in manifest["versions"].items()},
     }
+
+
+def labelled(training: dict[str, Any]) -> str:
+    """Say how many defects were learned from."""
+    count, masked = training.get("defective_images", 0), training.get("masked_images", 0)
+    return f" and {count} defective ones, {masked} with masks" if count else ""
 
 
 def choose_exhibits(

@@ -1,8 +1,9 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and know them by their content."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -56,6 +57,16 @@ def write_whole(path: Path, data: bytes | str) -> None:
     """Write `data` to `path`, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def digest(path: Path) -> str:
+    """Give the SHA-256 of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def short_digest(path: Path) -> str:
+    """Give 16 digits of a file's SHA-256: enough to know an image by among millions."""
+    return digest(path)[:16]
 
 
 def check_writable(path: Path) -> None:

@@ -6,18 +6,23 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from blemish import data, images
-from blemish.data.loading import ImageStore, Memory
+from blemish.data.cache import Memory
+from blemish.data.folds import Fold, assign
+from blemish.data.labels import choose_defects, keep_masks, supervise
+from blemish.data.loading import ImageStore
 from blemish.data.split import Split, split
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError, DataError
+from blemish.files import digest, short_digest
 from blemish.progress import say
+from blemish.types import Supervision
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,50 @@ def check_length(length: Length) -> None:
             raise ConfigError(f"{name} {value}: expected more than 0")
 
 
-def choose_images(root: Path, layout: str) -> Split:
-    """Scan and split a data set; raise DataError for too few good images to hold any out."""
-    parts = split(data.scan(root, layout), root)
+@dataclass(frozen=True)
+class Labels:
+    """What is to be learned of the labels."""
+
+    supervision: str = "auto"
+    train_defects: str | float | None = None
+    """How many defective images train, a number or a share; None: as the data set's split says."""
+    train_masks: str | float | None = None
+    """How many of those keep their masks; None: all."""
+    fold: Fold | None = None
+    """The part of a cross-validation that is for testing; None: as the data set's split says."""
+
+
+def choose_images(
+    root: Path,
+    layout: str,
+    labels: Labels,
+    seed: int,
+    able: Sequence[Supervision],
+    model: str,
+    trained: Collection[str] = (),
+) -> tuple[Split, Supervision]:
+    """Scan and split a data set, settle the supervision, and say it.
+
+    trained: short digests of what an earlier model trained on, which gives no threshold now. Raises
+    DataError for too few good images to hold any out.
+    """
+    samples = data.scan(root, layout)
+    if labels.fold is not None:
+        samples = assign(samples, root, labels.fold)
+    seen = [sample.path for sample in samples if short_digest(sample.path) in trained] if trained else []
+    parts = split(samples, root, trained=set(seen))
     if len(parts.held_out) < 2:
         good = len(parts.train) + len(parts.held_out)
         raise DataError(
             f"found {good} good images in {root}, {len(parts.held_out)} of them held out for the thresholds; "
             "expected at least 4, of which 2 are held out"
         )
-    return parts
+    parts = keep_masks(
+        choose_defects(parts, root, labels.train_defects, seed), root, labels.train_masks, seed
+    )
+    parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
+    say(sentence)
+    return parts, supervision
 
 
 def open_natural(
@@ -90,10 +129,9 @@ def try_out(detector: Detector, device: str) -> float:
     return time.monotonic() - begin
 
 
-def digest(paths: Sequence[Path]) -> str:
+def digest_all(paths: Sequence[Path]) -> str:
     """Sum up the contents of files, in their order, as one SHA-256."""
-    each = (hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
-    return hashlib.sha256("".join(each).encode()).hexdigest()
+    return hashlib.sha256("".join(digest(path) for path in paths).encode()).hexdigest()
 
 
 def digest_names(paths: Sequence[Path]) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish import checkpoint, images, ops
+from blemish import checkpoint, data, images, ops
 from blemish._version import __version__
 from blemish.backbones import weights
 from blemish.calibrate import check_shares
-from blemish.data.loading import Batches, EncodedStore, ImageStore, Memory
+from blemish.data.cache import FeatureCache, Memory
+from blemish.data.folds import Fold, record
+from blemish.data.loading import Batches, EncodedStore, ImageStore
+from blemish.data.masks import read_masks
+from blemish.data.sampling import FLIPS
 from blemish.detectors import as_json, build, configure
+from blemish.detectors import preset as find_preset
 from blemish.detectors.base import SCHEDULES, Detector
 from blemish.errors import ConfigError, ModelFileError, StoppedError
-from blemish.files import check_writable
+from blemish.files import check_folder, check_writable, short_digest
 from blemish.hardware import choose_device, choose_precision, keep_freed_memory
 from blemish.preflight import (
+    Labels,
     Length,
     check_length,
     choose_images,
-    digest,
+    digest_all,
     digest_names,
     open_natural,
     seconds,
@@ -94,12 +102,20 @@ class Run:
         checkpoint.load(self.path, self.detector, self.optimizer)
 
 
-def encode_all(encoded: EncodedStore, title: str) -> Iterator[tuple[Tensor, ...]]:
-    """Run the frozen part over every image, keeping what fits, and give each entry as a batch of one."""
-    progress = Progress(title, len(encoded.store.paths), unit="image")
-    for number, entry in enumerate(encoded.entries()):
+def encode_all(batches: Batches) -> Iterator[tuple[Tensor, ...]]:
+    """Run the frozen part over every entry of an epoch, and give those of good images as batches of one."""
+    chosen = [
+        (index, flip)
+        for index, label in enumerate(batches.labels)
+        for flip in range(batches.flips if label else 1)
+    ]
+    progress = Progress("encoding", len(chosen), unit="image")
+    for number, (index, flip) in enumerate(chosen):
+        entry = batches.encoded.batch([(index, flip)])
         progress.show(number + 1)
-        yield entry
+        if not batches.labels[index]:
+            yield entry
+    say(f"features kept: {batches.encoded.cache.describe()}")
 
 
 def one_step(run: Run, step: int) -> dict[str, float]:
@@ -114,6 +130,9 @@ def one_step(run: Run, step: int) -> dict[str, float]:
     total = torch.stack(list(terms.values())).sum()
     run.optimizer.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]
+    if limit := run.detector.config.clip_norm:
+        parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
     run.optimizer.step()
     losses = {name: float(term.detach()) for name, term in terms.items()} | {"loss": float(total.detach())}
     if not np.isfinite(losses["loss"]):
@@ -216,6 +235,10 @@ def train(
     model: str,
     out: str | Path,
     layout: str = "auto",
+    supervision: str = "auto",
+    train_defects: str | float | None = None,
+    train_masks: str | float | None = None,
+    fold: Fold | None = None,
     weights_file: str | Path | None = None,
     natural_images: str | Path | None = None,
     preset: str = "default",
@@ -228,52 +251,68 @@ def train(
     precision: str = "auto",
     false_reject_rate: float = 0.01,
     memory: int = 4 << 30,
+    cache: str | Path = "auto",
     resume: bool = False,
 ) -> Predictor:
-    """Train a detector on a folder of good images, calibrate it, and write the model file `out`.
+    """Train a detector on a data set, calibrate it on held-out good images, and write the model file `out`.
 
-    weights_file: of the teacher or backbone, where the weights room should not choose. natural_images: folder
-    of photographs for EfficientAD's pretraining penalty; without one the penalty is off. settings: fields of
-    the method's config. Give at most one of steps, epochs and budget (seconds, or text such as "10m").
-    memory: bytes for all decoded images, and as many for all encoded ones. Raises a BlemishError that a user
-    can fix, as early as it can be known.
+    supervision: what is learned of defects; auto takes what the training images tell. train_defects, a number
+    or a share: how many defective images train, drawn by the seed, where the data set's own split should not
+    say; train_masks: how many of them keep their masks. fold: the part of a cross-validation that does not
+    train. weights_file: of the teacher or backbone, where the weights room should not choose. natural_images:
+    folder of photographs for EfficientAD's pretraining penalty; without one the penalty is off. settings:
+    fields of the method's config. Give at most one of steps, epochs and budget (seconds, or text such as
+    "10m"). memory: bytes for all decoded images, and as many for all encoded ones. cache: auto keeps encoded
+    images beyond that in files beside `out` until the end, a folder keeps all of them for later runs, too,
+    off keeps none. Raises a BlemishError that a user can fix, as early as it can be known.
     """
     started = time.monotonic()
     length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
     check_length(length)
     check_shares(false_reject_rate=false_reject_rate)
-    config = configure(model, preset, settings)
+    configure(model, preset, settings)
     device, out = choose_device(device), Path(out)
     check_writable(out)
     # The paper trained in float32, and its noise is close to bfloat16's rounding.
     dtype = choose_precision("fp32" if (preset, precision) == ("paper", "auto") else precision, device)
     keep_freed_memory()
-    parts = choose_images(Path(root), layout)
+    labels = Labels(supervision, train_defects, train_masks, fold)
+    able = tuple(find_preset(model, preset).regimes)
+    parts, found = choose_images(Path(root), layout, labels, seed, able, model)
+    config = configure(model, preset, settings, found)
     detector = build(model, config, seed)
     source = weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)
     detector.load_pretrained(source)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward_seconds = try_out(detector, device)
-    decoded, features = Memory(memory), Memory(memory)
+    decoded = Memory(memory)
     natural = open_natural(natural_images, detector, config, decoded)
 
-    say(f"reading {len(parts.train)} training and {len(parts.held_out)} held-out good images")
-    store = ImageStore([sample.path for sample in parts.train], config.image_size, decoded).fill()
+    samples = [*parts.train, *parts.train_defects]
+    say(f"reading {len(samples)} training and {len(parts.held_out)} held-out good images")
+    store = ImageStore([sample.path for sample in samples], config.image_size, decoded).fill()
     held = ImageStore([sample.path for sample in parts.held_out], config.image_size, decoded).fill()
+    masks = read_masks(samples, config.image_size, detector.label_rules)
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     white = images.white_level(deepest) if deepest else images.FULL_SCALE
+    pretrained = digest_all([source])
+    features = open_cache(
+        cache, out, memory, [pretrained, *detector.encoding, *config.image_size, white, device]
+    )
     encoded = EncodedStore(detector.encode, store, white, features, device)
     run = Run(
         detector=detector,
         optimizer=detector.optimizer(),
         batches=Batches(
-            parts.train,
+            samples,
             store,
             encoded,
             batch_size=config.batch_size,
             seed=seed,
             with_images=detector.wants_images,
             natural=natural,
+            masks=masks,
+            flips=FLIPS if detector.label_rules.flips else 1,
         ),
         held_out=EncodedStore(detector.encode, held, white, features, device),
         seed=seed,
@@ -284,33 +323,57 @@ def train(
         fingerprint={
             "model": model,
             "preset": preset,
+            "supervision": found,
             "config": as_json(config),
             "seed": seed,
             "precision": str(dtype).removeprefix("torch."),
-            "images": digest(store.paths),
-            "held_out": digest(held.paths),
+            "images": digest_all(store.paths),
+            "held_out": digest_all(held.paths),
+            "masks": digest_all([file for index in masks for file in samples[index].masks]),
             "natural_images": digest_names(natural.paths) if natural else "",
             "white": white,
             "device": device,
             "torch": torch.__version__,
             "blemish": __version__,
-            "pretrained": digest([source]),
+            "pretrained": pretrained,
         },
     )
     # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
     reserve = 10.0 + 10 * forward_seconds * len(held.paths)
     begin(run, length, resume, reserve)
     loop(run)
-    facts = provenance(run) | {"data": Path(root).resolve().name, "held_out_images": len(held.paths)}
+    facts = provenance(run) | {
+        "data": Path(root).resolve().name,
+        "held_out_images": len(held.paths),
+        "fold": None if fold is None else record(fold, data.scan(Path(root), layout), Path(root)),
+        "files": {
+            "train": [short_digest(path) for path in store.paths],
+            "held_out": [short_digest(path) for path in held.paths],
+        },
+    }
     opened = seal(out, detector, held, white, facts, false_reject_rate)
     run.path.unlink(missing_ok=True)
+    features.clear()
     return opened
+
+
+def open_cache(cache: str | Path, out: Path, memory: int, made_of: Sequence[Any]) -> FeatureCache:
+    """Open the cache of encoded images; what entries are made of, besides the images, names their folder."""
+    if cache == "off":
+        return FeatureCache(Memory(0))
+    own = cache == "auto"
+    folder = out.with_name(out.name + ".features") if own else Path(cache)
+    check_folder(folder)
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    return FeatureCache(Memory(memory), folder / key[:16], shared=not own)
 
 
 def provenance(run: Run) -> dict[str, Any]:
     """Say how a run that has ended went, for the model file."""
     return {
-        "good_images": len(run.batches.samples),
+        "good_images": run.batches.labels.count(0),
+        "defective_images": run.batches.labels.count(1),
+        "masked_images": len(run.batches.masks),
         "pretrained": run.detector.pretrained_name,
         "steps": run.steps,
         "epochs": round(run.steps / run.batches.per_epoch, 2),
@@ -345,7 +408,7 @@ def begin(run: Run, length: Length, resume: bool, reserve: float) -> None:
         raise ConfigError(f"{run.path} is of a run that has not ended: go on with --resume, or delete it")
     if resume:
         say(f"nothing to resume at {run.path}: starting anew")
-    if note := run.detector.prepare(encode_all(run.batches.encoded, "encoding")):
+    if note := run.detector.prepare(encode_all(run.batches)):
         run.notes.append(note)
         say(note)
     run.steps = count_steps(run, length, reserve)

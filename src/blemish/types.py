@@ -17,6 +17,8 @@ BoolArray = npt.NDArray[np.bool_]
 AnyArray = npt.NDArray[Any]
 
 SplitName = Literal["train", "validation", "test", ""]
+Supervision = Literal["none", "weak", "mixed", "full"]
+"""What is labelled among the training images: good ones only; defects without masks; some masked; all."""
 Label = Literal["ok", "review", "defect"]
 
 
@@ -58,8 +60,26 @@ class Batch:
     """What the detector's frozen part makes of the images, float32."""
     labels: Tensor
     """(B,) float32: 0 good, 1 defective."""
+    masked: Tensor
+    """(B,) booleans: whether it is known which pixels are defective; false for a defect without a mask."""
+    masks: Tensor | None = None
+    """(B, H, W) float32, 1 where a pixel is defective; None: there are no masks in this run."""
+    weights: Tensor | None = None
+    """(B, H, W) float32, of each defective pixel in the loss; None: all count alike."""
     natural: Tensor | None = None
     """(B, 3, H, W) photographs for the pretraining penalty."""
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """How training reads labelled defects."""
+
+    flips: bool = True
+    """Whether each is also shown flipped, in both directions and turned."""
+    dilation: int = 0
+    """Side of the square that widens their masks, in pixels of the image; odd, or 0."""
+    weighted: bool = False
+    """Whether a pixel of a mask is weighted by its distance to the border of its region."""
 
 
 @dataclass(frozen=True)

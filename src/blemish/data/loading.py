@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blemish import images, ops
+from blemish.data.cache import FeatureCache, Memory
+from blemish.data.masks import Mask
+from blemish.data.sampling import FLIPS, Entry, epoch_entries, epoch_length, flipped
 from blemish.errors import DataError, ImageError
+from blemish.files import digest
 from blemish.types import AnyArray, Batch, Sample
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
-
-
-class Memory:
-    """A budget in bytes that several stores share, from several threads."""
-
-    def __init__(self, budget: int) -> None:
-        self.left = budget
-        self.lock = Lock()
-
-    def take(self, size: int) -> bool:
-        """Take some bytes, if there are as many left."""
-        with self.lock:
-            fits = size <= self.left
-            self.left -= size if fits else 0
-        return fits
 
 
 class ImageStore:
@@ -84,40 +72,48 @@ class ImageStore:
 
 
 class EncodedStore:
-    """What the frozen part makes of each image, in half precision, kept while it fits into memory.
+    """What the frozen part makes of each image and its flips, in half precision, kept where there is room.
 
     An entry that is not kept is computed again and rounded alike, so a budget changes no result.
     """
 
-    def __init__(self, encode: Encode, store: ImageStore, white: float, memory: Memory, device: str) -> None:
+    def __init__(
+        self, encode: Encode, store: ImageStore, white: float, cache: FeatureCache, device: str
+    ) -> None:
         self.encode, self.store, self.white = encode, store, white
-        self.memory, self.device = memory, device
-        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        self.cache, self.device = cache, device
+        self.digests: dict[int, str] = {}
 
     def entries(self) -> Iterator[tuple[Tensor, ...]]:
         """Give every image's entry in order, as a batch of one."""
         for index in range(len(self.store.paths)):
-            yield self.batch([index])
+            yield self.batch([(index, 0)])
 
-    def compute(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """Encode some images, rounded to half precision, one entry each."""
+    def name(self, index: int, flip: int) -> str:
+        """Name an entry by its file's content and the flip."""
+        if index not in self.digests:
+            self.digests[index] = digest(self.store.paths[index])
+        return f"{self.digests[index]}.{flip}"
+
+    def compute(self, index: int, flip: int) -> tuple[Tensor, ...]:
+        """Encode an image, rounded to half precision."""
+        image = flipped(self.store.batch([index], self.white).numpy(), flip)
         with torch.no_grad():
-            parts = self.encode(self.store.batch(indices, self.white).to(self.device))
-        halves = [part.half().cpu() for part in parts]
-        return [tuple(half[row].clone() for half in halves) for row in range(len(indices))]
+            parts = self.encode(torch.from_numpy(image).to(self.device))
+        return tuple(part[0].half().cpu() for part in parts)
 
-    def entry(self, index: int) -> tuple[Tensor, ...]:
-        """Give one image's entry, from memory where it is kept."""
-        if index in self.kept:
-            return self.kept[index]
-        (entry,) = self.compute([index])
-        if self.memory.take(sum(part.nbytes for part in entry)):
-            self.kept[index] = entry
+    def entry(self, index: int, flip: int) -> tuple[Tensor, ...]:
+        """Give one image's entry, from the cache where it is kept."""
+        name = self.name(index, flip)
+        entry = self.cache.get(name)
+        if entry is None:
+            entry = self.compute(index, flip)
+            self.cache.put(name, entry)
         return entry
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        """Give the entries of several images as (B, ...) float32 tensors on the device."""
-        columns = zip(*(self.entry(index) for index in indices), strict=True)
+    def batch(self, entries: Sequence[Entry]) -> tuple[Tensor, ...]:
+        """Give several entries as (B, ...) float32 tensors on the device."""
+        columns = zip(*(self.entry(*entry) for entry in entries), strict=True)
         return tuple(torch.stack(column).to(self.device).float() for column in columns)
 
 
@@ -137,24 +133,27 @@ class Batches:
         seed: int,
         with_images: bool = True,
         natural: ImageStore | None = None,
+        masks: Mapping[int, Mask] | None = None,
+        flips: int = FLIPS,
     ) -> None:
         self.samples, self.store, self.encoded, self.natural = samples, store, encoded, natural
-        self.with_images = with_images
-        self.batch_size, self.seed = min(batch_size, len(samples)), seed
-        self.per_epoch = -(-len(samples) // self.batch_size)
+        self.with_images, self.masks, self.flips = with_images, masks or {}, flips
+        self.labels = [sample.label for sample in samples]
+        length = epoch_length(self.labels, flips)
+        self.batch_size, self.seed = min(batch_size, length), seed
+        self.per_epoch = -(-length // self.batch_size)
         self.pool = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future[tuple[Tensor, Tensor | None]]] | None = None
 
-    def indices(self, step: int) -> list[int]:
-        """Give the positions of the samples of a step; every image has one turn in an epoch."""
+    def entries(self, step: int) -> list[Entry]:
+        """Give the samples and flips of a step."""
         epoch, place = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.samples), generator=ops.generator(self.seed, "epoch", epoch))
-        chosen: list[int] = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
-        return chosen
+        order = epoch_entries(self.labels, self.seed, epoch, self.flips)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def read(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Read a step's images and photographs."""
-        chosen = self.indices(step)
+        chosen = [index for index, _ in self.entries(step)]
         natural = None
         if self.natural is not None:
             draw = ops.generator(self.seed, "natural", step)
@@ -170,13 +169,33 @@ class Batches:
         else:
             images_, natural = self.read(step)
         self.ahead = (step + 1, self.pool.submit(self.read, step + 1))
-        chosen, device = self.indices(step), self.encoded.device
+        entries, device = self.entries(step), self.encoded.device
+        masks, weights = self.labelled_pixels(entries)
+        known = [self.labels[index] == 0 or index in self.masks for index, _ in entries]
         return Batch(
             images_.to(device),
-            self.encoded.batch(chosen),
-            torch.tensor([float(self.samples[index].label) for index in chosen], device=device),
+            self.encoded.batch(entries),
+            torch.tensor([float(self.labels[index]) for index, _ in entries], device=device),
+            torch.tensor(known, device=device),
+            masks.to(device) if masks is not None else None,
+            weights.to(device) if weights is not None else None,
             natural.to(device) if natural is not None else None,
         )
+
+    def labelled_pixels(self, entries: Sequence[Entry]) -> tuple[Tensor | None, Tensor | None]:
+        """Give the (B, H, W) masks and weights of a step, None where the run has none."""
+        if not self.masks:
+            return None, None
+        masks = torch.zeros(len(entries), *self.store.size)
+        weights = torch.ones(len(entries), *self.store.size)
+        weighted = False
+        for row, (index, flip) in enumerate(entries):
+            if index in self.masks:
+                mask = self.masks[index]
+                masks[row] = torch.from_numpy(flipped(mask.defective, flip))
+                if mask.weights is not None:
+                    weights[row], weighted = torch.from_numpy(flipped(mask.weights, flip)), True
+        return masks, weights if weighted else None
 
 
 def readable(store: ImageStore, pick: int) -> int:

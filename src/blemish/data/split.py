@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,18 @@ class Split:
 
 
 def split(
-    samples: Sequence[Sample], root: Path, held_out_share: float = 0.1, held_out_minimum: int = 5
+    samples: Sequence[Sample],
+    root: Path,
+    held_out_share: float = 0.1,
+    held_out_minimum: int = 5,
+    trained: Collection[Path] = (),
 ) -> Split:
     """Split the samples of the data set at `root`.
 
     Held out are the good images of the data set's own validation part; where there are none, a share of the
-    good training images, at least `held_out_minimum` of them but never more than half. Defective validation
-    images are in no part. Choices go by the SHA-256 of the path relative to `root`: no seed, no order counts.
+    good training images, at least `held_out_minimum` of them but never more than half, and none that an
+    earlier model `trained` on. Defective validation images are in no part. Choices go by the SHA-256 of the
+    path relative to `root`: no seed, no order counts.
     Raises DataError where fewer than two good images are for training, one file is listed twice, or only some
     samples say what they are for; ConfigError for a share or minimum that cannot be.
     """
@@ -54,7 +59,8 @@ def split(
     held_out = {sample for sample in rest if sample.label == 0 and sample.split == "validation"}
     if not held_out:
         count = max(held_out_minimum, round(held_out_share * len(pool)))
-        held_out = set(_by_hash(pool, root)[: min(count, len(pool) // 2)])
+        unseen = [sample for sample in _by_hash(pool, root) if sample.path not in trained]
+        held_out = set(unseen[: min(count, len(pool) // 2)])
     defects = {sample for sample in rest if sample.label == 1 and sample.split == "train"}
     return Split(_by_path(pool - held_out, root), _by_path(held_out, root), test, _by_path(defects, root))
 

@@ -16,29 +16,53 @@ from blemish.detectors import efficientad, supersimplenet
 from blemish.detectors.base import SCHEDULES, Config, Detector
 from blemish.errors import ConfigError
 from blemish.ops import STATISTICS, generator
+from blemish.types import Supervision
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset changes in a method's default config, and what each supervision that it knows changes."""
+
+    changes: Mapping[str, Any]
+    regimes: Mapping[Supervision, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method: how it is built, its default config, and what differs in the paper."""
+    """One method: how it is built, its default config, and its presets, of which one is "default"."""
 
     detector: Callable[[Any], Detector]
     config: Config
-    paper: Mapping[str, Any]
+    presets: Mapping[str, Preset]
 
 
+GOOD_ONLY: Mapping[Supervision, Mapping[str, Any]] = {"none": {}}
+EFFICIENTAD = {"default": Preset({}, GOOD_ONLY), "paper": Preset(efficientad.PAPER, GOOD_ONLY)}
 METHODS = {
     "efficientad-s": Method(
-        efficientad.EfficientAD, efficientad.EfficientADConfig(size="small"), efficientad.PAPER
+        efficientad.EfficientAD, efficientad.EfficientADConfig(size="small"), EFFICIENTAD
     ),
     "efficientad-m": Method(
-        efficientad.EfficientAD, efficientad.EfficientADConfig(size="medium"), efficientad.PAPER
+        efficientad.EfficientAD, efficientad.EfficientADConfig(size="medium"), EFFICIENTAD
     ),
     "supersimplenet": Method(
-        supersimplenet.SuperSimpleNet, supersimplenet.SuperSimpleNetConfig(), supersimplenet.PAPER
+        supersimplenet.SuperSimpleNet,
+        supersimplenet.SuperSimpleNetConfig(),
+        {
+            "default": Preset({}, supersimplenet.REGIMES),
+            "paper": Preset(supersimplenet.PAPER, supersimplenet.REGIMES),
+            "journal": Preset(supersimplenet.JOURNAL, supersimplenet.JOURNAL_REGIMES),
+        },
+    ),
+    "simplenet": Method(
+        supersimplenet.SuperSimpleNet,
+        supersimplenet.SIMPLENET,
+        {
+            "default": Preset({}, supersimplenet.SIMPLENET_REGIMES),
+            "paper": Preset(supersimplenet.SIMPLENET_PAPER, supersimplenet.SIMPLENET_REGIMES),
+        },
     ),
 }
-PRESETS = ("default", "paper")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -55,23 +79,43 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
-def configure(name: str, preset: str = "default", settings: Mapping[str, Any] | None = None) -> Config:
-    """Make a method's config from a preset and settings by field name; raise ConfigError.
+def preset(name: str, wanted: str) -> Preset:
+    """Look a method's preset up; raise ConfigError with the nearest name."""
+    presets = method(name).presets
+    if wanted not in presets:
+        raise ConfigError(f"{name} has no preset {wanted!r}; {nearest(wanted, presets)}")
+    return presets[wanted]
 
-    A setting may be a string, as it comes from a command line, or a value of the field's type.
+
+def configure(
+    name: str,
+    wanted: str = "default",
+    settings: Mapping[str, Any] | None = None,
+    supervision: Supervision = "none",
+    earlier: Mapping[str, Any] | None = None,
+) -> Config:
+    """Make a method's config from a preset, the supervision, and settings by field name; raise ConfigError.
+
+    A setting may be a string, as it comes from a command line, or a value of the field's type. earlier: the
+    config of a model that this one starts from, in the preset's place; what the supervision sets is set anew.
     """
-    entry = method(name)
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, PRESETS)}")
-    config = dataclasses.replace(entry.config, **entry.paper) if preset == "paper" else entry.config
-    hints = typing.get_type_hints(type(config))
-    for key in settings or {}:
+    chosen = preset(name, wanted)
+    hints = typing.get_type_hints(type(method(name).config))
+    given = dict(settings or {})
+    for key in given:
         if key not in hints:
             raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
-    changes = {key: convert(key, value, hints[key]) for key, value in (settings or {}).items()}
-    if changes.get("steps"):
-        changes.setdefault("epochs", 0)
-    config = dataclasses.replace(config, **changes)
+    base = chosen.changes if earlier is None else {k: v for k, v in earlier.items() if k in hints}
+    changes = {
+        key: convert(key, value, hints[key])
+        for key, value in {**base, **chosen.regimes[supervision], **given}.items()
+    }
+    if changes.get("steps") and "steps" in given and "epochs" not in given:
+        changes["epochs"] = 0
+    headless = "statistics" not in given and not changes.get("classification_head")
+    if headless and "head" in changes.get("statistics", ()):
+        changes["statistics"] = method(name).config.statistics
+    config = dataclasses.replace(method(name).config, **changes)
     check(config)
     return config
 

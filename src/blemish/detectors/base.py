@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from blemish.ops import STATISTICS
-from blemish.types import Batch
+from blemish.types import Batch, LabelRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class Config:
     epochs: int = 0
     schedule: str = "one-cycle"
     """A name in SCHEDULES."""
+    clip_norm: float = 0.0
+    """Largest norm of a step's gradient; 0: any."""
 
 
 class Detector(nn.Module):
@@ -50,6 +52,16 @@ class Detector(nn.Module):
     def pretrained_name(self) -> str:
         """Name the network whose pretrained weights this detector stands on."""
         raise NotImplementedError
+
+    @property
+    def encoding(self) -> tuple[str, ...]:
+        """Say what `encode` depends on, besides the pretrained weights."""
+        return (self.pretrained_name,)
+
+    @property
+    def label_rules(self) -> LabelRules:
+        """Say how training reads labelled defects."""
+        return LabelRules()
 
     def load_pretrained(self, path: Path | None) -> None:
         """Fill the frozen part from a file, or from where the weights room finds it; raise WeightsError."""
@@ -85,6 +97,11 @@ class Detector(nn.Module):
         raise NotImplementedError
 
 
+def constant(progress: float) -> float:
+    """Hold the rate (SimpleNet)."""
+    return 1.0
+
+
 def step_95(progress: float) -> float:
     """Hold the rate, then a tenth of it for the last 5 % (EfficientAD, algorithm 1)."""
     return 1.0 if progress < 0.95 else 0.1
@@ -104,5 +121,5 @@ def one_cycle(progress: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5))
 
 
-SCHEDULES = {"step-95": step_95, "step-80-90": step_80_90, "one-cycle": one_cycle}
+SCHEDULES = {"constant": constant, "step-95": step_95, "step-80-90": step_80_90, "one-cycle": one_cycle}
 """Factor on the learning rates by the share of the steps that are done."""

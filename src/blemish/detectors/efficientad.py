@@ -141,6 +141,11 @@ class EfficientAD(Detector):
     def pretrained_name(self) -> str:
         return f"pdn_{self.config.size}"
 
+    @property
+    @override
+    def encoding(self) -> tuple[str, ...]:
+        return (self.pretrained_name, f"padding {self.config.padding}")
+
     @override
     def load_pretrained(self, path: Path | None) -> None:
         weights.fill(self.teacher, weights.find(self.pretrained_name, path))

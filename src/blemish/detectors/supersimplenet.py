@@ -10,10 +10,9 @@ Departures from the paper, each one word in the config, all undone by `--preset 
 - the run is shorter, in smaller batches, under a one-cycle schedule, in bfloat16 where the processor has it.
 In both presets the backbone's outputs are kept in half precision.
 
-Everything from the backbone's outputs to the segmentation head's batch norm is linear. So the 1x1
-convolutions run before the upscaling, on a quarter and a sixteenth of the positions, upscaling and averaging
-are one product with a matrix per axis, and noise is added behind, on the cells that have any: the same
-numbers, several times faster in training and at inference.
+With labelled defects the rules of the paper's supervised setting hold, and those of its journal extension for
+defects without masks (arXiv 2408.03143 v3, 2025); REGIMES and JOURNAL list them. SimpleNet (Liu et al., CVPR
+2023) is the same network without upscaling and classification head, trained on noise without masks.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,8 +31,9 @@ from typing_extensions import override
 from blemish import ops
 from blemish.backbones import BACKBONES, Backbone, choose_layers, fill_backbone
 from blemish.detectors.base import Config, Detector
+from blemish.detectors.heads import ClassificationHead, SegmentationHead, scatter_rows, spread, spread_shifted
 from blemish.errors import ConfigError
-from blemish.types import Batch, FloatArray
+from blemish.types import Batch, LabelRules, Supervision
 
 ROUND = 4096
 """Noisy cells of a step are filled up to a multiple of this."""
@@ -66,18 +65,30 @@ class SuperSimpleNetConfig(Config):
     adapt_classification_features: bool = True
     stop_gradient: bool = True
     """Keep the classification head's gradient out of the segmentation map (good-only training)."""
+    anomalies: Literal["perlin", "whole", "none"] = "perlin"
+    """Synthetic ones: noise under Perlin masks; SimpleNet's noise on a whole copy of the features; none."""
     noise: float = 0.0
     """Standard deviation of the synthetic noise; 0: the backbone's published one, else by noise_ratio."""
     noise_ratio: float = 0.5
     """Noise in shares of the features' own spread."""
     perlin_threshold: float = 0.2
+    noise_on_defects: bool = False
+    """Draw synthetic noise where a real defect's mask is, too."""
+    noise_on_unmasked: bool = False
+    """Draw synthetic noise on defective images without a mask, as the extension does."""
+    flip_defects: bool = True
+    """Show each defective image flipped, too; turn off where good parts always lie alike, left from right."""
+    mask_dilation: int = 0
+    """Widen real masks by a square of this side, odd, in pixels of the image; the extension has 7."""
+    distance_weights: bool = False
+    """Weight cells of real defects by 3 (d / d_max)^2, d from the region's border (extension)."""
     focal_loss: bool = True
     blur_sigma: float = 4.0
     """Of the finished map, in pixels of the network's input."""
     statistics: tuple[str, ...] = ("maximum", "smoothed_maximum", "top_mean")
 
 
-PAPER = {
+PAPER: dict[str, Any] = {
     "backbone": "wide_resnet50_2",
     "batch_size": 32,
     "steps": 0,
@@ -88,6 +99,37 @@ PAPER = {
     "noise": 0.015,
     "statistics": ("head",),
 }
+JOURNAL = PAPER | {"adapt_classification_features": False, "noise_on_unmasked": True}
+LABELLED: dict[str, Any] = {
+    "classification_head": True,
+    "stop_gradient": False,
+    "clip_norm": 1.0,
+    "statistics": ("head",),
+}
+REGIMES: dict[Supervision, dict[str, Any]] = {
+    "none": {},
+    "weak": LABELLED,
+    "mixed": LABELLED | {"perlin_threshold": 0.6},
+    "full": LABELLED | {"perlin_threshold": 0.6},
+}
+"""What each kind of supervision changes, in every preset; section 4."""
+JOURNAL_REGIMES = REGIMES | {
+    name: REGIMES[name] | {"mask_dilation": 7, "distance_weights": True} for name in ("mixed", "full")
+}
+
+SIMPLENET = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)
+SIMPLENET_PAPER: dict[str, Any] = {
+    "backbone": "wide_resnet50_2",
+    "batch_size": 8,
+    "steps": 0,
+    "epochs": 160,
+    "schedule": "constant",
+    "hidden_channels": 1024,
+    "noise": 0.015,
+    "statistics": ("maximum",),
+}
+SIMPLENET_REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": {}, "full": {}}
+"""Without a classification head, an image label alone has nothing to teach."""
 
 
 class SuperSimpleNet(Detector):
@@ -128,6 +170,16 @@ class SuperSimpleNet(Detector):
     def load_pretrained(self, path: Path | None) -> None:
         fill_backbone(self.backbone, self.config.backbone, path)
 
+    @property
+    @override
+    def encoding(self) -> tuple[str, ...]:
+        return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
+
+    @property
+    @override
+    def label_rules(self) -> LabelRules:
+        return LabelRules(self.config.flip_defects, self.config.mask_dilation, self.config.distance_weights)
+
     @override
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """Give the backbone's outputs as (B, h_i, w_i, C_i)."""
@@ -159,17 +211,6 @@ class SuperSimpleNet(Detector):
             [{"params": list(self.adaptor.parameters()), **adaptor}, {"params": heads, **head}], fused=True
         )
 
-    def spread(self, parts: Iterable[Tensor]) -> Tensor:
-        """Resize (B, h_i, w_i, C) parts to the feature size, average over 3x3 cells, and sum: (B, h, w, C).
-
-        Resizing and averaging are linear along each axis, so both are two products with fixed matrices.
-        """
-        parts = list(parts)
-        height, width = self.feature_size(parts)
-        tall = [torch.einsum("yh,bhwc->bywc", axis_matrix(x.shape[1], height).to(x), x) for x in parts]
-        across = torch.cat([axis_matrix(x.shape[2], width) for x in parts], 1)
-        return torch.matmul(across.to(tall[0]), torch.cat(tall, 2))
-
     def feature_size(self, parts: Sequence[Tensor]) -> tuple[int, int]:
         """Say the height and width in cells, from (B, h_i, w_i, C) parts."""
         factor = 2 if self.config.upscale else 1
@@ -177,39 +218,72 @@ class SuperSimpleNet(Detector):
 
     def features(self, encoded: tuple[Tensor, ...]) -> Tensor:
         """Join the backbone's outputs into (B, h, w, C), before the adaptor."""
-        before, padded = 0, []
-        for x in encoded:
-            after = self.adaptor.in_features - before - x.shape[3]
-            padded.append(functional.pad(x, (before, after)))
-            before += x.shape[3]
-        return self.spread(padded)
-
-    def adapted_parts(self, encoded: tuple[Tensor, ...]) -> list[Tensor]:
-        """Multiply each layer with its columns of the adaptor, at its own size, without the bias."""
-        columns = torch.split(self.adaptor.weight, list(self.backbone.channels), 1)
-        return [functional.linear(x, weight) for x, weight in zip(encoded, columns, strict=True)]
+        size = self.feature_size(encoded)
+        return torch.cat([spread([part], size) for part in encoded], 3)
 
     def adapted(self, encoded: tuple[Tensor, ...]) -> Tensor:
         """Give the adapted features (B, h, w, C)."""
-        return self.spread(self.adapted_parts(encoded)) + self.adaptor.bias
+        parts = [
+            functional.linear(x, weight)
+            for x, weight in zip(encoded, self.layer_columns(self.adaptor.weight), strict=True)
+        ]
+        return spread(parts, self.feature_size(encoded)) + self.adaptor.bias
+
+    def layer_columns(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Split weights (..., C) on joined features into those on each layer."""
+        return torch.split(weight, list(self.backbone.channels), -1)
 
     def hidden(self, encoded: tuple[Tensor, ...]) -> Tensor:
         """Give the segmentation head's first convolution of the adapted features, (B, h, w, hidden)."""
         first = self.segmentation.first
-        parts = [functional.linear(x, first.weight) for x in self.adapted_parts(encoded)]
-        return self.spread(parts) + functional.linear(self.adaptor.bias, first.weight, first.bias)
+        weights = (first.weight @ columns for columns in self.layer_columns(self.adaptor.weight))
+        parts = [functional.linear(x, weight) for x, weight in zip(encoded, weights, strict=True)]
+        bias = functional.linear(self.adaptor.bias, first.weight, first.bias)
+        return spread(parts, self.feature_size(encoded)) + bias
 
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Section 3.2: two copies of every image, each with noise under a mask of its own."""
-        masks = self.draw_masks(2 * len(batch.labels), self.feature_size(batch.encoded), generator)
-        noise = self.draw_noise(int(masks.sum()), generator)
-        labels = torch.maximum(batch.labels.repeat(2), masks.flatten(1).any(1).float())
-        return self.losses(batch.encoded, masks, noise, masks, labels)
+        size = self.feature_size(batch.encoded)
+        masks, weights = self.real_masks(batch, size)
+        if self.config.anomalies != "none":
+            masks, weights = masks.repeat(2, 1, 1), weights.repeat(2, 1, 1)
+        noisy = self.draw_masks(len(masks), size, generator)
+        if not self.config.noise_on_defects:
+            noisy = noisy & ~masks
+        masked = batch.masked.repeat(len(masks) // len(batch.masked))
+        if not self.config.noise_on_unmasked:
+            noisy = noisy & masked[:, None, None]
+        noise = self.draw_noise(int(noisy.sum()), generator)
+        target = masks | noisy
+        weights = torch.where(masks, weights, 1.0) * masked[:, None, None]
+        labels = batch.labels.repeat(len(masks) // len(batch.labels))
+        labels = torch.maximum(labels, target.flatten(1).any(1).float())
+        return self.losses(batch.encoded, noisy, noise, target, labels, weights)
+
+    def real_masks(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Bring real masks and their weights to (B, h, w): bilinearly, and anomalous from 0.5 up.
+
+        Of a mask that vanishes so, every cell that it touches is anomalous.
+        """
+        if batch.masks is None:
+            nothing = torch.zeros(len(batch.labels), *size, device=batch.labels.device)
+            return nothing.bool(), nothing
+        small = functional.interpolate(batch.masks[:, None], size, mode="bilinear")[:, 0] >= 0.5
+        touched = functional.adaptive_max_pool2d(batch.masks, size) > 0
+        small = small | (touched & ~small.flatten(1).any(1)[:, None, None])
+        if batch.weights is None:
+            return small, torch.ones_like(small, dtype=torch.float32)
+        return small, functional.interpolate(batch.weights[:, None], size, mode="bilinear")[:, 0]
 
     def draw_masks(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Draw (count, h, w) boolean masks of where noise goes."""
-        return ops.perlin_masks(count, size, self.config.perlin_threshold, generator)
+        if self.config.anomalies == "perlin":
+            return ops.perlin_masks(count, size, self.config.perlin_threshold, generator)
+        noisy = torch.zeros(count, *size, dtype=torch.bool, device=generator.device)
+        if self.config.anomalies == "whole":
+            noisy[count // 2 :] = True
+        return noisy
 
     def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw noise, a row of C for each of `count` noisy cells, and rows of zeros up to a round number.
@@ -222,50 +296,79 @@ class SuperSimpleNet(Detector):
         return noise
 
     def losses(
-        self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor, masks: Tensor, labels: Tensor
+        self,
+        encoded: tuple[Tensor, ...],
+        noisy: Tensor,
+        noise: Tensor,
+        masks: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Section 3.3, on N = one or more copies of the B encoded images.
 
         noisy: (N, h, w) booleans, the cells that get the rows of `noise` in order (what rows are left over
-        are zeros); masks: (N, h, w) booleans,
-        what is anomalous; labels: (N,) likewise of whole images.
+        are zeros); masks: (N, h, w) booleans, what is anomalous; labels: (N,) likewise of whole images;
+        weights: (N, h, w) of the cells in the segmentation's loss, 0 where a cell is left out.
         """
         logits = self.segment(encoded, noisy, noise)
         target = masks.flatten().float()
-        normal, anomalous = (1 - target) * (0.5 + logits).relu(), target * (0.5 - logits).relu()
-        terms = {
-            "normal": normal.sum() / (1 - target).sum().clamp(min=1),
-            "anomalous": anomalous.sum() / target.sum().clamp(min=1),
-        }
-        if self.config.focal_loss:
-            terms["focal"] = focal(logits, target)
+        weight = torch.ones_like(target) if weights is None else weights.flatten().float()
+        terms = segmentation_losses(logits, target, weight, focal_loss=self.config.focal_loss)
         if self.classification is not None:
-            size = self.feature_size(encoded)
             seen = logits.detach() if self.config.stop_gradient else logits
-            score = self.classification(
-                self.classified(encoded, noisy, noise), seen.view(-1, 1, *size)
-            ).float()
-            terms["score"] = focal(score, labels)
+            score = self.classify(encoded, seen.view(noisy.shape), noisy, noise).float()
+            terms["score"] = focal(score, labels).mean()
         return terms
 
     def segment(self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor) -> Tensor:
         """Give the segmentation logits of every cell, (N h w,) float32.
 
-        Cells are rows of a matrix here, so that noise can be added to a few of them.
+        A cell without noise is the same in all copies, so it is computed once: rows are the B images' cells,
+        then the noisy ones.
         """
-        rows = self.hidden(encoded).flatten(0, 2).repeat(len(noisy) // len(encoded[0]), 1)
-        if len(noise):
-            added = functional.linear(noise, self.segmentation.first.weight)
-            rows = rows.index_add(0, places(noisy, len(noise)), added.to(rows.dtype))
-        logits: Tensor = self.segmentation(rows)
-        return logits.float()
+        rows = self.hidden(encoded).flatten(0, 2)
+        cells, copies = len(rows), noisy.numel() // len(rows)
+        if not len(noise):
+            logits: Tensor = self.segmentation(rows)
+            return logits.float().repeat(copies)
+        places = noisy.flatten().nonzero()[:, 0]
+        origin = functional.pad(places % cells, (0, len(noise) - len(places)))
+        counts = (~noisy).view(copies, cells).sum(0).float()
+        counts = functional.pad(counts, (0, len(places)), value=1.0)
+        counts = functional.pad(counts, (0, len(noise) - len(places)))
+        added = rows[origin] + functional.linear(noise, self.segmentation.first.weight).to(rows.dtype)
+        logits = self.segmentation(torch.cat([rows, added]), counts).float()
+        clean, changed = logits[:cells].repeat(copies), logits[cells : cells + len(places)]
+        return clean.index_copy(0, places, changed)
 
-    def classified(self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor) -> Tensor:
-        """Give what the classification head reads, (N, C, h, w), with the noise."""
-        clean = self.adapted(encoded) if self.config.adapt_classification_features else self.features(encoded)
-        rows = clean.repeat(len(noisy) // len(clean), 1, 1, 1).flatten(0, 2)
-        rows = rows.index_add(0, places(noisy, len(noise)), noise.to(rows.dtype))
-        return rows.view(*noisy.shape, -1).permute(0, 3, 1, 2)
+    def classify(
+        self,
+        encoded: tuple[Tensor, ...],
+        segmentation: Tensor,
+        noisy: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Score images by the classification head, (N,) logits, given their (N, h, w) segmentation."""
+        head = self.classification
+        if head is None:
+            raise ConfigError(
+                "this model has no classification head; expected --set classification_head=true"
+            )
+        adapt = self.config.adapt_classification_features
+        kernel = head.weights()[0]
+        columns = self.layer_columns(self.adaptor.weight if adapt else kernel)
+        parts = []
+        for x, part in zip(encoded, columns, strict=True):
+            weight = kernel @ part if adapt else part
+            parts.append([functional.linear(x, row.flatten(0, 1)) for row in weight])
+        size = self.feature_size(encoded)
+        seen = spread_shifted(parts, size, len(kernel))
+        if noisy is not None and noise is not None:
+            seen = seen.repeat(len(noisy) // len(seen), 1, 1, 1)
+            rows = functional.linear(noise, kernel.flatten(0, 2)).view(-1, *kernel.shape[:3])
+            seen = seen + scatter_rows(rows.to(seen.dtype), places(noisy, len(noise)), (len(noisy), *size))
+        score: Tensor = head(seen, self.adaptor.bias if adapt else None, segmentation)
+        return score
 
     @override
     def inspect(self, encoded: Iterable[tuple[Tensor, ...]], generator: torch.Generator) -> str:
@@ -307,10 +410,8 @@ class SuperSimpleNet(Detector):
         if self.config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel)
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
-        if self.classification is not None and "head" in self.config.statistics:
-            adapt = self.config.adapt_classification_features
-            features = self.adapted(encoded) if adapt else self.features(encoded)
-            statistics["head"] = self.classification(features.permute(0, 3, 1, 2), cells[:, None])
+        if "head" in self.config.statistics:
+            statistics["head"] = self.classify(encoded, cells)
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
 
 
@@ -320,60 +421,25 @@ def places(noisy: Tensor, count: int) -> Tensor:
     return functional.pad(found, (0, count - len(found)))
 
 
-class SegmentationHead(nn.Module):
-    """Map the first layer's output of any number of cells, (cells, hidden), to (cells,) logits.
+def segmentation_losses(
+    logits: Tensor, target: Tensor, weight: Tensor, *, focal_loss: bool
+) -> dict[str, Tensor]:
+    """Section 3.3 on (cells,) logits, 0/1 targets and weights: truncated L1 of either class, and focal loss.
 
-    `first` is applied by the detector, which knows how to do so on few positions.
+    Means are over the cells of a weight above 0.
     """
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(channels, hidden)
-        self.norm = nn.BatchNorm1d(hidden)
-        self.last = nn.Linear(hidden, 1, bias=False)
-
-    @override
-    def forward(self, rows: Tensor) -> Tensor:
-        logits: Tensor = self.last(functional.leaky_relu(self.norm(rows), 0.2))
-        return logits[:, 0]
-
-
-class ClassificationHead(nn.Module):
-    """Map (B, C, h, w) features and a (B, 1, h, w) segmentation to (B,) score logits."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.convolution = nn.Sequential(
-            nn.Conv2d(channels + 1, 128, 5, padding="same"), nn.BatchNorm2d(128), nn.ReLU()
-        )
-        self.linear = nn.Linear(2 * 128 + 2, 1)
-
-    @override
-    def forward(self, features: Tensor, segmentation: Tensor) -> Tensor:
-        seen = self.convolution(torch.cat([features, segmentation.to(features.dtype)], 1))
-        pooled = [x for part in (seen, segmentation) for x in (part.amax((2, 3)), part.mean((2, 3)))]
-        score: Tensor = self.linear(torch.cat(pooled, 1))
-        return score[:, 0]
-
-
-def axis_matrix(cells: int, length: int) -> Tensor:
-    """Make the (length, cells) matrix that resizes an axis linearly, ends aligned, and averages three cells.
-
-    Beyond the ends are zeros, which count: 3x3 averaging with padding, as in SimpleNet.
-    """
-    return torch.from_numpy(axis_weights(cells, length))
-
-
-@lru_cache(maxsize=64)
-def axis_weights(cells: int, length: int) -> FloatArray:
-    """Compute `axis_matrix` with NumPy: a tensor made while torch traces is a stand-in, and would be kept."""
-    places = np.linspace(0, cells - 1, length)[:, None]
-    resized = np.pad(np.maximum(0, 1 - np.abs(places - np.arange(cells))), ((1, 1), (0, 0)))
-    averaged: FloatArray = ((resized[:-2] + resized[1:-1] + resized[2:]) / 3).astype(np.float32)
-    return averaged
+    counted = (weight > 0).float()
+    normal, anomalous = (1 - target) * counted, target * counted
+    terms = {
+        "normal": (normal * weight * (0.5 + logits).relu()).sum() / normal.sum().clamp(min=1),
+        "anomalous": (anomalous * weight * (0.5 - logits).relu()).sum() / anomalous.sum().clamp(min=1),
+    }
+    if focal_loss:
+        terms["focal"] = (weight * focal(logits, target)).sum() / counted.sum().clamp(min=1)
+    return terms
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float = 4.0) -> Tensor:
-    """Average the focal loss of logits against 0/1 targets, without class weights."""
+    """Give the focal loss of each logit against its 0/1 target, without class weights."""
     entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return ((1 - torch.exp(-entropy)) ** gamma * entropy).mean()
+    return (1 - torch.exp(-entropy)) ** gamma * entropy

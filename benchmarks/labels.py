@@ -1,0 +1,192 @@
+"""What labels buy: supervised and unsupervised runs on a labelled data set, one JSON line each.
+
+    python benchmarks/labels.py ladder   DATA --image-size 640x256 --steps 300 --seeds 3 --out ladder.jsonl
+    python benchmarks/labels.py growth   DATA --counts 0,2,5,10,20,34 ...
+    python benchmarks/labels.py ablation DATA --supervision full ...
+    python benchmarks/labels.py rules    DATA ...        the 2024 rules and those of the journal extension
+    python benchmarks/labels.py show     FILE...         mean and deviation of each row
+
+Runs that are in the file already are not repeated, so a series that was stopped goes on. Options that the
+commands share: --backbone NAME --weights FILE --cache DIR --set KEY=VALUE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import blemish
+
+METRICS = ("image_auroc", "image_ap", "pixel_ap", "aupro")
+NO_HEAD = {"classification_head": False}
+OLD_TRAINING = {"focal_loss": False, "schedule": "constant"}
+GRADIENT_RULES = {"none": {"stop_gradient": False}, "full": {"stop_gradient": True, "clip_norm": 0.0}}
+ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
+    "SuperSimpleNet": ("supersimplenet", {}),
+    "without upscaling": ("supersimplenet", {"upscale": False}),
+    "without the classification head": ("supersimplenet", NO_HEAD),
+    "... and with SimpleNet's anomalies": ("supersimplenet", NO_HEAD | {"anomalies": "whole"}),
+    "old training": ("supersimplenet", OLD_TRAINING),
+    "noise also on real defects": ("supersimplenet", {"noise_on_defects": True}),
+    "SimpleNet's anomalies": ("supersimplenet", {"anomalies": "whole"}),
+    "no synthetic anomalies": ("supersimplenet", {"anomalies": "none"}),
+    "SimpleNet with these anomalies": ("simplenet", {"anomalies": "perlin"}),
+    "SimpleNet": ("simplenet", {}),
+}
+RULES: dict[str, dict[str, Any]] = {
+    "2024": {},
+    "noise on unmasked": {"noise_on_unmasked": True},
+    "dilation": {"mask_dilation": 7},
+    "distance weights": {"distance_weights": True},
+    "dilation and distance weights": {"mask_dilation": 7, "distance_weights": True},
+    "features before the adaptor": {"adapt_classification_features": False},
+    "2025": {
+        "noise_on_unmasked": True,
+        "mask_dilation": 7,
+        "distance_weights": True,
+        "adapt_classification_features": False,
+    },
+}
+
+
+def ladder(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    regimes: dict[str, dict[str, Any]] = {
+        "none": {"supervision": "none"},
+        "weak": {"supervision": "weak"},
+        "mixed": {"supervision": "mixed", "train_masks": "50%"},
+        "full": {"supervision": "full"},
+    }
+    chosen = options.regimes.split(",") if options.regimes else list(regimes)
+    return {name: regimes[name] for name in chosen}
+
+
+def growth(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    return {
+        count: {"train_defects": count} if int(count) else {"supervision": "none"}
+        for count in options.counts.split(",")
+    }
+
+
+def ablation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (model, settings) in ABLATION.items():
+        if options.supervision == "none" and name in ("no synthetic anomalies", "noise also on real defects"):
+            continue
+        if name == "old training":
+            settings = settings | GRADIENT_RULES[options.supervision]
+        if (
+            options.supervision == "none"
+            and model == "supersimplenet"
+            and settings.get("classification_head", True)
+        ):
+            settings = {"classification_head": True, "statistics": ("head",)} | settings
+        rows[name] = {"model": model, "settings": settings, "supervision": options.supervision}
+    return rows
+
+
+def rules(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    return {
+        f"{regime}, {name}": {"settings": settings} | given
+        for regime, given in ladder(options).items()
+        if regime != "none"
+        for name, settings in RULES.items()
+    }
+
+
+SERIES = {"ladder": ladder, "growth": growth, "ablation": ablation, "rules": rules}
+
+
+def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Train and evaluate once."""
+    settings = {"image_size": options.image_size, "backbone": options.backbone}
+    settings |= dict(text.split("=", 1) for text in options.set) | given.get("settings", {})
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        model = blemish.train(
+            options.data,
+            model=given.get("model", "supersimplenet"),
+            out=Path(folder) / "model.blemish",
+            weights_file=options.weights,
+            settings=settings,
+            steps=options.steps,
+            seed=seed,
+            cache=options.cache,
+            **{key: value for key, value in given.items() if key not in ("model", "settings")},
+        )
+        seconds = time.monotonic() - begin
+        found = blemish.evaluate(model, options.data, exhibits=0)
+    row = found.rows[0]
+    return {
+        "series": options.series,
+        "data": found.data,
+        "row": name,
+        "seed": seed,
+        "backbone": options.backbone,
+        "steps": options.steps,
+        "seconds": round(seconds, 1),
+        "good": row.good,
+        "defective": row.defective,
+        **{metric: getattr(row, metric) for metric in METRICS},
+    }
+
+
+def show(files: list[Path]) -> None:
+    """Print mean and standard deviation over the seeds of each row."""
+    rows: defaultdict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for file in files:
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            key = (record["data"], record["series"], record["backbone"], str(record["steps"]), record["row"])
+            rows[key].append(record)
+    for key, records in rows.items():
+        cells = []
+        for metric in METRICS:
+            values = [100 * record[metric] for record in records]
+            spread = f" ({stdev(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{metric} {mean(values):5.1f}{spread}")
+        print(f"{', '.join(key)} x{len(records)}: " + "  ".join(cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("series", choices=[*SERIES, "show"])
+    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("labels.jsonl"))
+    parser.add_argument("--image-size", default="256x256")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--cache", default="auto")
+    parser.add_argument("--counts", default="0,2,5,10,20,34")
+    parser.add_argument("--regimes", default="")
+    parser.add_argument("--supervision", default="none", choices=["none", "full"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    if options.series == "show":
+        return show(options.data)
+    (options.data,) = options.data
+    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    done = {(record["series"], record["row"], record["seed"]) for record in map(json.loads, lines)}
+    for seed in range(options.seeds):
+        for name, given in SERIES[options.series](options).items():
+            if (options.series, name, seed) in done:
+                continue
+            print(f"--- {name}, seed {seed}", file=sys.stderr, flush=True)
+            record = run(options, name, given, seed)
+            with options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    return show([options.out])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Which labelled defects train, and how much is known of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from blemish import ops
+from blemish.data.split import Split, relative_path
+from blemish.errors import ConfigError, DataError
+from blemish.types import Sample, Supervision
+
+SUPERVISIONS: tuple[Supervision, ...] = ("none", "weak", "mixed", "full")
+
+
+def amount(text: str | float, of: int, name: str) -> int:
+    """Read how many of `of` are meant: a whole number, or a share such as 0.5 or 50%; raise ConfigError.
+
+    Any share above 0 is at least one.
+    """
+    match = re.fullmatch(r"(\d+)|(\d*\.\d+)|(\d+(?:\.\d*)?)%", str(text).strip())
+    if not match:
+        raise ConfigError(f"{name} {text}: expected a number of images, or a share such as 0.5 or 50%")
+    if match[1]:
+        count = int(match[1])
+    else:
+        share = float(match[2]) if match[2] else float(match[3]) / 100
+        if share > 1:
+            raise ConfigError(f"{name} {text}: expected a share of at most 1")
+        count = max(round(share * of), int(share > 0))
+    if count > of:
+        raise ConfigError(f"{name} {text}: found only {of} to choose from")
+    return count
+
+
+def draw(samples: Sequence[Sample], root: Path, count: int, seed: int, purpose: str) -> tuple[Sample, ...]:
+    """Draw samples by the seed alone; what is drawn for a count is among what is drawn for a larger one."""
+    by_path = sorted(samples, key=lambda sample: relative_path(sample.path, root))
+    order = torch.randperm(len(by_path), generator=ops.generator(seed, purpose))[:count]
+    return tuple(by_path[place] for place in sorted(order.tolist()))
+
+
+def choose_defects(parts: Split, root: Path, wanted: str | float | None, seed: int) -> Split:
+    """Draw so many training defects: of those for training, or where there are none, of those for testing.
+
+    A defect that trains is no longer for testing. Without `wanted` the data set's own split holds. Raises
+    ConfigError for an amount that is none or more than there are.
+    """
+    if wanted is None:
+        return parts
+    given = parts.train_defects or tuple(sample for sample in parts.test if sample.label == 1)
+    drawn = draw(given, root, amount(wanted, len(given), "train defects"), seed, "defects")
+    test = tuple(sample for sample in parts.test if sample not in drawn)
+    return dataclasses.replace(parts, train_defects=drawn, test=test)
+
+
+def keep_masks(parts: Split, root: Path, wanted: str | float | None, seed: int) -> Split:
+    """Keep the masks of so many training defects, drawn by the seed; raise ConfigError as `amount` does."""
+    if wanted is None:
+        return parts
+    masked = [sample for sample in parts.train_defects if sample.masks]
+    kept = set(draw(masked, root, amount(wanted, len(masked), "train masks"), seed, "masks"))
+    defects = (
+        sample if sample in kept else dataclasses.replace(sample, masks=()) for sample in parts.train_defects
+    )
+    return dataclasses.replace(parts, train_defects=tuple(defects))
+
+
+def recognise(defects: Sequence[Sample]) -> Supervision:
+    """Say what training defects tell: nothing where there are none, then by how many have masks."""
+    masked = sum(bool(sample.masks) for sample in defects)
+    if not defects:
+        return "none"
+    if not masked:
+        return "weak"
+    return "full" if masked == len(defects) else "mixed"
+
+
+def supervise(
+    parts: Split, asked: str, able: Sequence[Supervision], model: str
+) -> tuple[Split, Supervision, str]:
+    """Settle the supervision: what is asked for, or for auto what the data tell and the model can learn from.
+
+    Gives the split with the defects that train, the supervision, and a sentence that says so. Raises
+    ConfigError for a word that is none and for what the model cannot, DataError for what the data lack.
+    """
+    known: dict[str, Supervision] = {name: name for name in SUPERVISIONS}
+    chosen = known.get(asked, recognise(parts.train_defects))
+    if asked not in ("auto", *known):
+        raise ConfigError(f"unknown supervision {asked!r}; expected auto, {', '.join(SUPERVISIONS)}")
+    if chosen not in able and asked != "auto":
+        raise ConfigError(f"{model} learns with supervision {' or '.join(able)}, not {asked}")
+    unused = ""
+    if chosen not in able:
+        chosen, unused = "none", f"; {model} makes no use of {len(parts.train_defects)} defective images"
+    if chosen == "none":
+        parts = dataclasses.replace(parts, train_defects=())
+    elif chosen == "weak":
+        parts = keep_masks(parts, Path(), 0, 0)
+    if recognise(parts.train_defects) != chosen:
+        masked = sum(bool(sample.masks) for sample in parts.train_defects)
+        raise DataError(
+            f"found {len(parts.train_defects)} defective training images, {masked} of them with masks; "
+            f"supervision {chosen} expects {NEEDS[chosen]}"
+        )
+    return parts, chosen, describe(parts, chosen) + unused
+
+
+NEEDS = {
+    "weak": "at least one, from the data set's split or --train-defects",
+    "mixed": "some with masks and some without (--train-masks leaves some out)",
+    "full": "at least one, and masks for all",
+}
+
+
+def describe(parts: Split, supervision: Supervision) -> str:
+    """Say in a sentence what is learned from."""
+    defects = parts.train_defects
+    masked = sum(bool(sample.masks) for sample in defects)
+    sentence = f"supervision {supervision}: {len(parts.train)} good"
+    if defects:
+        sentence += f" and {len(defects)} defective training images, {masked} with masks"
+    else:
+        sentence += " training images"
+        waiting = sum(sample.label for sample in parts.test)
+        if waiting:
+            sentence += f" ({waiting} defective ones are for testing; --train-defects lets some train)"
+    return sentence

@@ -1,0 +1,74 @@
+"""Masks of training defects at the network's size, with the weights of their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+from scipy import ndimage
+
+from blemish import images
+from blemish.progress import say
+from blemish.types import BoolArray, FloatArray, LabelRules, Sample
+
+WEIGHT = 3.0
+"""Of the pixel of a region that lies furthest from its border."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is known of one training defect's pixels."""
+
+    defective: BoolArray
+    """(H, W) at the network's size."""
+    weights: FloatArray | None
+    """(H, W) of the defective pixels; None: all count alike."""
+
+
+def read_masks(samples: Sequence[Sample], size: tuple[int, int], rules: LabelRules) -> dict[int, Mask]:
+    """Read the masks of those samples that have any, by position.
+
+    An empty mask on a defect says nothing of where it is: the image counts as one without a mask, and that is
+    said. Raises ImageError or DataError for a mask that cannot be read or is of another size than its image.
+    """
+    masked = [index for index, sample in enumerate(samples) if sample.label == 1 and sample.masks]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(masked, pool.map(lambda i: read_one(samples[i], size, rules), masked), strict=True))
+    empty = [index for index in masked if found[index] is None]
+    if empty:
+        first = samples[empty[0]].path
+        say(f"{len(empty)} defects have an empty mask and count as unmasked; first {first}")
+    return {index: mask for index, mask in found.items() if mask is not None}
+
+
+def read_one(sample: Sample, size: tuple[int, int], rules: LabelRules) -> Mask | None:
+    """Read one defect's mask, widened and weighted at its own size, then resized; None for an empty one.
+
+    A pixel is defective from half of its area up; where that leaves none, every one that the defect touches.
+    """
+    mask = images.read_mask(sample.masks, images.describe(sample.path).size)
+    if not mask.any():
+        return None
+    if rules.dilation > 1:
+        mask = ndimage.binary_dilation(mask, np.ones((rules.dilation, rules.dilation), np.bool_))
+    small = images.resize_map(mask.astype(np.float32), size)
+    defective = small >= 0.5 if (small >= 0.5).any() else small > 0
+    weights = images.resize_map(distance_weights(mask), size) if rules.weighted else None
+    return Mask(defective, weights)
+
+
+def distance_weights(mask: BoolArray) -> FloatArray:
+    """Weight the pixels of (H, W) regions by 3 (d / d_max)^2, d the distance to the region's border.
+
+    SuperSimpleNet's journal extension, after SegDecNet (Bozic, Tabernik, Skocaj 2021).
+    """
+    distance = ndimage.distance_transform_edt(mask)
+    regions, count = cc3d.connected_components(mask, connectivity=8, return_N=True)
+    regions[~mask] = 0
+    largest = ndimage.maximum(distance, regions, np.arange(count + 1))
+    share = distance / np.maximum(largest, 1)[regions]
+    weights: FloatArray = (WEIGHT * share**2).astype(np.float32)
+    return weights
