@@ -10,12 +10,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from blemish._version import __version__
 from blemish.errors import BlemishError, ConfigError
 
-METHODS = ("efficientad-s", "efficientad-m", "supersimplenet")
+METHODS = ("efficientad-s", "efficientad-m", "supersimplenet", "simplenet")
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("blemish:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "onnx", "onnxscript", "safetensors"):
+        if error.name not in ("torch", "onnx", "onnxscript", "safetensors", "scipy"):
             raise
         print(f"blemish: {error.name} is not installed; training needs blemish[train]", file=sys.stderr)
         return 2
@@ -80,8 +80,18 @@ def run_check(options: argparse.Namespace) -> int:
 def train_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare what `train` takes."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with good images")
-    sub.add_argument("--model", required=True, metavar="M", help=", ".join(METHODS))
+    sub.add_argument("--model", metavar="M", help=", ".join(METHODS))
     sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
+    sub.add_argument(
+        "--from", dest="start", type=Path, metavar="OLD.blemish", help="go on from a model, in a shorter run"
+    )
+    sub.add_argument(
+        "--supervision", default="auto", help="auto, none, weak (no masks), mixed (some) or full (all masked)"
+    )
+    sub.add_argument(
+        "--train-defects", metavar="N|SHARE", help="how many defective images train, drawn by the seed"
+    )
+    sub.add_argument("--train-masks", metavar="N|SHARE", help="how many of those keep their masks (all)")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
     length.add_argument("--epochs", type=int, metavar="N", help="times that every image has its turn")
@@ -102,12 +112,20 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--memory", type=float, default=4.0, metavar="GB", help="for decoded and encoded images (4)"
     )
+    sub.add_argument(
+        "--cache", default="auto", metavar="DIR", help="keep encoded images there, or auto, or off"
+    )
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside F.blemish")
+    sub.add_argument("--seeds", type=int, metavar="N", help="train and evaluate so often, from --seed on")
+    sub.add_argument("--folds", type=int, metavar="K", help="cross-validate: train and evaluate K times")
+    sub.add_argument("--folds-file", type=Path, metavar="F.csv", help="which image is in which fold")
+    sub.add_argument("--jobs", type=int, metavar="N", help="trainings of a series beside each other")
+    sub.add_argument("--json", type=Path, metavar="F", help="write every figure of a series")
     add_layout(sub)
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Train, calibrate and write a model file."""
+    """Train, calibrate and write a model file; or a series of them, evaluated and summed up."""
     settings = {}
     for text in options.set:
         key, equals, value = text.partition("=")
@@ -116,29 +134,65 @@ def run_train(options: argparse.Namespace) -> int:
         settings[key] = value
     if options.image_size:
         settings["image_size"] = options.image_size
+    given = {
+        "model": options.model,
+        "start": options.start,
+        "supervision": options.supervision,
+        "train_defects": options.train_defects,
+        "train_masks": options.train_masks,
+        "weights_file": options.weights,
+        "natural_images": options.natural_images,
+        "preset": options.preset,
+        "settings": settings,
+        "steps": options.steps,
+        "epochs": options.epochs,
+        "budget": options.budget,
+        "device": options.device,
+        "precision": options.precision,
+        "false_reject_rate": options.false_reject_rate,
+        "memory": gigabytes(options.memory),
+        "cache": options.cache,
+    }
+    if options.seeds is not None or options.folds is not None:
+        return run_series(options, given)
+    for name in ("folds_file", "jobs", "json"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for a series; expected --seeds or --folds with it"
+            )
     from blemish.training import train
 
     train(
         options.data,
-        model=options.model,
         out=options.out,
         layout=options.layout,
-        weights_file=options.weights,
-        natural_images=options.natural_images,
-        preset=options.preset,
-        settings=settings,
-        steps=options.steps,
-        epochs=options.epochs,
-        budget=options.budget,
         seed=options.seed,
-        device=options.device,
-        precision=options.precision,
-        false_reject_rate=options.false_reject_rate,
-        memory=gigabytes(options.memory),
         resume=options.resume,
+        **given,
     )
     print(options.out)
     return 0
+
+
+def run_series(options: argparse.Namespace, given: dict[str, Any]) -> int:
+    """Train and evaluate over seeds and folds, and print mean and deviation; 2 if images were skipped."""
+    from blemish import trials
+
+    refuse_outputs(options.json)
+    planned = trials.plan(
+        options.out,
+        options.seed,
+        1 if options.seeds is None else options.seeds,
+        options.folds,
+        options.folds_file,
+    )
+    jobs = trials.room(options.device) if options.jobs is None else options.jobs
+    results = trials.run(planned, options.data, given, layout=options.layout, jobs=jobs)
+    summary = trials.summarise(results)
+    print(trials.table(summary))
+    if options.json is not None:
+        trials.write_json(summary, options.json, given)
+    return 2 if any(found.skipped for _, found in results) else 0
 
 
 def evaluate_arguments(sub: argparse.ArgumentParser) -> None:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from blemish import data, images
+from blemish import bundle, data, images
+from blemish.bundle import Bundle
 from blemish.data.cache import Memory
 from blemish.data.folds import Fold, assign
 from blemish.data.labels import choose_defects, keep_masks, supervise
 from blemish.data.loading import ImageStore
 from blemish.data.split import Split, split
+from blemish.detectors import configure
+from blemish.detectors import preset as find_preset
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError, DataError
 from blemish.files import digest, short_digest
 from blemish.progress import say
-from blemish.types import Supervision
+from blemish.types import Sample, Supervision
+
+WARM_SHARE = 0.3
+"""Of a method's usual length, for a run that goes on from an earlier model."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +74,80 @@ class Labels:
     """The part of a cross-validation that is for testing; None: as the data set's split says."""
 
 
-def choose_images(
+@dataclass(frozen=True)
+class Settled:
+    """What a run will be, known without reading an image."""
+
+    model: str
+    preset: str
+    config: Config
+    supervision: Supervision
+    parts: Split
+    length: Length
+    start: Bundle | None
+    """The model that the run goes on from."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """List what is trained on."""
+        return [*self.parts.train, *self.parts.train_defects]
+
+
+def settle(
     root: Path,
-    layout: str,
-    labels: Labels,
-    seed: int,
-    able: Sequence[Supervision],
-    model: str,
-    trained: Collection[str] = (),
-) -> tuple[Split, Supervision]:
-    """Scan and split a data set, settle the supervision, and say it.
+    *,
+    model: str | None,
+    preset: str = "default",
+    settings: Mapping[str, Any] | None = None,
+    layout: str = "auto",
+    labels: Labels = Labels(),
+    length: Length = Length(),
+    seed: int = 0,
+    start: str | Path | None = None,
+) -> Settled:
+    """Settle images, supervision, config and length of a run, and say what is learned from.
+
+    Raises a BlemishError for what does not exist or does not go together.
+    """
+    opened = None if start is None else bundle.read(Path(start))
+    if opened is not None:
+        run = opened.manifest["training"]["run"]
+        if model not in (None, run["model"]):
+            raise ConfigError(f"{start} is a model of {run['model']}, not {model}; expected the same")
+        model, preset = run["model"], run["preset"] if preset == "default" else preset
+    if model is None:
+        raise ConfigError("no model was named; expected --model, or --from a model file")
+    earlier = opened.manifest["config"] if opened else None
+    configure(model, preset, settings, earlier=earlier)
+    trained = opened.manifest["training"].get("files", {}).get("train", []) if opened else []
+    parts = choose_images(root, layout, labels, set(trained))
+    parts = choose_defects(parts, root, labels.train_defects, seed)
+    parts = keep_masks(parts, root, labels.train_masks, seed)
+    able = tuple(find_preset(model, preset).regimes)
+    parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
+    say(sentence)
+    config = configure(model, preset, settings, supervision, earlier)
+    if opened is not None:
+        if length == Length():
+            whole = {"epochs": config.epochs} if config.epochs else {"steps": config.steps}
+            length = Length(**{name: math.ceil(WARM_SHARE * count) for name, count in whole.items()})
+        tell_missing(Path(str(start)), trained, [*parts.train, *parts.train_defects])
+    return Settled(model, preset, config, supervision, parts, length, opened)
+
+
+def tell_missing(start: Path, trained: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Say how many of the images that an earlier model learned from are not among these."""
+    here = {short_digest(sample.path) for sample in samples}
+    missing = sum(name not in here for name in trained)
+    if missing:
+        say(
+            f"{missing} of the {len(trained)} images that {start} learned from are not among the training "
+            "images: what they taught may fade, so give them, too"
+        )
+
+
+def choose_images(root: Path, layout: str, labels: Labels, trained: Collection[str]) -> Split:
+    """Scan and split a data set.
 
     trained: short digests of what an earlier model trained on, which gives no threshold now. Raises
     DataError for too few good images to hold any out.
@@ -83,20 +155,15 @@ def choose_images(
     samples = data.scan(root, layout)
     if labels.fold is not None:
         samples = assign(samples, root, labels.fold)
-    seen = [sample.path for sample in samples if short_digest(sample.path) in trained] if trained else []
-    parts = split(samples, root, trained=set(seen))
+    seen = {sample.path for sample in samples if trained and short_digest(sample.path) in trained}
+    parts = split(samples, root, trained=seen)
     if len(parts.held_out) < 2:
         good = len(parts.train) + len(parts.held_out)
         raise DataError(
             f"found {good} good images in {root}, {len(parts.held_out)} of them held out for the thresholds; "
             "expected at least 4, of which 2 are held out"
         )
-    parts = keep_masks(
-        choose_defects(parts, root, labels.train_defects, seed), root, labels.train_masks, seed
-    )
-    parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
-    say(sentence)
-    return parts, supervision
+    return parts
 
 
 def open_natural(

@@ -6,6 +6,7 @@ as one that was not.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -21,19 +22,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from blemish import checkpoint, data, images, ops
 from blemish._version import __version__
 from blemish.backbones import weights
+from blemish.bundle import Bundle
 from blemish.calibrate import check_shares
 from blemish.data.cache import FeatureCache, Memory
 from blemish.data.folds import Fold, record
 from blemish.data.loading import Batches, EncodedStore, ImageStore
 from blemish.data.masks import read_masks
 from blemish.data.sampling import FLIPS
-from blemish.detectors import as_json, build, configure
-from blemish.detectors import preset as find_preset
+from blemish.detectors import as_json, build
 from blemish.detectors.base import SCHEDULES, Detector
 from blemish.errors import ConfigError, ModelFileError, StoppedError
 from blemish.files import check_folder, check_writable, short_digest
@@ -42,11 +44,11 @@ from blemish.preflight import (
     Labels,
     Length,
     check_length,
-    choose_images,
     digest_all,
     digest_names,
     open_natural,
     seconds,
+    settle,
     try_out,
 )
 from blemish.progress import Progress, say
@@ -232,8 +234,9 @@ def loop(run: Run) -> None:
 def train(
     root: str | Path,
     *,
-    model: str,
     out: str | Path,
+    model: str | None = None,
+    start: str | Path | None = None,
     layout: str = "auto",
     supervision: str = "auto",
     train_defects: str | float | None = None,
@@ -256,46 +259,51 @@ def train(
 ) -> Predictor:
     """Train a detector on a data set, calibrate it on held-out good images, and write the model file `out`.
 
-    supervision: what is learned of defects; auto takes what the training images tell. train_defects, a number
-    or a share: how many defective images train, drawn by the seed, where the data set's own split should not
-    say; train_masks: how many of them keep their masks. fold: the part of a cross-validation that does not
-    train. weights_file: of the teacher or backbone, where the weights room should not choose. natural_images:
-    folder of photographs for EfficientAD's pretraining penalty; without one the penalty is off. settings:
-    fields of the method's config. Give at most one of steps, epochs and budget (seconds, or text such as
-    "10m"). memory: bytes for all decoded images, and as many for all encoded ones. cache: auto keeps encoded
-    images beyond that in files beside `out` until the end, a folder keeps all of them for later runs, too,
-    off keeps none. Raises a BlemishError that a user can fix, as early as it can be known.
+    start: a model file to go on from, with its method and config, in a shorter run. supervision: what is
+    learned of defects; auto takes what the training images tell. train_defects, a number or a share: how many
+    defective images train, drawn by the seed, where the data set's own split should not say; train_masks: how
+    many of them keep their masks. fold: the part of a cross-validation that does not train. weights_file: of
+    the teacher or backbone, where the weights room should not choose. natural_images: folder of photographs
+    for EfficientAD's pretraining penalty; without one the penalty is off. settings: fields of the method's
+    config. Give at most one of steps, epochs and budget (seconds, or text such as "10m"). memory: bytes for
+    all decoded images, and as many for all encoded ones. cache: auto keeps encoded images beyond that in
+    files beside `out` until the end, a folder keeps all of them for later runs, too, off keeps none. Raises a
+    BlemishError that a user can fix, as early as it can be known.
     """
     started = time.monotonic()
     length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
     check_length(length)
     check_shares(false_reject_rate=false_reject_rate)
-    configure(model, preset, settings)
     device, out = choose_device(device), Path(out)
     check_writable(out)
     # The paper trained in float32, and its noise is close to bfloat16's rounding.
     dtype = choose_precision("fp32" if (preset, precision) == ("paper", "auto") else precision, device)
     keep_freed_memory()
-    labels = Labels(supervision, train_defects, train_masks, fold)
-    able = tuple(find_preset(model, preset).regimes)
-    parts, found = choose_images(Path(root), layout, labels, seed, able, model)
-    config = configure(model, preset, settings, found)
-    detector = build(model, config, seed)
-    source = weights.find(detector.pretrained_name, Path(weights_file) if weights_file else None)
-    detector.load_pretrained(source)
+    settled = settle(
+        Path(root),
+        model=model,
+        preset=preset,
+        settings=settings,
+        layout=layout,
+        labels=Labels(supervision, train_defects, train_masks, fold),
+        length=length,
+        seed=seed,
+        start=start,
+    )
+    config, parts, samples = settled.config, settled.parts, settled.samples
+    detector = build(settled.model, config, seed)
+    pretrained = fill(detector, settled.start, Path(weights_file) if weights_file else None)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward_seconds = try_out(detector, device)
     decoded = Memory(memory)
     natural = open_natural(natural_images, detector, config, decoded)
 
-    samples = [*parts.train, *parts.train_defects]
     say(f"reading {len(samples)} training and {len(parts.held_out)} held-out good images")
     store = ImageStore([sample.path for sample in samples], config.image_size, decoded).fill()
     held = ImageStore([sample.path for sample in parts.held_out], config.image_size, decoded).fill()
     masks = read_masks(samples, config.image_size, detector.label_rules)
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     white = images.white_level(deepest) if deepest else images.FULL_SCALE
-    pretrained = digest_all([source])
     features = open_cache(
         cache, out, memory, [pretrained, *detector.encoding, *config.image_size, white, device]
     )
@@ -321,9 +329,9 @@ def train(
         path=out.with_name(out.name + ".checkpoint"),
         clock=started,
         fingerprint={
-            "model": model,
-            "preset": preset,
-            "supervision": found,
+            "model": settled.model,
+            "preset": settled.preset,
+            "supervision": settled.supervision,
             "config": as_json(config),
             "seed": seed,
             "precision": str(dtype).removeprefix("torch."),
@@ -336,11 +344,12 @@ def train(
             "torch": torch.__version__,
             "blemish": __version__,
             "pretrained": pretrained,
+            "from": hashlib.sha256(settled.start.weights).hexdigest() if settled.start else "",
         },
     )
     # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
     reserve = 10.0 + 10 * forward_seconds * len(held.paths)
-    begin(run, length, resume, reserve)
+    begin(run, settled.length, resume, reserve, prepared=settled.start is not None)
     loop(run)
     facts = provenance(run) | {
         "data": Path(root).resolve().name,
@@ -386,29 +395,66 @@ def provenance(run: Run) -> dict[str, Any]:
     }
 
 
-def begin(run: Run, length: Length, resume: bool, reserve: float) -> None:
-    """Prepare a new run, or go back to a checkpoint; raise ModelFileError if that is another run's."""
+def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
+    """Fill a detector's pretrained part, or with an earlier model all that they share; give a digest.
+
+    What the earlier model lacks, such as a classification head, stays as it was drawn. Raises WeightsError
+    for weights that are missing or do not fit, ModelFileError for a model that does not.
+    """
+    if start is None:
+        source = weights.find(detector.pretrained_name, given)
+        detector.load_pretrained(source)
+        return digest_all([source])
+    state, earlier = detector.state_dict(), load_tensors(start.weights)
+    for name, value in earlier.items():
+        if name in state and state[name].shape != value.shape:
+            raise ModelFileError(
+                f"{name} in {start.path} is {tuple(value.shape)}; with these settings it would be "
+                f"{tuple(state[name].shape)}"
+            )
+    detector.load_state_dict({name: earlier.get(name, value) for name, value in state.items()})
+    return str(start.manifest["training"]["run"]["pretrained"])
+
+
+def begin(run: Run, length: Length, resume: bool, reserve: float, *, prepared: bool) -> None:
+    """Prepare a new run, or go back to a checkpoint.
+
+    prepared: the detector knows already what it learns before the first step.
+    """
     for group in run.optimizer.param_groups:
         group["base_lr"] = group["lr"]
     if resume and run.path.is_file():
-        header = checkpoint.header(run.path)
-        for key, value in run.fingerprint.items():
-            if header["run"].get(key) != value:
-                raise ModelFileError(
-                    f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
-                )
-        run.restore(header)
-        epochs = None if length.epochs is None else length.epochs * run.batches.per_epoch
-        for asked in (length.steps, epochs):
-            if asked not in (None, run.steps):
-                raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {asked}")
-        say(f"going on from step {run.step} of {run.steps}")
-        return
-    if run.path.exists():
+        go_on(run, length)
+    elif run.path.exists():
         raise ConfigError(f"{run.path} is of a run that has not ended: go on with --resume, or delete it")
-    if resume:
-        say(f"nothing to resume at {run.path}: starting anew")
-    if note := run.detector.prepare(encode_all(run.batches)):
+    else:
+        if resume:
+            say(f"nothing to resume at {run.path}: starting anew")
+        prepare(run, prepared)
+        run.steps = count_steps(run, length, reserve)
+
+
+def prepare(run: Run, prepared: bool) -> None:
+    """Encode all images, and let the detector learn what it must know of the good ones."""
+    entries = encode_all(run.batches)
+    if prepared:
+        collections.deque(entries, 0)  # for the cache alone
+    elif note := run.detector.prepare(entries):
         run.notes.append(note)
         say(note)
-    run.steps = count_steps(run, length, reserve)
+
+
+def go_on(run: Run, length: Length) -> None:
+    """Go back to a run's checkpoint; raise ModelFileError if that is another run's."""
+    header = checkpoint.header(run.path)
+    for key, value in run.fingerprint.items():
+        if header["run"].get(key) != value:
+            raise ModelFileError(
+                f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
+            )
+    run.restore(header)
+    epochs = None if length.epochs is None else length.epochs * run.batches.per_epoch
+    for asked in (length.steps, epochs):
+        if asked not in (None, run.steps):
+            raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {asked}")
+    say(f"going on from step {run.step} of {run.steps}")

@@ -156,27 +156,29 @@ def refuse_other(trial: Trial, root: Path, options: Mapping[str, Any], layout: s
 def expected(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) -> dict[str, Any]:
     """Give the part of a trial's manifest that is known before it is trained."""
     from blemish import preflight
-    from blemish.detectors import as_json, configure, preset
+    from blemish.detectors import as_json
 
-    model, name = options["model"], options.get("preset", "default")
     given = {key: options[key] for key in ("supervision", "train_defects", "train_masks") if key in options}
     labels = preflight.Labels(**given, fold=trial.fold)
-    able = tuple(preset(model, name).regimes)
-    parts, supervision = preflight.choose_images(root, layout, labels, trial.seed, able, model)
-    config = configure(model, name, options.get("settings"), supervision)
+    same = {key: options[key] for key in ("preset", "settings", "start") if key in options}
+    settled = preflight.settle(
+        root, model=options["model"], layout=layout, labels=labels, seed=trial.seed, **same
+    )
+    config = settled.config
     made = {
-        "model": model,
-        "preset": name,
+        "model": settled.model,
+        "preset": settled.preset,
         "seed": trial.seed,
         "config": as_json(config),
-        "images": preflight.digest_all([sample.path for sample in (*parts.train, *parts.train_defects)]),
-        "held_out": preflight.digest_all([sample.path for sample in parts.held_out]),
+        "images": preflight.digest_all([sample.path for sample in settled.samples]),
+        "held_out": preflight.digest_all([sample.path for sample in settled.parts.held_out]),
     }
     if weights_file := options.get("weights_file"):
         made["pretrained"] = preflight.digest_all([Path(weights_file)])
     length = {key: options[key] for key in ("steps", "epochs") if options.get(key)}
     if not length and not options.get("budget"):
-        length = {"epochs": config.epochs} if config.epochs else {"steps": config.steps}
+        usual = settled.length if settled.start else preflight.Length(config.steps, config.epochs)
+        length = {"epochs": usual.epochs} if usual.epochs else {"steps": usual.steps}
     calibration = {key: options[key] for key in ("false_reject_rate",) if key in options}
     return {"training": {"run": made} | length, "calibration": calibration}
 

@@ -57,16 +57,15 @@ class SegmentationHead(nn.Module):
 
     def forward_counted(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Normalise by the moments of rows that count several times, and move the running ones."""
+        norm = self.norm
         with torch.no_grad():
             total, mean, variance = counted_moments(rows, counts)
-            share = self.norm.momentum or 0.0
-            self.norm.running_mean.lerp_(mean, share)  # type: ignore[union-attr,operator]
-            self.norm.running_var.lerp_(variance * total / (total - 1), share)  # type: ignore[union-attr,operator]
-            self.norm.num_batches_tracked += 1  # type: ignore[assignment]
-        scale = (variance + self.norm.eps).rsqrt()
-        found: Tensor = NormalisedDot.apply(
-            rows, self.norm.weight, self.norm.bias, self.last.weight[0], mean, scale, counts / total
-        )
+            if norm.running_mean is not None and norm.running_var is not None:
+                norm.running_mean.lerp_(mean, norm.momentum or 0.0)
+                norm.running_var.lerp_(variance * total / (total - 1), norm.momentum or 0.0)
+        scale, shares = (variance + norm.eps).rsqrt(), counts / total
+        weights = norm.weight, norm.bias, self.last.weight[0]
+        found: Tensor = NormalisedDot.apply(rows, *weights, mean, scale, shares)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -93,7 +92,7 @@ class NormalisedDot(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx,
         rows: Tensor,
         weight: Tensor,
@@ -115,7 +114,7 @@ class NormalisedDot(torch.autograd.Function):
 
     @staticmethod
     @override
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, vector, mean, scale, shares = ctx.saved_tensors
         gain = weight * scale
         offset = bias - gain * mean
