@@ -50,16 +50,24 @@ def spotted(number: int, size: tuple[int, int] = (64, 64)) -> tuple[AnyArray, Bo
 
 
 def data_set(
-    root: Path, *, train: int = 12, good: int = 4, bad: int = 4, size: tuple[int, int] = (64, 64)
+    root: Path,
+    *,
+    train: int = 12,
+    good: int = 4,
+    bad: int = 4,
+    train_bad: int = 0,
+    size: tuple[int, int] = (64, 64),
 ) -> Path:
-    """Draw a data set in the layout `mvtec`; no number is drawn twice."""
+    """Draw a data set in the layout `mvtec`, with masks for all defects; no number is drawn twice."""
     for number in range(train):
         images.write_png(root / f"train/good/{number:03}.png", part(number, size))
     for number in range(good):
         images.write_png(root / f"test/good/{number:03}.png", part(1000 + number, size))
-    for number in range(bad):
+    places = [("test", number) for number in range(bad)]
+    places += [("train", 100 + number) for number in range(train_bad)]
+    for part_of, number in places:
         image, mask = spotted(2000 + number, size)
-        images.write_png(root / f"test/{KIND}/{number:03}.png", image)
+        images.write_png(root / f"{part_of}/{KIND}/{number:03}.png", image)
         images.write_png(root / f"ground_truth/{KIND}/{number:03}_mask.png", (255 * mask).astype(np.uint8))
     return root
 

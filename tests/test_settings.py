@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from blemish.detectors import METHODS, PRESETS, build, configure
+from blemish.detectors import METHODS, build, configure
+from blemish.detectors.base import Config
 from blemish.detectors.efficientad import EfficientADConfig
 from blemish.errors import ConfigError
+from blemish.types import Supervision
 
 
 def as_text(value: Any) -> str:
@@ -25,6 +27,7 @@ def another(name: str, value: Any) -> Any:
         "layers": ("stage2",),
         "schedule": "step-95",
         "backbone": "resnet18",
+        "anomalies": "none",
         "size": "medium" if value == "small" else "small",
     }
     if name in named:
@@ -68,6 +71,13 @@ def test_wrong_settings_are_refused(method: str, key: str, value: str, says: str
     assert "\n" not in str(raised.value)
 
 
+def test_an_unknown_kind_of_anomalies_or_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="anomalies=perlin2 does not fit; expected 'perlin' or 'whole'"):
+        configure("supersimplenet", settings={"anomalies": "perlin2"})
+    with pytest.raises(ConfigError, match="simplenet has no preset 'journal'; there are default, paper"):
+        configure("simplenet", "journal")
+
+
 def test_booleans_are_said_in_words() -> None:
     for text, value in {
         "true": True,
@@ -83,7 +93,13 @@ def test_booleans_are_said_in_words() -> None:
 
 
 def test_the_presets_are_those_documented() -> None:
-    assert PRESETS == ("default", "paper")
+    presets = {name: tuple(method.presets) for name, method in METHODS.items()}
+    assert presets == {
+        "efficientad-s": ("default", "paper"),
+        "efficientad-m": ("default", "paper"),
+        "supersimplenet": ("default", "paper", "journal"),
+        "simplenet": ("default", "paper"),
+    }
     for size in ("s", "m"):
         paper = configure(f"efficientad-{size}", "paper")
         assert isinstance(paper, EfficientADConfig)
@@ -106,6 +122,96 @@ def test_the_presets_are_those_documented() -> None:
     assert paper.focal_loss
     assert paper.upscale
     assert paper.adapt_classification_features
+
+    assert (paper.anomalies, paper.noise_on_defects, paper.noise_on_unmasked) == ("perlin", False, False)
+    # SimpleNet's paper: no upscaling, whole copies with noise, one loss, constant rates, the map's maximum.
+    for wanted in ("default", "paper"):
+        old = configure("simplenet", wanted)
+        assert not old.upscale
+        assert not old.classification_head
+        assert not old.focal_loss
+        assert old.anomalies == "whole"
+    assert (old.backbone, old.batch_size, old.steps, old.epochs) == ("wide_resnet50_2", 8, 0, 160)
+    assert (old.schedule, old.hidden_channels, old.noise) == ("constant", 1024, 0.015)
+    assert old.statistics == ("maximum",)
+
+
+def changed(one: Config, other: Config) -> dict[str, Any]:
+    """Give the fields of another config that differ from one's, with their values."""
+    values = dataclasses.asdict(other)
+    return {name: values[name] for name, value in dataclasses.asdict(one).items() if value != values[name]}
+
+
+LEARNS = {"classification_head": True, "stop_gradient": False, "clip_norm": 1.0, "statistics": ("head",)}
+"""What learning from real defects changes in the default config; the presets have a head anyway."""
+IN_PAPER = {"stop_gradient": False, "clip_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "supervision", "changes"),
+    [
+        ("default", "weak", LEARNS),
+        ("default", "mixed", LEARNS | {"perlin_threshold": 0.6}),
+        ("default", "full", LEARNS | {"perlin_threshold": 0.6}),
+        ("paper", "weak", IN_PAPER),
+        ("paper", "mixed", IN_PAPER | {"perlin_threshold": 0.6}),
+        ("paper", "full", IN_PAPER | {"perlin_threshold": 0.6}),
+        ("journal", "weak", IN_PAPER),
+        *(
+            (
+                "journal",
+                known,
+                IN_PAPER | {"perlin_threshold": 0.6, "mask_dilation": 7, "distance_weights": True},
+            )
+            for known in ("mixed", "full")
+        ),
+    ],
+)
+def test_supervision_changes_what_the_paper_changes_with_it(
+    preset: str, supervision: Supervision, changes: dict[str, Any]
+) -> None:
+    """Section 4: the gradient flows, its norm is 1 at most, masks are sparser where real ones are known."""
+    without = configure("supersimplenet", preset)
+    assert without.perlin_threshold == 0.2
+    assert changed(without, configure("supersimplenet", preset, supervision=supervision)) == changes
+
+
+def test_the_journal_extension_differs_from_the_paper_by_its_own_rules() -> None:
+    base, journal = configure("supersimplenet", "paper"), configure("supersimplenet", "journal")
+    assert changed(base, journal) == {"adapt_classification_features": False, "noise_on_unmasked": True}
+
+
+@pytest.mark.parametrize("supervision", ["mixed", "full"])
+def test_supervision_changes_nothing_in_simplenet(supervision: Supervision) -> None:
+    for preset in ("default", "paper"):
+        assert configure("simplenet", preset, supervision=supervision) == configure("simplenet", preset)
+
+
+def test_what_a_method_can_learn_from_is_listed_with_each_preset() -> None:
+    able = {name: {tuple(each.regimes) for each in one.presets.values()} for name, one in METHODS.items()}
+    assert able == {
+        "efficientad-s": {("none",)},
+        "efficientad-m": {("none",)},
+        "supersimplenet": {("none", "weak", "mixed", "full")},
+        "simplenet": {("none", "mixed", "full")},
+    }
+
+
+def test_a_setting_overrides_what_supervision_sets() -> None:
+    given = {"perlin_threshold": 0.3, "clip_norm": "0", "statistics": "maximum"}
+    found = configure("supersimplenet", settings=given, supervision="full")
+    assert (found.perlin_threshold, found.clip_norm, found.statistics) == (0.3, 0.0, ("maximum",))
+    assert found.classification_head
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_without_the_head_that_supervision_brings_the_map_gives_the_score(preset: str) -> None:
+    off = {"classification_head": False}
+    found = configure("supersimplenet", preset, off, supervision="full")
+    assert found.statistics == configure("supersimplenet").statistics
+    asked = off | {"statistics": "head"}  # by name it is refused
+    with pytest.raises(ConfigError, match="classification_head=true"):
+        build("supersimplenet", configure("supersimplenet", preset, asked, supervision="full"), 0)
 
 
 def test_a_setting_overrides_a_preset() -> None:

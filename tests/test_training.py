@@ -19,7 +19,8 @@ from torch import Tensor
 
 import drawn
 from blemish import bundle, checkpoint, images, ops, training
-from blemish.data.loading import Batches, EncodedStore, ImageStore, Memory, readable
+from blemish.data.cache import FeatureCache, Memory
+from blemish.data.loading import Batches, EncodedStore, ImageStore, readable
 from blemish.detectors.base import SCHEDULES
 from blemish.detectors.supersimplenet import SuperSimpleNet
 from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
@@ -377,6 +378,7 @@ def test_a_budget_is_kept(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, T
 
 def test_schedules_have_their_corners() -> None:
     table = {
+        "constant": {0: 1, 0.5: 1, 1: 1},
         "step-95": {0: 1, 0.9499: 1, 0.95: 0.1, 1: 0.1},
         "step-80-90": {0: 1, 0.7999: 1, 0.8: 0.4, 0.8999: 0.4, 0.9: 0.16, 1: 0.16},
         "one-cycle": {0: 0.05, 0.025: 0.525, 0.05: 1, 0.4999: 1, 0.5: 1, 0.75: 0.505, 1: 0.01},
@@ -529,51 +531,36 @@ def test_photographs_are_cropped_from_twice_the_size(tmp_path: Path) -> None:
     assert np.array_equal(cropped, image[16:48, 24:72])
 
 
-def test_a_budget_of_memory_changes_no_encoding(paths: list[Path]) -> None:
-    store = ImageStore(paths, (32, 32), Memory(1 << 30))
-    one = 2 * (32 * 32 + 3 * 16 * 16)  # bytes in half precision
-    expected = [part.half().float() for part in encode(store.batch(range(7), 255.0))]
-    for budget, kept in ((0, 0), (one, 1), (2 * one + 1, 2), (1 << 30, 7)):
-        encoded = EncodedStore(encode, store, 255.0, Memory(budget), "cpu")
-        for _ in range(2):
-            columns = [torch.cat(column) for column in zip(*encoded.entries(), strict=True)]
-            assert all(torch.equal(found, wanted) for found, wanted in zip(columns, expected, strict=True))
-            mixed = encoded.batch([5, 0, 5])
-            assert all(
-                torch.equal(found, wanted[[5, 0, 5]]) for found, wanted in zip(mixed, expected, strict=True)
-            )
-        assert len(encoded.kept) == kept
-
-
 def make_batches(paths: list[Path], **changes: Any) -> Batches:
-    samples = [Sample(path, number % 2, "kind") for number, path in enumerate(paths)]
+    samples = [Sample(path, 0, "good") for path in paths]
     store = ImageStore(paths, (32, 32), Memory(1 << 30))
-    encoded = EncodedStore(encode, store, 255.0, Memory(1 << 30), "cpu")
+    encoded = EncodedStore(encode, store, 255.0, FeatureCache(Memory(1 << 30)), "cpu")
     return Batches(samples, store, encoded, **{"batch_size": 3, "seed": 0} | changes)
 
 
 def test_every_image_has_one_turn_in_an_epoch(paths: list[Path]) -> None:
     batches = make_batches(paths)
     assert batches.per_epoch == 3
-    epochs = [[batches.indices(step) for step in range(start, start + 3)] for start in range(0, 30, 3)]
+    epochs = [[batches.entries(step) for step in range(start, start + 3)] for start in range(0, 30, 3)]
     for epoch in epochs:
-        assert sorted(itertools.chain(*epoch)) == list(range(7))
-        assert [len(indices) for indices in epoch] == [3, 3, 1]
+        assert sorted(itertools.chain(*epoch)) == [(index, 0) for index in range(7)]
+        assert [len(entries) for entries in epoch] == [3, 3, 1]
     assert len({tuple(itertools.chain(*epoch)) for epoch in epochs}) > 5
-    assert make_batches(paths, seed=1).indices(0) != batches.indices(0) or make_batches(
-        paths, seed=1
-    ).indices(1) != batches.indices(1)
+    other = make_batches(paths, seed=1)
+    assert any(other.entries(step) != batches.entries(step) for step in range(2))
 
 
 def test_more_in_a_batch_than_there_are_images_is_all_of_them(paths: list[Path]) -> None:
     batches = make_batches(paths, batch_size=100)
     assert batches.per_epoch == 1
-    assert all(sorted(batches.indices(step)) == list(range(7)) for step in range(3))
+    everything = [(index, 0) for index in range(7)]
+    assert all(sorted(batches.entries(step)) == everything for step in range(3))
 
 
 def same(one: Batch, other: Batch) -> bool:
     tensors = [
-        [b.images, *b.encoded, b.labels, *([] if b.natural is None else [b.natural])] for b in (one, other)
+        [b.images, *b.encoded, b.labels, b.masked, *([] if b.natural is None else [b.natural])]
+        for b in (one, other)
     ]
     return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
 
@@ -585,9 +572,12 @@ def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
     for step in (7, 2, 3, 3, 0, 1, 6, 5, 4):
         assert same(backwards.at(step), expected[step]), step
     for step, batch in enumerate(expected):
-        chosen = in_order.indices(step)
+        chosen = [index for index, _ in in_order.entries(step)]
         assert torch.equal(batch.images, in_order.store.batch(chosen, 255.0))
-        assert torch.equal(batch.labels, torch.tensor([float(index % 2) for index in chosen]))
+        assert torch.equal(batch.labels, torch.zeros(len(chosen)))
+        assert batch.masked.all()
+        assert batch.masks is None
+        assert batch.weights is None
         assert batch.natural is not None
         assert batch.natural.shape == batch.images.shape
         assert all(len(part) == len(chosen) for part in batch.encoded)
