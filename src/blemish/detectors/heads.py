@@ -178,7 +178,10 @@ class ClassificationHead(nn.Module):
         more = functional.conv2d(planes, kernels, self.convolution[0].bias, padding=TAPS // 2)  # type: ignore[arg-type]
         seen = seen.permute(0, 3, 1, 2) + more
         seen = self.convolution[2](self.convolution[1](seen))
-        pooled = [x for part in (seen, segmentation[:, None]) for x in (part.amax((2, 3)), part.mean((2, 3)))]
+        # amax would share its gradient out among equals, and takes nine times as long
+        pooled = [functional.adaptive_max_pool2d(seen, 1).flatten(1), seen.mean((2, 3))]
+        maps = segmentation[:, None]
+        pooled += [functional.adaptive_max_pool2d(maps, 1).flatten(1), maps.mean((2, 3))]
         score: Tensor = self.linear(torch.cat(pooled, 1))
         return score[:, 0]
 

@@ -182,8 +182,14 @@ class SuperSimpleNet(Detector):
 
     @override
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Give the backbone's outputs as (B, h_i, w_i, C_i)."""
-        return tuple(x.permute(0, 2, 3, 1).contiguous() for x in self.backbone(images))
+        """Give the backbone's outputs as (B, h_i, w_i, C_i), those of one size as one."""
+        parts: list[Tensor] = []
+        for x in self.backbone(images):
+            if parts and parts[-1].shape[2:] == x.shape[2:]:
+                parts[-1] = torch.cat([parts[-1], x], 1)
+            else:
+                parts.append(x)
+        return tuple(x.permute(0, 2, 3, 1).contiguous() for x in parts)
 
     @override
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
@@ -225,18 +231,14 @@ class SuperSimpleNet(Detector):
         """Give the adapted features (B, h, w, C)."""
         parts = [
             functional.linear(x, weight)
-            for x, weight in zip(encoded, self.layer_columns(self.adaptor.weight), strict=True)
+            for x, weight in zip(encoded, layer_columns(self.adaptor.weight, encoded), strict=True)
         ]
         return spread(parts, self.feature_size(encoded)) + self.adaptor.bias
-
-    def layer_columns(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Split weights (..., C) on joined features into those on each layer."""
-        return torch.split(weight, list(self.backbone.channels), -1)
 
     def hidden(self, encoded: tuple[Tensor, ...]) -> Tensor:
         """Give the segmentation head's first convolution of the adapted features, (B, h, w, hidden)."""
         first = self.segmentation.first
-        weights = (first.weight @ columns for columns in self.layer_columns(self.adaptor.weight))
+        weights = (first.weight @ columns for columns in layer_columns(self.adaptor.weight, encoded))
         parts = [functional.linear(x, weight) for x, weight in zip(encoded, weights, strict=True)]
         bias = functional.linear(self.adaptor.bias, first.weight, first.bias)
         return spread(parts, self.feature_size(encoded)) + bias
@@ -356,7 +358,7 @@ class SuperSimpleNet(Detector):
             )
         adapt = self.config.adapt_classification_features
         kernel = head.weights()[0]
-        columns = self.layer_columns(self.adaptor.weight if adapt else kernel)
+        columns = layer_columns(self.adaptor.weight if adapt else kernel, encoded)
         parts = []
         for x, part in zip(encoded, columns, strict=True):
             weight = kernel @ part if adapt else part
@@ -419,6 +421,11 @@ def places(noisy: Tensor, count: int) -> Tensor:
     """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
     found = noisy.flatten().nonzero()[:, 0]
     return functional.pad(found, (0, count - len(found)))
+
+
+def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Split weights (..., C) on joined features into those on each (B, h_i, w_i, C_i)."""
+    return torch.split(weight, [x.shape[3] for x in encoded], -1)
 
 
 def segmentation_losses(
