@@ -63,8 +63,11 @@ def read_one(sample: Sample, size: tuple[int, int], rules: LabelRules) -> Mask |
 def distance_weights(mask: BoolArray) -> FloatArray:
     """Weight the pixels of (H, W) regions by 3 (d / d_max)^2, d the distance to the region's border.
 
-    SuperSimpleNet's journal extension, after SegDecNet (Bozic, Tabernik, Skocaj 2021).
+    SuperSimpleNet's journal extension, after SegDecNet (Bozic, Tabernik, Skocaj 2021). The image's frame is
+    no border; in a region that fills the image, which then has none, all pixels weigh 3.
     """
+    if mask.all():  # scipy gives distances to a corner then
+        return np.full(mask.shape, WEIGHT, np.float32)
     distance = ndimage.distance_transform_edt(mask)
     regions, count = cc3d.connected_components(mask, connectivity=8, return_N=True)
     regions[~mask] = 0
