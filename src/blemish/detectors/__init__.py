@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blemish.detectors import efficientad, supersimplenet
+from blemish.detectors import efficientad, simplenet, supersimplenet
 from blemish.detectors.base import SCHEDULES, Config, Detector
 from blemish.errors import ConfigError
 from blemish.ops import STATISTICS, generator
@@ -56,10 +56,10 @@ METHODS = {
     ),
     "simplenet": Method(
         supersimplenet.SuperSimpleNet,
-        supersimplenet.SIMPLENET,
+        simplenet.DEFAULT,
         {
-            "default": Preset({}, supersimplenet.SIMPLENET_REGIMES),
-            "paper": Preset(supersimplenet.SIMPLENET_PAPER, supersimplenet.SIMPLENET_REGIMES),
+            "default": Preset({}, simplenet.REGIMES),
+            "paper": Preset(simplenet.PAPER, simplenet.REGIMES),
         },
     ),
 }

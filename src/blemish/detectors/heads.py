@@ -1,4 +1,4 @@
-"""SuperSimpleNet's heads, computed where they are cheap: on the backbone's own cells, before any upscaling.
+"""SuperSimpleNet's heads and their losses, computed where that is cheap: before any upscaling.
 
 Joining, upscaling and averaging the backbone's outputs is linear, and so are the adaptor and the first
 convolution of each head. So those convolutions run on the outputs as they are, on a quarter and a sixteenth
@@ -226,6 +226,30 @@ def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> T
     target = first[:, None, None] - tap[:, None] * wide - tap
     grid = rows.new_zeros(count * tall * wide, channels).index_add(0, target.flatten(), rows.flatten(0, 2))
     return grid.view(count, tall, wide, channels)[:, margin:-margin, margin:-margin]
+
+
+def segmentation_losses(
+    logits: Tensor, target: Tensor, weight: Tensor, *, focal_loss: bool
+) -> dict[str, Tensor]:
+    """Section 3.3 on (cells,) logits, 0/1 targets and weights: truncated L1 of either class, and focal loss.
+
+    Means are over the cells of a weight above 0.
+    """
+    counted = (weight > 0).float()
+    normal, anomalous = (1 - target) * counted, target * counted
+    terms = {
+        "normal": (normal * weight * (0.5 + logits).relu()).sum() / normal.sum().clamp(min=1),
+        "anomalous": (anomalous * weight * (0.5 - logits).relu()).sum() / anomalous.sum().clamp(min=1),
+    }
+    if focal_loss:
+        terms["focal"] = (weight * focal(logits, target)).sum() / counted.sum().clamp(min=1)
+    return terms
+
+
+def focal(logits: Tensor, targets: Tensor, gamma: float = 4.0) -> Tensor:
+    """Give the focal loss of each logit against its 0/1 target, without class weights."""
+    entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (1 - torch.exp(-entropy)) ** gamma * entropy
 
 
 def axis_matrices(cells: int, length: int, taps: int) -> Tensor:

@@ -11,8 +11,8 @@ Departures from the paper, each one word in the config, all undone by `--preset 
 In both presets the backbone's outputs are kept in half precision.
 
 With labelled defects the rules of the paper's supervised setting hold, and those of its journal extension for
-defects without masks (arXiv 2408.03143 v3, 2025); REGIMES and JOURNAL list them. SimpleNet (Liu et al., CVPR
-2023) is the same network without upscaling and classification head, trained on noise without masks.
+defects without masks (arXiv 2408.03143 v3, 2025); REGIMES and JOURNAL list them. `simplenet.py` has the
+numbers of its predecessor, which is the same network with less.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ from typing_extensions import override
 from blemish import ops
 from blemish.backbones import BACKBONES, Backbone, choose_layers, fill_backbone
 from blemish.detectors.base import Config, Detector
-from blemish.detectors.heads import ClassificationHead, SegmentationHead, scatter_rows, spread, spread_shifted
+from blemish.detectors.heads import (
+    ClassificationHead,
+    SegmentationHead,
+    focal,
+    scatter_rows,
+    segmentation_losses,
+    spread,
+    spread_shifted,
+)
 from blemish.errors import ConfigError
 from blemish.types import Batch, LabelRules, Supervision
 
@@ -116,20 +124,6 @@ REGIMES: dict[Supervision, dict[str, Any]] = {
 JOURNAL_REGIMES = REGIMES | {
     name: REGIMES[name] | {"mask_dilation": 7, "distance_weights": True} for name in ("mixed", "full")
 }
-
-SIMPLENET = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)
-SIMPLENET_PAPER: dict[str, Any] = {
-    "backbone": "wide_resnet50_2",
-    "batch_size": 8,
-    "steps": 0,
-    "epochs": 160,
-    "schedule": "constant",
-    "hidden_channels": 1024,
-    "noise": 0.015,
-    "statistics": ("maximum",),
-}
-SIMPLENET_REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": {}, "full": {}}
-"""Without a classification head, an image label alone has nothing to teach."""
 
 
 class SuperSimpleNet(Detector):
@@ -426,27 +420,3 @@ def places(noisy: Tensor, count: int) -> Tensor:
 def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Split weights (..., C) on joined features into those on each (B, h_i, w_i, C_i)."""
     return torch.split(weight, [x.shape[3] for x in encoded], -1)
-
-
-def segmentation_losses(
-    logits: Tensor, target: Tensor, weight: Tensor, *, focal_loss: bool
-) -> dict[str, Tensor]:
-    """Section 3.3 on (cells,) logits, 0/1 targets and weights: truncated L1 of either class, and focal loss.
-
-    Means are over the cells of a weight above 0.
-    """
-    counted = (weight > 0).float()
-    normal, anomalous = (1 - target) * counted, target * counted
-    terms = {
-        "normal": (normal * weight * (0.5 + logits).relu()).sum() / normal.sum().clamp(min=1),
-        "anomalous": (anomalous * weight * (0.5 - logits).relu()).sum() / anomalous.sum().clamp(min=1),
-    }
-    if focal_loss:
-        terms["focal"] = (weight * focal(logits, target)).sum() / counted.sum().clamp(min=1)
-    return terms
-
-
-def focal(logits: Tensor, targets: Tensor, gamma: float = 4.0) -> Tensor:
-    """Give the focal loss of each logit against its 0/1 target, without class weights."""
-    entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return (1 - torch.exp(-entropy)) ** gamma * entropy
