@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blemish.files import whole_file
@@ -61,7 +61,8 @@ class FeatureCache:
         """Keep an entry; raise OutputError where the disk does not take it."""
         if (not self.remember(name, entry) or self.shared) and self.folder is not None:
             with whole_file(self.folder / name) as temporary:
-                save_file({str(number): part for number, part in enumerate(entry)}, temporary)
+                # not save_file: a full disk is an error of its own there, of no known number
+                temporary.write_bytes(save({str(number): part for number, part in enumerate(entry)}))
             self.bytes_on_disk += sum(part.nbytes for part in entry)
 
     def remember(self, name: str, entry: Encoded) -> bool:
