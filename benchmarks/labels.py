@@ -5,6 +5,7 @@
     python benchmarks/labels.py ablation DATA --supervision full ...
     python benchmarks/labels.py rules    DATA ...        the 2024 rules and those of the journal extension
     python benchmarks/labels.py show     FILE...         mean and deviation of each row
+    python benchmarks/labels.py clean    DATA FOLDER     a copy without training images that are in test
 
 Runs that are in the file already are not repeated, so a series that was stopped goes on. Options that the
 commands share: --backbone NAME --weights FILE --cache DIR --set KEY=VALUE.
@@ -13,7 +14,9 @@ commands share: --backbone NAME --weights FILE --cache DIR --set KEY=VALUE.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +26,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import blemish
+from blemish import images
 
 METRICS = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 NO_HEAD = {"classification_head": False}
@@ -137,6 +141,23 @@ def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int
     }
 
 
+def clean(root: Path, out: Path) -> None:
+    """Copy a data set in the layout ksdd2 but for training images whose pixels are in test, too."""
+    test = {image_digest(path) for path in (root / "test").glob("*[0-9].png")}
+    for part in ("train", "test"):
+        (out / part).mkdir(parents=True)
+        for path in sorted((root / part).glob("*[0-9].png")):
+            if part == "train" and image_digest(path) in test:
+                print(f"left out: {path}", file=sys.stderr)
+                continue
+            for name in (path.name, f"{path.stem}_GT.png"):
+                shutil.copy(root / part / name, out / part / name)
+
+
+def image_digest(path: Path) -> str:
+    return hashlib.sha256(images.read(path).tobytes()).hexdigest()
+
+
 def show(files: list[Path]) -> None:
     """Print mean and standard deviation over the seeds of each row."""
     rows: defaultdict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -158,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("series", choices=[*SERIES, "show"])
+    parser.add_argument("series", choices=[*SERIES, "show", "clean"])
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("labels.jsonl"))
     parser.add_argument("--image-size", default="256x256")
@@ -174,6 +195,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.series == "show":
         return show(options.data)
+    if options.series == "clean":
+        return clean(*options.data)
     (options.data,) = options.data
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     done = {(record["series"], record["row"], record["seed"]) for record in map(json.loads, lines)}
