@@ -20,26 +20,37 @@ import drawn
 from blemish import bundle, ops, seal, training
 from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
-from blemish.detectors import METHODS, as_json, build, configure
+from blemish.detectors import METHODS, as_json, build, configure, supersimplenet
 from blemish.detectors.base import Config, Detector
 from blemish.export import onnx
 from blemish.images import to_input
 from blemish.runtime import Graph, Predictor
 from blemish.runtime import load as load_model
-from blemish.types import Batch, FloatArray
+from blemish.types import Batch, FloatArray, Supervision
 
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 RESNET = {"backbone": "resnet18", "hidden_channels": 32, "image_size": (64, 96), "noise_ratio": 1.0}
-HEAD = {"classification_head": True, "statistics": ("head", "maximum"), "stop_gradient": False}
 SMALL = drawn.TINY | {"layers": ("stage2",)}
-CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "efficientad-s": ("efficientad-s", {}, 2),
-    "efficientad-m": ("efficientad-m", {"image_size": (256, 320)}, 1),
-    "supersimplenet": ("supersimplenet", RESNET, 30),
-    "supersimplenet with its head": ("supersimplenet", SMALL | HEAD, 80),
+BOTH = {"statistics": ("head", "maximum")}
+HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
+CASES: dict[str, tuple[str, Supervision, dict[str, Any], int]] = {
+    "efficientad-s": ("efficientad-s", "none", {}, 2),
+    "efficientad-m": ("efficientad-m", "none", {"image_size": (256, 320)}, 1),
+    "supersimplenet": ("supersimplenet", "none", RESNET, 30),
+    "supersimplenet weak": ("supersimplenet", "weak", SMALL, 60),
+    "supersimplenet mixed": ("supersimplenet", "mixed", SMALL | BOTH, 60),
+    "supersimplenet full": (
+        "supersimplenet",
+        "full",
+        SMALL | {"mask_dilation": 3, "distance_weights": True},
+        60,
+    ),
+    "simplenet": ("simplenet", "none", RESNET, 30),
 }
-"""Method, settings and steps."""
+"""Method, supervision, settings and steps."""
+MASKS = {"weak": 0, "mixed": 2}
+"""How many of four training defects keep their masks."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all elements": ("efficientad-s", {"hard_quantile": 0.0}),
     "no penalty": ("efficientad-s", {"penalty": False}),
@@ -51,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "supersimplenet",
         SMALL | HEAD | {"adapt_classification_features": False},
     ),
+    "anomalies on whole copies": ("supersimplenet", SMALL | {"anomalies": "whole"}),
     "no focal loss": ("supersimplenet", SMALL | {"focal_loss": False}),
     "no blur": ("supersimplenet", SMALL | {"blur_sigma": 0.0}),
     "fixed noise": ("supersimplenet", SMALL | {"noise": 0.015}),
@@ -79,6 +91,7 @@ def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in PDNS:
             patch.setitem(PDNS, name, narrow_pdn)
+        patch.setattr(supersimplenet, "ROUND", 64)  # filling up to 4,096 cells is most of the work here
         yield
 
 
@@ -87,6 +100,7 @@ class Case:
     """One method with small settings, and a trained model of it."""
 
     method: str
+    supervision: Supervision
     config: Config
     steps: int
     weights: Path
@@ -110,6 +124,8 @@ class Case:
         """Train anew."""
         given: dict[str, Any] = {
             "model": self.method,
+            "supervision": self.supervision,
+            "train_masks": MASKS.get(self.supervision),
             "weights_file": self.weights,
             "natural_images": self.data / "test" / "good",
             "settings": as_json(self.config),
@@ -128,12 +144,12 @@ def draw_weights(path: Path, method: str, config: Config) -> Path:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, narrow: None, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    method, settings, steps = CASES[request.param]
-    config = configure(method, settings=settings)
+    method, supervision, settings, steps = CASES[request.param]
+    config = configure(method, settings=settings, supervision=supervision)
     folder = tmp_path_factory.mktemp("contract")
     drawn_weights = draw_weights(folder / "weights.safetensors", method, config)
-    root = drawn.data_set(folder / "parts", train=10, good=2, bad=0, size=(80, 100))
-    empty = Case(method, config, steps, drawn_weights, root, folder / "model.blemish", None)
+    root = drawn.data_set(folder / "parts", train=10, good=2, bad=0, train_bad=4, size=(80, 100))
+    empty = Case(method, supervision, config, steps, drawn_weights, root, folder / "model.blemish", None)
     torch.set_num_threads(1)
     return dataclasses.replace(empty, model=empty.train(empty.file))
 
@@ -144,10 +160,26 @@ def inputs(case: Case, count: int = 3) -> Tensor:
 
 
 def batch_of(detector: Detector, images: Tensor) -> Batch:
+    """Make a batch of good parts."""
     with torch.no_grad():
         encoded = tuple(part.float() for part in detector.encode(images))
     natural = images.flip(3) if detector.wants_natural_images else None
     return Batch(images, encoded, torch.zeros(len(images)), torch.ones(len(images)) > 0, natural=natural)
+
+
+def labelled_batch(case: Case, detector: Detector, count: int) -> Batch:
+    """Make a batch as the case has them: with supervision two of three parts are defective."""
+    images, size = inputs(case, count), case.config.image_size
+    labels, masked = torch.zeros(count), torch.ones(count) > 0
+    masks = torch.zeros(count, *size)
+    for row in range(count if case.supervision != "none" else 0):
+        if row % 3:
+            image, mask = drawn.spotted(50 + row, size)
+            images[row], labels[row] = torch.from_numpy(to_input(image)), 1
+            masked[row] = case.supervision == "full" or (case.supervision == "mixed" and row % 3 == 1)
+            masks[row] = torch.from_numpy(mask) * masked[row]
+    known = masks if case.supervision in ("mixed", "full") else None
+    return dataclasses.replace(batch_of(detector, images), labels=labels, masked=masked, masks=known)
 
 
 def near(found: FloatArray, expected: FloatArray) -> None:
@@ -156,7 +188,10 @@ def near(found: FloatArray, expected: FloatArray) -> None:
 
 
 def test_every_method_is_covered() -> None:
-    assert {method for method, _, _ in CASES.values()} == set(METHODS)
+    covered = {(method, supervision) for method, supervision, _, _ in CASES.values()}
+    assert {method for method, _ in covered} == set(METHODS)
+    regimes = METHODS["supersimplenet"].presets["default"].regimes
+    assert {known for method, known in covered if method == "supersimplenet"} == set(regimes)
 
 
 # --- scoring ---
@@ -263,7 +298,11 @@ def test_quantities_of_the_file_are_those_asked_for(case: Case) -> None:
     assert manifest["method"] == case.method
     assert manifest["config"] == as_json(case.config)
     assert tuple(manifest["preprocessing"]["image_size"]) == case.config.image_size
-    assert manifest["training"]["steps"] == case.steps
+    facts = manifest["training"]
+    assert facts["steps"] == case.steps
+    assert facts["run"]["supervision"] == case.supervision
+    learned = {"none": (0, 0), "weak": (4, 0), "mixed": (4, 2), "full": (4, 4)}[case.supervision]
+    assert (facts["good_images"], facts["defective_images"], facts["masked_images"]) == (5, *learned)
     assert len(case.model.calibration.scores) == 5
 
 
@@ -328,7 +367,7 @@ def test_frozen_weights_refuse_gradients_and_do_not_move(case: Case) -> None:
     optimised = {id(value) for group in detector.optimizer().param_groups for value in group["params"]}
     assert optimised == {id(value) for value in detector.parameters() if value.requires_grad}
     detector.train()
-    terms = detector.loss(batch_of(detector, inputs(case)), ops.generator(0))
+    terms = detector.loss(labelled_batch(case, detector, 3), ops.generator(0))
     torch.stack(list(terms.values())).sum().backward()
     for name, value in detector.named_parameters():
         assert (value.grad is None) == (name in frozen), name
@@ -341,10 +380,10 @@ def test_frozen_weights_refuse_gradients_and_do_not_move(case: Case) -> None:
     assert set(moved) == set(dict(detector.named_parameters())) - set(frozen)
 
 
-def falls(detector: Detector, images: Tensor) -> None:
+def falls(detector: Detector, batch: Batch) -> None:
     """Check that steps on one batch, with one draw, lower its loss, and that all of it stays finite."""
     detector.train()
-    batch, optimizer, totals = batch_of(detector, images), detector.optimizer(), []
+    optimizer, totals = detector.optimizer(), []
     detector.prepare([batch.encoded])
     for _ in range(2 + detector.config.batch_size):
         terms = detector.loss(batch, ops.generator(0))
@@ -358,7 +397,8 @@ def falls(detector: Detector, images: Tensor) -> None:
 
 
 def test_the_loss_falls(case: Case) -> None:
-    falls(case.detector(), inputs(case, case.config.batch_size))
+    detector = case.detector()
+    falls(detector, labelled_batch(case, detector, case.config.batch_size))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -368,7 +408,7 @@ def test_variants_train_and_score(variant: str, tmp_path: Path) -> None:
     detector = build(method, config, 0)
     detector.load_pretrained(draw_weights(tmp_path / "weights.safetensors", method, config))
     images = torch.from_numpy(np.stack([to_input(drawn.part(n, config.image_size)) for n in range(2)]))
-    falls(detector, images)
+    falls(detector, batch_of(detector, images))
     detector.eval()
     with torch.no_grad():
         detector.finish([images])
