@@ -32,21 +32,22 @@ pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 RESNET = {"backbone": "resnet18", "hidden_channels": 32, "image_size": (64, 96), "noise_ratio": 1.0}
 SMALL = drawn.TINY | {"layers": ("stage2",)}
+FEW = SMALL | {"batch_size": 4}
 BOTH = {"statistics": ("head", "maximum")}
 HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
 CASES: dict[str, tuple[str, Supervision, dict[str, Any], int]] = {
     "efficientad-s": ("efficientad-s", "none", {}, 2),
     "efficientad-m": ("efficientad-m", "none", {"image_size": (256, 320)}, 1),
     "supersimplenet": ("supersimplenet", "none", RESNET, 30),
-    "supersimplenet weak": ("supersimplenet", "weak", SMALL, 60),
-    "supersimplenet mixed": ("supersimplenet", "mixed", SMALL | BOTH, 60),
+    "supersimplenet weak": ("supersimplenet", "weak", FEW, 50),
+    "supersimplenet mixed": ("supersimplenet", "mixed", FEW | BOTH, 50),
     "supersimplenet full": (
         "supersimplenet",
         "full",
-        SMALL | {"mask_dilation": 3, "distance_weights": True},
-        60,
+        FEW | {"mask_dilation": 3, "distance_weights": True},
+        50,
     ),
-    "simplenet": ("simplenet", "none", RESNET, 30),
+    "simplenet": ("simplenet", "none", SMALL, 60),
 }
 """Method, supervision, settings and steps."""
 MASKS = {"weak": 0, "mixed": 2}
