@@ -39,13 +39,13 @@ CASES: dict[str, tuple[str, Supervision, dict[str, Any], int]] = {
     "efficientad-s": ("efficientad-s", "none", {}, 2),
     "efficientad-m": ("efficientad-m", "none", {"image_size": (256, 320)}, 1),
     "supersimplenet": ("supersimplenet", "none", RESNET, 30),
-    "supersimplenet weak": ("supersimplenet", "weak", FEW, 50),
-    "supersimplenet mixed": ("supersimplenet", "mixed", FEW | BOTH, 50),
+    "supersimplenet weak": ("supersimplenet", "weak", FEW, 30),
+    "supersimplenet mixed": ("supersimplenet", "mixed", FEW | BOTH, 30),
     "supersimplenet full": (
         "supersimplenet",
         "full",
         FEW | {"mask_dilation": 3, "distance_weights": True},
-        50,
+        30,
     ),
     "simplenet": ("simplenet", "none", SMALL, 60),
 }
