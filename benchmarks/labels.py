@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int
         model = blemish.train(
             options.data,
             model=given.get("model", "supersimplenet"),
-            out=Path(folder) / "model.blemish",
+            out=(options.keep or Path(folder)) / f"{options.out.stem}.{name}.{seed}.blemish",
             weights_file=options.weights,
             settings=settings,
             steps=options.steps,
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model files there")
     parser.add_argument("--cache", default="auto")
     parser.add_argument("--counts", default="0,2,5,10,20,34")
     parser.add_argument("--regimes", default="")

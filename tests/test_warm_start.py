@@ -1,0 +1,158 @@
+"""Going on from an earlier model: faster than anew, and no worse on what the old one knew."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load
+
+import drawn
+from blemish import bundle, evaluation, images, training
+from blemish.backbones import weights
+from blemish.cli import main
+from blemish.detectors import build, configure
+from blemish.errors import BlemishError, ConfigError, ModelFileError, WeightsError
+from blemish.runtime import Predictor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOLERANCE = 0.02
+"""What the image AUROC on the old test images may lose."""
+
+
+def go_on(data: Path, out: Path, start: Path, **changes: Any) -> Predictor:
+    given: dict[str, Any] = {"start": start, "precision": "fp32", "device": "cpu"}
+    return training.train(data, out=out, **given | changes)
+
+
+def grown(root: Path, *, train: int = 18) -> Path:
+    """Draw the data of the small model once more, with more good images and with labelled defects."""
+    return drawn.data_set(root, train=train, train_bad=4)
+
+
+def dented(number: int) -> Any:
+    """Draw a part with a flat bright bar, which is no kind of defect in `drawn`."""
+    image = drawn.part(number).copy()
+    image[20:26, 8:56] = 250
+    return image
+
+
+def image_auroc(model: Predictor, data: Path) -> float:
+    found = evaluation.evaluate(model, data, exhibits=0).rows[0].image_auroc
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def better(tiny: drawn.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """Go on from the small model with more good parts, and the first labelled defects."""
+    folder = tmp_path_factory.mktemp("warm")
+    data = grown(folder / "grown")
+    return go_on(data, folder / "better.blemish", tiny.file, settings={"steps": drawn.STEPS})
+
+
+def test_nothing_old_is_forgotten_in_a_shorter_run(tiny: drawn.Tiny, better: Predictor) -> None:
+    assert better.manifest["training"]["steps"] == np.ceil(0.3 * drawn.STEPS)
+    assert image_auroc(better, tiny.data) >= image_auroc(tiny.model, tiny.data) - TOLERANCE
+
+
+def test_a_new_kind_of_defect_is_learned(tiny: drawn.Tiny, tmp_path: Path) -> None:
+    data = drawn.data_set(tmp_path / "grown", train=12)
+    for number in range(6):
+        images.write_png(data / f"train/dent/{number:03}.png", dented(3000 + number))
+        images.write_png(data / f"test/dent/{number:03}.png", dented(4000 + number))
+    model = go_on(data, tmp_path / "better.blemish", tiny.file, steps=40)
+    assert model.manifest["training"]["run"]["supervision"] == "weak"
+    assert image_auroc(model, data) > 0.95
+    assert image_auroc(model, tiny.data) >= image_auroc(tiny.model, tiny.data) - TOLERANCE
+
+
+def test_the_old_weights_are_where_training_begins(tiny: drawn.Tiny) -> None:
+    opened = bundle.read(tiny.file)
+    config = configure("supersimplenet", supervision="full", earlier=opened.manifest["config"])
+    detector = build("supersimplenet", config, seed=5)
+    drawn_head = {
+        key: value.clone() for key, value in detector.state_dict().items() if "classification" in key
+    }
+    training.fill(detector, opened, None)
+    state, old = detector.state_dict(), load(opened.weights)
+    assert drawn_head.keys() == state.keys() - old.keys() != set()
+    for key, value in state.items():
+        assert torch.equal(value, old[key] if key in old else drawn_head[key])
+
+
+def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
+    tiny: drawn.Tiny, better: Predictor
+) -> None:
+    old, new = tiny.model.manifest, better.manifest
+    assert new["method"] == old["method"]
+    changed = {key for key, value in new["config"].items() if value != old["config"][key]}
+    assert changed - {"steps"} == {
+        "classification_head",
+        "clip_norm",
+        "perlin_threshold",
+        "statistics",
+        "stop_gradient",
+    }
+    assert new["training"]["run"]["pretrained"] == old["training"]["run"]["pretrained"]
+
+
+def test_no_threshold_comes_from_an_image_that_the_old_model_saw(tiny: drawn.Tiny, better: Predictor) -> None:
+    old, new = tiny.model.manifest["training"]["files"], better.manifest["training"]["files"]
+    assert set(old["train"]) <= set(new["train"])
+    assert not set(new["held_out"]) & set(old["train"])
+    assert len(new["held_out"]) == 5
+
+
+def test_pretrained_weights_are_not_looked_for(
+    tiny: drawn.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str, given: Path | None) -> Path:
+        raise WeightsError("there are none")
+
+    monkeypatch.setattr(weights, "find", find)
+    go_on(tiny.data, tmp_path / "new.blemish", tiny.file, steps=1)
+
+
+def test_old_images_that_are_missing_are_told(
+    tiny: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = grown(tmp_path / "grown")
+    trained = tiny.model.manifest["training"]["files"]["train"]
+    gone = [path for path in sorted((data / "train/good").iterdir())[:12] if path.stem != "000"][:3]
+    known = sum(training.short_digest(path) in trained for path in gone)
+    assert known > 0
+    for path in gone:
+        path.unlink()
+    go_on(data, tmp_path / "new.blemish", tiny.file, steps=1)
+    assert f"{known} of the {len(trained)} images that {tiny.file} learned from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"model": "simplenet"}, ConfigError, "is a model of supersimplenet, not simplenet"),
+        ({"settings": {"hidden_channels": 8}}, ModelFileError, "segmentation.first.bias in .* is"),
+        ({"start": "missing.blemish"}, ModelFileError, "no model file missing.blemish"),
+        ({"start": None}, ConfigError, "no model was named; expected --model, or --from"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    tiny: drawn.Tiny, tmp_path: Path, changes: dict[str, Any], error: type[BlemishError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        go_on(tiny.data, tmp_path / "new.blemish", **{"start": tiny.file} | changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_goes_on(
+    tiny: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new.blemish"
+    command = ["train", str(tiny.data), "--out", str(out), "--steps", "2", "--device", "cpu"]
+    assert main(command) == 2
+    assert "expected --model, or --from a model file" in capsys.readouterr().err
+    assert main([*command, "--from", str(tiny.file)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
