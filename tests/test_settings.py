@@ -144,6 +144,7 @@ def changed(one: Config, other: Config) -> dict[str, Any]:
 
 LEARNS = {"classification_head": True, "stop_gradient": False, "clip_norm": 1.0, "statistics": ("head",)}
 """What learning from real defects changes in the default config; the presets have a head anyway."""
+MASKED = {"perlin_threshold": 0.6, "raise_noise": False}
 IN_PAPER = {"stop_gradient": False, "clip_norm": 1.0}
 
 
@@ -151,17 +152,17 @@ IN_PAPER = {"stop_gradient": False, "clip_norm": 1.0}
     ("preset", "supervision", "changes"),
     [
         ("default", "weak", LEARNS),
-        ("default", "mixed", LEARNS | {"perlin_threshold": 0.6}),
-        ("default", "full", LEARNS | {"perlin_threshold": 0.6}),
+        ("default", "mixed", LEARNS | MASKED),
+        ("default", "full", LEARNS | MASKED),
         ("paper", "weak", IN_PAPER),
-        ("paper", "mixed", IN_PAPER | {"perlin_threshold": 0.6}),
-        ("paper", "full", IN_PAPER | {"perlin_threshold": 0.6}),
+        ("paper", "mixed", IN_PAPER | MASKED),
+        ("paper", "full", IN_PAPER | MASKED),
         ("journal", "weak", IN_PAPER),
         *(
             (
                 "journal",
                 known,
-                IN_PAPER | {"perlin_threshold": 0.6, "mask_dilation": 7, "distance_weights": True},
+                IN_PAPER | MASKED | {"mask_dilation": 7, "distance_weights": True},
             )
             for known in ("mixed", "full")
         ),

@@ -21,7 +21,7 @@ from blemish.detectors.heads import SegmentationHead, scatter_rows, spread_shift
 from blemish.detectors.supersimplenet import SuperSimpleNet, SuperSimpleNetConfig
 from blemish.errors import BlemishError, ConfigError, DataError
 from blemish.preflight import Labels, settle
-from blemish.types import Batch, Supervision
+from blemish.types import Batch, LabelRules, Supervision
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_spare_rows")
 
@@ -265,7 +265,7 @@ def test_cells_that_are_not_known_do_not_enter_the_means(weighted: bool) -> None
     # What the logits of unmasked defects are does not count.
     changed = logits.clone()
     changed.view(-1, *CELLS)[[4, 5, 10, 11]] += 7
-    again = supersimplenet.segmentation_losses(
+    again = heads.segmentation_losses(
         changed, passed.target.flatten().float(), passed.weights.flatten(), focal_loss=True
     )
     assert all(float(again[name]) == pytest.approx(float(terms[name]), rel=1e-5) for name in again)
@@ -579,7 +579,7 @@ def test_each_row_of_the_ablation_changes_what_it_names_and_nothing_else(
             fields, effects = changes((fields, effects), STOPPED if supervision == "full" else FLOWING)
         if row["model"] == "simplenet" and supervision == "full":
             # SimpleNet knows no rules of the supervised setting.
-            fields |= {"stop_gradient": True, "clip_norm": 0.0, "perlin_threshold": 0.2}
+            fields |= {"stop_gradient": True, "clip_norm": 0.0, "perlin_threshold": 0.2, "raise_noise": True}
         assert differing(vars(base), vars(found)) == fields, name
         assert differing(seen, observed(found)) == effects, name
 
@@ -625,6 +625,40 @@ def test_a_run_has_the_numbers_of_its_supervision(
     assert settled.config == configure("supersimplenet", supervision=supervision)
     assert isinstance(settled.config, SuperSimpleNetConfig)
     assert settled.config.perlin_threshold == threshold
+
+
+def test_settings_with_nothing_to_learn_from_are_refused(tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", train_bad=1)
+    nothing = {"anomalies": "none"}
+    assert settle(root, model="supersimplenet", settings=nothing).supervision == "full"
+    with pytest.raises(
+        ConfigError, match="with good images alone and anomalies=none there is nothing to learn"
+    ):
+        settle(root, model="supersimplenet", settings=nothing, labels=Labels("none"))
+
+
+@pytest.mark.parametrize("side", [-1, 2, 8])
+def test_masks_are_widened_evenly_or_not_at_all(side: int) -> None:
+    with pytest.raises(ConfigError, match=f"mask dilation {side}: expected an odd number of pixels, or 0"):
+        make(mask_dilation=side)
+    for fits in (0, 1, 7):
+        assert make(mask_dilation=fits, flip_defects=False).label_rules.dilation == fits
+
+
+def test_label_rules_are_those_of_the_config() -> None:
+    assert make().label_rules == LabelRules(flips=True, dilation=0, weighted=False)
+    changed = make(flip_defects=False, mask_dilation=7, distance_weights=True)
+    assert changed.label_rules == LabelRules(flips=False, dilation=7, weighted=True)
+
+
+@pytest.mark.parametrize("may", [False, True])
+def test_noise_is_raised_only_where_it_may_be(may: bool) -> None:
+    detector = make(raise_noise=may)
+    detector.prepare([encoded(1)])
+    before = float(detector.noise_std)
+    said = detector.inspect([encoded(1)], draw())  # untrained: cells are not told apart
+    assert bool(said) == may
+    assert float(detector.noise_std) == pytest.approx(2 * before if may else before)
 
 
 # --- data at the edge, through a whole run ---

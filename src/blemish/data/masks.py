@@ -70,7 +70,6 @@ def distance_weights(mask: BoolArray) -> FloatArray:
         return np.full(mask.shape, WEIGHT, np.float32)
     distance = ndimage.distance_transform_edt(mask)
     regions, count = cc3d.connected_components(mask, connectivity=8, return_N=True)
-    regions[~mask] = 0
     largest = ndimage.maximum(distance, regions, np.arange(count + 1))
     share = distance / np.maximum(largest, 1)[regions]
     weights: FloatArray = (WEIGHT * share**2).astype(np.float32)
