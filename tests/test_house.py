@@ -30,10 +30,10 @@ TIERS = (
 """Rooms, each importing only from those in tiers above its own."""
 WITHOUT_TORCH = (
     *("_version", "errors", "progress", "types", "calibrate", "files", "flange", "ranks", "bundle", "images"),
-    *("metrics", "charts", "data", "data.check", "data.folds", "data.masks", "data.split", "demo"),
-    *("display", "runtime", "evaluation", "predict", "report", "trials", "cli"),
+    *("metrics", "charts", "data", "data.check", "data.folds", "data.split", "demo", "display", "runtime"),
+    *("evaluation", "predict", "report", "trials", "cli"),
 )
-TRAINING_ONLY = {"torch", "safetensors", "onnx", "onnxscript", "typing_extensions"}
+TRAINING_ONLY = {"torch", "safetensors", "scipy", "onnx", "onnxscript", "typing_extensions"}
 """Packages that `blemish[train]` adds, and one that comes with them."""
 
 
