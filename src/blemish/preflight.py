@@ -127,6 +127,8 @@ def settle(
     parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
     say(sentence)
     config = configure(model, preset, settings, supervision, earlier)
+    if supervision == "none" and vars(config).get("anomalies") == "none":
+        raise ConfigError("with good images alone and anomalies=none there is nothing to learn from")
     if opened is not None:
         if length == Length():
             whole = {"epochs": config.epochs} if config.epochs else {"steps": config.steps}

@@ -80,7 +80,7 @@ class SuperSimpleNetConfig(Config):
     noise_ratio: float = 0.5
     """Noise in shares of the features' own spread."""
     raise_noise: bool = True
-    """Double the noise, where its level is not given, if held-out noisy cells are not told from clean ones."""
+    """Double noise whose level is not given, if held-out noisy cells are not told from clean ones."""
     perlin_threshold: float = 0.2
     noise_on_defects: bool = False
     """Draw synthetic noise where a real defect's mask is, too."""
@@ -142,6 +142,8 @@ class SuperSimpleNet(Detector):
         self.config: SuperSimpleNetConfig = config
         if "head" in config.statistics and not config.classification_head:
             raise ConfigError("the statistic 'head' needs --set classification_head=true")
+        if config.mask_dilation < 0 or (config.mask_dilation and config.mask_dilation % 2 == 0):
+            raise ConfigError(f"mask dilation {config.mask_dilation}: expected an odd number of pixels, or 0")
         self.backbone = Backbone(config.backbone, choose_layers(config.backbone, config.layers))
         channels = sum(self.backbone.channels)
         # The paper's 1x1 convolutions, as linear layers on cells whose channels lie last.
