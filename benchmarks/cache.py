@@ -21,23 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from blemish import demo, images
+from blemish import demo, images, loop
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train once in this process, timing steps; give seconds and the peak of resident memory."""
-    from blemish import training
+    from blemish import loop, training
 
     times: list[float] = []
-    plain = training.one_step
+    plain = loop.one_step
 
-    def timed(run: training.Run, step: int) -> dict[str, float]:
+    def timed(run: loop.Run, step: int) -> dict[str, float]:
         begin = time.monotonic()
         losses = plain(run, step)
         times.append(time.monotonic() - begin)
         return losses
 
-    training.one_step = timed
+    loop.one_step = timed
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         model = training.train(

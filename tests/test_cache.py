@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import drawn
-from blemish import images, training
+from blemish import images, loop, training
 from blemish.data.cache import Encoded, FeatureCache, Memory
 from blemish.data.loading import EncodedStore, ImageStore
 from blemish.detectors import supersimplenet
@@ -336,19 +336,19 @@ def test_an_image_that_changed_is_encoded_anew(runs: Runs, tmp_path: Path) -> No
 
 
 def test_a_run_that_was_stopped_finds_its_features_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_step = training.one_step
+    one_step = loop.one_step
 
-    def stop(run: training.Run, step: int) -> dict[str, float]:
+    def stop(run: loop.Run, step: int) -> dict[str, float]:
         if step == 2:
             run.save()
             raise StoppedError
         return one_step(run, step)
 
-    monkeypatch.setattr(training, "one_step", stop)
+    monkeypatch.setattr(loop, "one_step", stop)
     with pytest.raises(StoppedError):
         runs.encoded()
     assert names(runs.out.parent) == {"m.blemish.checkpoint", "m.blemish.features"}
-    monkeypatch.setattr(training, "one_step", one_step)
+    monkeypatch.setattr(loop, "one_step", one_step)
     assert runs.encoded(resume=True) == 0
     assert names(runs.out.parent) == set()
     runs.encoded()

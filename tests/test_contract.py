@@ -17,7 +17,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 import drawn
-from blemish import bundle, ops, seal, training
+from blemish import bundle, loop, ops, seal, training
 from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors import METHODS, as_json, build, configure, supersimplenet
@@ -324,9 +324,9 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 ) -> None:
     """Kernels of an optimiser may walk its state as raw memory: a checkpoint must keep even the layout."""
     found: list[dict[str, Tensor]] = []
-    one_step = training.one_step
+    one_step = loop.one_step
 
-    def stop(run: training.Run, step: int) -> dict[str, float]:
+    def stop(run: loop.Run, step: int) -> dict[str, float]:
         if step == 2:
             run.save()
             raise InterruptedError
@@ -334,10 +334,10 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 
     monkeypatch.setattr(training, "seal", lambda path, detector, *rest: found.append(detector.state_dict()))
     case.train(tmp_path / "whole.blemish", steps=4)
-    monkeypatch.setattr(training, "one_step", stop)
+    monkeypatch.setattr(loop, "one_step", stop)
     with pytest.raises(InterruptedError):
         case.train(tmp_path / "stopped.blemish", steps=4)
-    monkeypatch.setattr(training, "one_step", one_step)
+    monkeypatch.setattr(loop, "one_step", one_step)
     case.train(tmp_path / "stopped.blemish", steps=4, resume=True)
     whole, resumed = found
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())

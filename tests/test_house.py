@@ -23,6 +23,7 @@ TIERS = (
     ("charts", "data", "demo", "detectors", "display", "runtime"),
     ("evaluation", "export", "predict", "report"),
     ("preflight", "seal"),
+    ("loop",),
     ("training",),
     ("trials",),
     ("cli",),

@@ -100,7 +100,8 @@ def test_every_command_exists(page: Path) -> None:
         if program == "blemish":
             options = cli.parser().parse_args(rest)
             if rest[0] == "train":
-                configure(options.model, options.preset, dict(text.split("=", 1) for text in options.set))
+                given = dict(text.split("=", 1) for text in options.set)
+                configure(options.model or "supersimplenet", options.preset, given)
         elif program == "make":
             assert {word for word in rest if "=" not in word} <= set(targets), words
         elif program == "pip":

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import drawn
-from blemish import bundle, checkpoint, images, ops, training
+from blemish import bundle, checkpoint, images, loop, ops, training
 from blemish.data.cache import FeatureCache, Memory
 from blemish.data.loading import Batches, EncodedStore, ImageStore, readable
 from blemish.detectors.base import SCHEDULES
@@ -34,8 +34,8 @@ STEPS = 30
 SCRIPT = """
 import sys
 from blemish import cli, training
-training.CHECKPOINT_SECONDS = 0
-training.HISTORY = 10
+loop.CHECKPOINT_SECONDS = 0
+loop.HISTORY = 10
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A point of the loss curve is then the mean over three steps, which a kill may fall between.
-    monkeypatch.setattr(training, "HISTORY", 10)
+    monkeypatch.setattr(loop, "HISTORY", 10)
     whole = train(tiny, tmp_path / "whole.blemish")
     out, path = tmp_path / "killed.blemish", tmp_path / "killed.blemish.checkpoint"
     for number, step in enumerate((5, 14)):
@@ -162,19 +162,19 @@ def test_stopping_within_the_process_leaves_the_signals_as_they_were(
     tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    one_step = training.one_step
+    one_step = loop.one_step
 
-    def interrupted(run: training.Run, step: int) -> dict[str, float]:
+    def interrupted(run: loop.Run, step: int) -> dict[str, float]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return one_step(run, step)
 
     train(tiny, tmp_path / "whole.blemish")
-    monkeypatch.setattr(training, "one_step", interrupted)
+    monkeypatch.setattr(loop, "one_step", interrupted)
     with pytest.raises(StoppedError, match=r"stopped after step 4 of 30, kept in .*--resume"):
         train(tiny, tmp_path / "m.blemish")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    monkeypatch.setattr(training, "one_step", one_step)
+    monkeypatch.setattr(loop, "one_step", one_step)
     train(tiny, tmp_path / "m.blemish", resume=True)
     assert equal(*unsealed)
 
@@ -186,18 +186,18 @@ def test_stopping_within_the_process_leaves_the_signals_as_they_were(
 def stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give the model file of a run that stopped after its fourth step."""
     out = tmp_path / "m.blemish"
-    one_step = training.one_step
+    one_step = loop.one_step
 
-    def failing(run: training.Run, step: int) -> dict[str, float]:
+    def failing(run: loop.Run, step: int) -> dict[str, float]:
         if step == 4:
             run.save()
             raise InterruptedError
         return one_step(run, step)
 
-    monkeypatch.setattr(training, "one_step", failing)
+    monkeypatch.setattr(loop, "one_step", failing)
     with pytest.raises(InterruptedError):
         train(tiny, out)
-    monkeypatch.setattr(training, "one_step", one_step)
+    monkeypatch.setattr(loop, "one_step", one_step)
     return out
 
 
@@ -393,14 +393,14 @@ def test_the_schedule_sets_the_rates(
     tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[list[float]] = []
-    one_step = training.one_step
+    one_step = loop.one_step
 
-    def noted(run: training.Run, step: int) -> dict[str, float]:
+    def noted(run: loop.Run, step: int) -> dict[str, float]:
         losses = one_step(run, step)
         rates.append([group["lr"] for group in run.optimizer.param_groups])
         return losses
 
-    monkeypatch.setattr(training, "one_step", noted)
+    monkeypatch.setattr(loop, "one_step", noted)
     train(tiny, tmp_path / "m.blemish", steps=10, settings=drawn.TINY | {"schedule": "step-80-90"})
     expected = [[1e-4 * factor, 1e-2 * factor] for factor in [1] * 8 + [0.4, 0.16]]
     np.testing.assert_allclose(rates, expected)

@@ -12,7 +12,7 @@ import drawn
 from blemish import bundle, evaluation, images, training
 from blemish.backbones import weights
 from blemish.cli import main
-from blemish.detectors import build, configure
+from blemish.detectors import build, configure, own_settings
 from blemish.errors import BlemishError, ConfigError, ModelFileError, WeightsError
 from blemish.runtime import Predictor
 
@@ -71,7 +71,8 @@ def test_a_new_kind_of_defect_is_learned(tiny: drawn.Tiny, tmp_path: Path) -> No
 
 def test_the_old_weights_are_where_training_begins(tiny: drawn.Tiny) -> None:
     opened = bundle.read(tiny.file)
-    config = configure("supersimplenet", supervision="full", earlier=opened.manifest["config"])
+    settings = own_settings("supersimplenet", "default", "none", opened.manifest["config"])
+    config = configure("supersimplenet", "default", settings, "full")
     detector = build("supersimplenet", config, seed=5)
     drawn_head = {
         key: value.clone() for key, value in detector.state_dict().items() if "classification" in key
@@ -90,9 +91,11 @@ def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
     assert new["method"] == old["method"]
     changed = {key for key, value in new["config"].items() if value != old["config"][key]}
     assert changed - {"steps"} == {
+        "adaptor_learning_rate",
         "classification_head",
         "clip_norm",
         "perlin_threshold",
+        "raise_noise",
         "statistics",
         "stop_gradient",
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from blemish.errors import ModelFileError
@@ -21,11 +21,9 @@ def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, heade
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     with whole_file(path) as temporary:
-        save_file(
-            {key: value.detach().contiguous().cpu() for key, value in tensors.items()},
-            temporary,
-            {"blemish": json.dumps(header)},
-        )
+        # not save_file: a full disk is an error of its own there, of no known number
+        plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+        temporary.write_bytes(save_tensors(plain, {"blemish": json.dumps(header)}))
 
 
 def header(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from blemish.data.folds import Fold, assign
 from blemish.data.labels import choose_defects, keep_masks, supervise
 from blemish.data.loading import ImageStore
 from blemish.data.split import Split, split
-from blemish.detectors import configure
+from blemish.detectors import configure, own_settings
 from blemish.detectors import preset as find_preset
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError, DataError
@@ -117,8 +117,11 @@ def settle(
         model, preset = run["model"], run["preset"] if preset == "default" else preset
     if model is None:
         raise ConfigError("no model was named; expected --model, or --from a model file")
-    earlier = opened.manifest["config"] if opened else None
-    configure(model, preset, settings, earlier=earlier)
+    given = dict(settings or {})
+    if opened is not None:
+        before = opened.manifest["training"]["run"].get("supervision", "none")
+        given = own_settings(model, preset, before, opened.manifest["config"]) | given
+    configure(model, preset, given)
     trained = opened.manifest["training"].get("files", {}).get("train", []) if opened else []
     parts = choose_images(root, layout, labels, set(trained))
     parts = choose_defects(parts, root, labels.train_defects, seed)
@@ -126,7 +129,7 @@ def settle(
     able = tuple(find_preset(model, preset).regimes)
     parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
     say(sentence)
-    config = configure(model, preset, settings, supervision, earlier)
+    config = configure(model, preset, given, supervision)
     if supervision == "none" and vars(config).get("anomalies") == "none":
         raise ConfigError("with good images alone and anomalies=none there is nothing to learn from")
     if opened is not None:

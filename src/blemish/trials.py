@@ -214,7 +214,7 @@ def beside(
     trials: Sequence[Trial], root: Path, options: Mapping[str, Any], layout: str, jobs: int
 ) -> list[tuple[Trial, Evaluation]]:
     """Run trials in spawned processes, which are told to stop when one fails or when the person asks."""
-    from blemish.training import stop_requests
+    from blemish.loop import stop_requests
 
     threads, others = max(1, cores() // jobs), active_children()
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,))

@@ -55,9 +55,13 @@ def read_one(sample: Sample, size: tuple[int, int], rules: LabelRules) -> Mask |
     if rules.dilation > 1:
         mask = ndimage.binary_dilation(mask, np.ones((rules.dilation, rules.dilation), np.bool_))
     small = images.resize_map(mask.astype(np.float32), size)
-    defective = small >= 0.5 if (small >= 0.5).any() else small > 0
-    weights = images.resize_map(distance_weights(mask), size) if rules.weighted else None
-    return Mask(defective, weights)
+    vanishes = not (small >= 0.5).any()
+    defective = small > 0 if vanishes else small >= 0.5
+    if not rules.weighted:
+        return Mask(defective, None)
+    if vanishes:
+        return Mask(defective, np.full(size, WEIGHT, np.float32))
+    return Mask(defective, images.resize_map(distance_weights(mask), size))
 
 
 def distance_weights(mask: BoolArray) -> FloatArray:

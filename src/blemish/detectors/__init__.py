@@ -49,7 +49,7 @@ METHODS = {
         supersimplenet.SuperSimpleNet,
         supersimplenet.SuperSimpleNetConfig(),
         {
-            "default": Preset({}, supersimplenet.REGIMES),
+            "default": Preset({}, supersimplenet.DEFAULT_REGIMES),
             "paper": Preset(supersimplenet.PAPER, supersimplenet.REGIMES),
             "journal": Preset(supersimplenet.JOURNAL, supersimplenet.JOURNAL_REGIMES),
         },
@@ -58,7 +58,7 @@ METHODS = {
         supersimplenet.SuperSimpleNet,
         simplenet.DEFAULT,
         {
-            "default": Preset({}, simplenet.REGIMES),
+            "default": Preset({}, simplenet.DEFAULT_REGIMES),
             "paper": Preset(simplenet.PAPER, simplenet.REGIMES),
         },
     ),
@@ -92,12 +92,10 @@ def configure(
     wanted: str = "default",
     settings: Mapping[str, Any] | None = None,
     supervision: Supervision = "none",
-    earlier: Mapping[str, Any] | None = None,
 ) -> Config:
     """Make a method's config from a preset, the supervision, and settings by field name; raise ConfigError.
 
-    A setting may be a string, as it comes from a command line, or a value of the field's type. earlier: the
-    config of a model that this one starts from, in the preset's place; what the supervision sets is set anew.
+    A setting may be a string, as it comes from a command line, or a value of the field's type.
     """
     chosen = preset(name, wanted)
     hints = typing.get_type_hints(type(method(name).config))
@@ -105,10 +103,9 @@ def configure(
     for key in given:
         if key not in hints:
             raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
-    base = chosen.changes if earlier is None else {k: v for k, v in earlier.items() if k in hints}
     changes = {
         key: convert(key, value, hints[key])
-        for key, value in {**base, **chosen.regimes[supervision], **given}.items()
+        for key, value in {**chosen.changes, **chosen.regimes[supervision], **given}.items()
     }
     if changes.get("steps") and "steps" in given and "epochs" not in given:
         changes["epochs"] = 0
@@ -118,6 +115,17 @@ def configure(
     config = dataclasses.replace(method(name).config, **changes)
     check(config)
     return config
+
+
+def own_settings(
+    name: str, wanted: str, supervision: Supervision, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Give the settings by which a model's config, as JSON has it, differs from its preset and supervision.
+
+    Fields that this version does not know are passed over.
+    """
+    usual = as_json(configure(name, wanted, supervision=supervision))
+    return {key: value for key, value in config.items() if key in usual and value != usual[key]}
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blemish.detectors.supersimplenet import SuperSimpleNetConfig
+from blemish.detectors.supersimplenet import FASTER, SuperSimpleNetConfig
 from blemish.types import Supervision
 
 DEFAULT = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)
@@ -24,5 +24,8 @@ PAPER: dict[str, Any] = {
     "noise": 0.015,
     "statistics": ("maximum",),
 }
-REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": {}, "full": {}}
+MASKED: dict[str, Any] = {"perlin_threshold": 0.6, "raise_noise": False}
+"""For the ablation's SimpleNet with SuperSimpleNet's anomalies."""
+REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": MASKED, "full": MASKED}
 """Without a classification head, an image label alone has nothing to teach."""
+DEFAULT_REGIMES = {name: changes | (FASTER if changes else {}) for name, changes in REGIMES.items()}
