@@ -84,9 +84,9 @@ def weights(path: Path, network: nn.Module, seed: int = 0) -> Path:
     return path
 
 
-def tiny_weights(path: Path, seed: int = 0) -> Path:
-    """Draw the weights that TINY needs."""
-    return weights(path, BACKBONES[TINY["backbone"]].build(TINY["layers"]), seed)
+def tiny_weights(path: Path, seed: int = 0, layers: tuple[str, ...] = TINY["layers"]) -> Path:
+    """Draw the weights that TINY needs, or those of other layers."""
+    return weights(path, BACKBONES[TINY["backbone"]].build(layers), seed)
 
 
 @dataclass(frozen=True)

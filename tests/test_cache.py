@@ -13,7 +13,6 @@ import drawn
 from blemish import images, loop, training
 from blemish.data.cache import Encoded, FeatureCache, Memory
 from blemish.data.loading import EncodedStore, ImageStore
-from blemish.detectors import supersimplenet
 from blemish.detectors.supersimplenet import SuperSimpleNet
 from blemish.errors import OutputError, StoppedError
 
@@ -257,7 +256,6 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Runs"]:
         found.states.append({key: value.clone() for key, value in detector.state_dict().items()})
 
     monkeypatch.setattr(SuperSimpleNet, "encode", counted)
-    monkeypatch.setattr(supersimplenet, "ROUND", 64)
     monkeypatch.setattr(training, "seal", keep)
     return found
 

@@ -20,7 +20,7 @@ import drawn
 from blemish import bundle, loop, ops, seal, training
 from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
-from blemish.detectors import METHODS, as_json, build, configure, supersimplenet
+from blemish.detectors import METHODS, as_json, build, configure
 from blemish.detectors.base import Config, Detector
 from blemish.export import onnx
 from blemish.images import to_input
@@ -92,7 +92,6 @@ def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in PDNS:
             patch.setitem(PDNS, name, narrow_pdn)
-        patch.setattr(supersimplenet, "ROUND", 64)  # filling up to 4,096 cells is most of the work here
         yield
 
 

@@ -13,7 +13,7 @@ from blemish import ops
 from blemish.detectors import build, configure
 from blemish.detectors.efficientad import EfficientAD, jitter, luma, quantile, sometimes_grey
 from blemish.detectors.heads import axis_matrices
-from blemish.detectors.supersimplenet import SuperSimpleNet, focal
+from blemish.detectors.supersimplenet import SuperSimpleNet, focal, round_up
 from blemish.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,6 +174,13 @@ def test_noise_has_its_deviation(detector: SuperSimpleNet) -> None:
     assert float(noise.std()) == pytest.approx(0.25, rel=0.01)
     assert float(noise.mean()) == pytest.approx(0, abs=0.005)
     assert not detector.draw_noise(3, draw())[3:].any()
+
+
+def test_noise_comes_in_few_sizes_that_waste_little() -> None:
+    sizes = [round_up(count) for count in range(1, 20000)]
+    assert all(count <= size < max(1.25 * count + 1, count + 64) for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 4 * 9  # a freed buffer of each size stays with the process
+    assert round_up(0) == 0
 
 
 def test_noise_is_set_by_the_spread_of_the_adapted_features(detector: SuperSimpleNet) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import drawn
 from blemish import images, loop, ops, training
-from blemish.detectors import build, configure, heads, supersimplenet
+from blemish.detectors import build, configure, heads
 from blemish.detectors.base import SCHEDULES
 from blemish.detectors.heads import SegmentationHead, scatter_rows, spread_shifted
 from blemish.detectors.supersimplenet import SuperSimpleNet, SuperSimpleNetConfig
@@ -23,21 +23,13 @@ from blemish.errors import BlemishError, ConfigError, DataError
 from blemish.preflight import Labels, settle
 from blemish.types import Batch, LabelRules, Supervision
 
-pytestmark = pytest.mark.usefixtures("one_thread", "few_spare_rows")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEAD = {"classification_head": True}
 CELLS = (16, 12)
 SIZE = (64, 48)
 """Of the masks: four pixels to a cell on each axis."""
 B = 6
-
-
-@pytest.fixture(scope="module")
-def few_spare_rows() -> Iterator[None]:
-    """Fill noisy cells up to a few: 4,096 are most of the work on images this small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supersimplenet, "ROUND", 64)
-        yield
 
 
 def draw(seed: int = 0) -> torch.Generator:

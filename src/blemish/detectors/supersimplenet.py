@@ -43,8 +43,6 @@ from blemish.detectors.heads import (
 from blemish.errors import ConfigError
 from blemish.types import Batch, LabelRules, Supervision
 
-ROUND = 4096
-"""Noisy cells of a step are filled up to a multiple of this."""
 DOUBLINGS = 3
 """How often the noise may be raised."""
 TOLD_APART = 0.6
@@ -297,7 +295,7 @@ class SuperSimpleNet(Detector):
 
         A number of rows that is new at every step would leave a freed buffer of a new size at every step.
         """
-        shape, device = (-(-count // ROUND) * ROUND, self.adaptor.out_features), self.noise_std.device
+        shape, device = (round_up(count), self.adaptor.out_features), self.noise_std.device
         noise = torch.randn(shape, generator=generator, device=device).mul_(self.noise_std)
         noise[count:] = 0
         return noise
@@ -426,6 +424,12 @@ def places(noisy: Tensor, count: int) -> Tensor:
     """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
     found = noisy.flatten().nonzero()[:, 0]
     return functional.pad(found, (0, count - len(found)))
+
+
+def round_up(count: int) -> int:
+    """Give the next of at most four numbers between a power of two and the next, and of multiples of 64."""
+    step = max(64, 1 << count.bit_length() >> 3)
+    return -(-count // step) * step
 
 
 def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
