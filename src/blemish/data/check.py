@@ -23,7 +23,7 @@ from blemish.types import Sample, SplitName
 FEWEST_GOOD = 10
 """Good training images below which a data set is called too small: half of them are held out then."""
 
-ASPECT_TOLERANCE = 0.01
+ASPECT_TOLERANCE = 0.05
 """Relative difference of height / width up to which two sizes count as the same shape."""
 
 WIDTH = 100
