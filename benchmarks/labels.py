@@ -5,6 +5,7 @@
     python benchmarks/labels.py ablation DATA --supervision full ...
     python benchmarks/labels.py rules    DATA ...        the 2024 rules and those of the journal extension
     python benchmarks/labels.py show     FILE...         mean and deviation of each row
+    python benchmarks/labels.py figure   FILE.jsonl F.svg   average precision by the number of labels
     python benchmarks/labels.py clean    DATA FOLDER     a copy without training images that are in test
 
 Runs that are in the file already are not repeated, so a series that was stopped goes on. Options that the
@@ -175,11 +176,60 @@ def show(files: list[Path]) -> None:
         print(f"{', '.join(key)} x{len(records)}: " + "  ".join(cells))
 
 
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 360, 56, 48
+CURVES = {"image_ap": ("detection", "#0b6e99"), "pixel_ap": ("localisation", "#c2571a")}
+
+
+def figure(file: Path, out: Path) -> None:
+    """Draw mean and range over the seeds of both average precisions against the number of labelled defects."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    counts = sorted({int(record["row"]) for record in records})
+    last = max(counts)
+
+    def x(count: int) -> float:  # by the square root: the first labels matter most
+        return LEFT + (WIDTH - LEFT - 24) * (count / last) ** 0.5
+
+    def y(value: float) -> float:
+        return 16 + (HEIGHT - BOTTOM - 16) * (1 - value)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="13"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for tenth in range(0, 11, 2):
+        value = tenth / 10
+        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - 24}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.1f}</text>')
+    for count in counts:
+        parts.append(
+            f'<text x="{x(count):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{count}</text>'
+        )
+    middle = (LEFT + WIDTH - 24) / 2
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">labelled defects in training</text>'
+    )
+    for metric, (name, colour) in CURVES.items():
+        values = {c: [r[metric] for r in records if int(r["row"]) == c] for c in counts}
+        points = " ".join(f"{x(count):.1f},{y(mean(values[count])):.1f}" for count in counts)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        for count in counts:
+            low, high = y(min(values[count])), y(max(values[count]))
+            parts.append(f'<path d="M{x(count):.1f} {low:.1f}V{high:.1f}" stroke="{colour}" opacity="0.5"/>')
+            parts.append(
+                f'<circle cx="{x(count):.1f}" cy="{y(mean(values[count])):.1f}" r="4" fill="{colour}"/>'
+            )
+        end = y(mean(values[last]))
+        parts.append(
+            f'<text x="{WIDTH - 28}" y="{end - 12:.1f}" text-anchor="end" fill="{colour}">{name}</text>'
+        )
+    out.write_text("\n".join([*parts, "</svg>", ""]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("series", choices=[*SERIES, "show", "clean"])
+    parser.add_argument("series", choices=[*SERIES, "show", "figure", "clean"])
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("labels.jsonl"))
     parser.add_argument("--image-size", default="256x256")
@@ -196,6 +246,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.series == "show":
         return show(options.data)
+    if options.series == "figure":
+        return figure(*options.data)
     if options.series == "clean":
         return clean(*options.data)
     (options.data,) = options.data
