@@ -181,7 +181,7 @@ CURVES = {"image_ap": ("detection", "#0b6e99"), "pixel_ap": ("localisation", "#c
 
 
 def figure(file: Path, out: Path) -> None:
-    """Draw mean and range over the seeds of both average precisions against the number of labelled defects."""
+    """Draw mean and range of both average precisions against the number of labelled defects."""
     records = [json.loads(line) for line in file.read_text().splitlines()]
     counts = sorted({int(record["row"]) for record in records})
     last = max(counts)
