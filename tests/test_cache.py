@@ -134,6 +134,14 @@ def test_an_own_folder_goes_with_its_parent_and_a_shared_one_stays(tmp_path: Pat
     assert names(tmp_path / "cache" / "key") == {"0"}
 
 
+def test_what_lies_beside_the_own_folder_stays(tmp_path: Path) -> None:
+    own = FeatureCache(Memory(0), tmp_path / "m.features" / "key")
+    own.put("0", entry(0))
+    (tmp_path / "m.features" / "mine.txt").write_text("not yours")
+    own.clear()
+    assert names(tmp_path / "m.features") == {"mine.txt"}
+
+
 # --- damage ---
 
 

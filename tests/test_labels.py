@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import blemish
 import drawn
-from blemish import evaluation, images, training
+from blemish import evaluation, images, preflight, training
 from blemish.bundle import read
 from blemish.data import scan
 from blemish.data.cache import FeatureCache, Memory
@@ -556,3 +557,36 @@ def test_no_test_image_trains_and_no_training_image_is_tested(
     assert (
         "4 test images are left out: the model was trained or calibrated on them" in capsys.readouterr().err
     )
+
+
+# --- the same image twice ---
+
+
+def test_a_copy_of_a_held_out_image_does_not_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = drawn.data_set(tmp_path / "parts")
+    for path in sorted((root / "train/good").iterdir()):
+        shutil.copy(path, path.with_name(f"copy_{path.name}"))
+    parts = preflight.settle(root, model="supersimplenet").parts
+    trained = {sample.path.read_bytes() for sample in parts.train}
+    assert trained
+    assert not trained & {sample.path.read_bytes() for sample in parts.held_out}
+    assert "training images are copies of held-out ones" in capsys.readouterr().err
+
+
+def test_masks_that_are_all_empty_leave_image_labels(tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", train_bad=2)
+    for number in (100, 101):
+        images.write_png(root / f"ground_truth/{drawn.KIND}/{number}_mask.png", np.zeros((64, 64), np.uint8))
+    assert preflight.settle(root, model="supersimplenet").supervision == "weak"
+    with pytest.raises(DataError, match="0 of them with masks; supervision full expects"):
+        preflight.settle(root, model="supersimplenet", labels=preflight.Labels("full"))
+
+
+def test_a_digest_tells_labels_and_masks_apart(tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", train_bad=2)
+    samples = preflight.settle(root, model="supersimplenet").samples
+    other = [dataclasses.replace(samples[0], label=1), *samples[1:]]
+    unmasked = [*samples[:-1], dataclasses.replace(samples[-1], masks=())]
+    assert len({preflight.digest_samples(each) for each in (samples, other, unmasked)}) == 3

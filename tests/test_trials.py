@@ -200,6 +200,9 @@ def test_nothing_is_trained_before_every_place_is_looked_at(tiny: drawn.Tiny, tm
         run([free, Trial(1, None, tmp_path / "text.blemish")], tiny.data, given)
     with pytest.raises(DataError, match="fold 1 of 5 would test no defective image"):
         run([free, Trial(0, Fold(0, 5), tmp_path / "fold.blemish")], tiny.data, given)
+    good_only = drawn.data_set(tmp_path / "good", good=0, bad=0)
+    with pytest.raises(DataError, match="good holds no test images"):
+        run([free], good_only, given)
     with pytest.raises(ConfigError, match="found 0 jobs"):
         run([free], tiny.data, given, jobs=0)
 

@@ -1,5 +1,6 @@
 """Going on from an earlier model: faster than anew, and no worse on what the old one knew."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from blemish.backbones import weights
 from blemish.cli import main
 from blemish.detectors import build, configure, own_settings
 from blemish.errors import BlemishError, ConfigError, ModelFileError, WeightsError
+from blemish.files import short_digest
+from blemish.preflight import settle
 from blemish.runtime import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +132,53 @@ def test_no_threshold_comes_from_an_image_that_the_old_model_saw(old: drawn.Tiny
     assert len(new["held_out"]) == 5
 
 
+def test_no_test_comes_from_an_image_that_any_earlier_model_saw(
+    old: drawn.Tiny, better: Predictor, tmp_path: Path
+) -> None:
+    first, files = old.model.manifest["training"]["files"], better.manifest["training"]["files"]
+    assert set(files["before"]) == set(first["train"])
+    third = go_on(
+        drawn.data_set(tmp_path / "parts", train=8), tmp_path / "third.blemish", better.path, steps=1
+    )
+    assert set(third.manifest["training"]["files"]["before"]) == set(first["train"]) | set(files["train"])
+    for path in (old.data / "train/good").iterdir():
+        shutil.copy(path, tmp_path / "parts/test/good" / f"again_{path.name}")
+    found = evaluation.evaluate(third, tmp_path / "parts", exhibits=0)
+    kept = {image.path for image in found.images}
+    assert not {f"test/good/again_{n:03}.png" for n in range(12) if known(old, n)} & kept
+
+
+def known(old: drawn.Tiny, number: int) -> bool:
+    """Tell whether the first model learned from a good image."""
+    digest = short_digest(old.data / f"train/good/{number:03}.png")
+    return digest in old.model.manifest["training"]["files"]["train"]
+
+
+def test_a_validation_image_that_the_old_one_saw_gives_no_threshold(old: drawn.Tiny, tmp_path: Path) -> None:
+    data = drawn.data_set(tmp_path / "parts", train=18)
+    (data / "validation/good").mkdir(parents=True)
+    for number in range(12):
+        (data / f"train/good/{number:03}.png").rename(data / f"validation/good/{number:03}.png")
+    model = go_on(data, tmp_path / "new.blemish", old.file, steps=1)
+    held_out = set(model.manifest["training"]["files"]["held_out"])
+    assert len(held_out) == 5  # of twelve, the seven that were trained on are gone
+    assert not held_out & set(old.model.manifest["training"]["files"]["train"])
+
+
+def test_settings_follow_what_is_given_anew(old: drawn.Tiny, tmp_path: Path) -> None:
+    start = {"start": old.file, "model": None}
+    journal = settle(grown(tmp_path / "parts"), **start, preset="journal").config
+    assert {"mask_dilation": 7, "distance_weights": True}.items() <= vars(journal).items()
+    assert vars(journal)["layers"] == ("stage2",)
+    opened = bundle.read(old.file)
+    settings = own_settings("supersimplenet", "default", "none", opened.manifest["config"])
+    changed = settings | {"noise": 7.0, "blur_sigma": 2.0}
+    detector = build("supersimplenet", configure("supersimplenet", "default", changed), 0)
+    training.fill(detector, opened, None)
+    assert float(detector.state_dict()["noise_std"]) == 7.0
+    assert len(detector.state_dict()["kernel"]) == 13
+
+
 def test_pretrained_weights_are_not_looked_for(
     old: drawn.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +195,7 @@ def test_old_images_that_are_missing_are_told(
     data = grown(tmp_path / "grown")
     trained = old.model.manifest["training"]["files"]["train"]
     gone = [path for path in sorted((data / "train/good").iterdir())[:12] if path.stem != "000"][:3]
-    known = sum(training.short_digest(path) in trained for path in gone)
+    known = sum(short_digest(path) in trained for path in gone)
     assert known > 0
     for path in gone:
         path.unlink()
@@ -159,6 +209,13 @@ def test_old_images_that_are_missing_are_told(
         ({"model": "simplenet"}, ConfigError, "is a model of supersimplenet, not simplenet"),
         ({"settings": {"hidden_channels": 8}}, ModelFileError, r"segmentation\.\w+\.\w+ in .* is"),
         ({"start": "missing.blemish"}, ModelFileError, "no model file missing.blemish"),
+        ({"weights_file": "w.safetensors"}, ConfigError, "found --weights w.safetensors beside --from"),
+        (
+            {"settings": {"noise_ratio": 0.25}},
+            ConfigError,
+            "noise_ratio=0.25: the weights in .* stand on 1.0",
+        ),
+        ({"settings": {"backbone": "resnet18"}}, ConfigError, "stand on efficientnet_lite0"),
         ({"start": None}, ConfigError, "no model was named; expected --model, or --from"),
     ],
 )

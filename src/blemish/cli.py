@@ -94,14 +94,21 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--train-masks", metavar="N|SHARE", help="how many of those keep their masks (all)")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
-    length.add_argument("--epochs", type=int, metavar="N", help="times that every image has its turn")
+    length.add_argument(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="times that every image has its turn, defects four times",
+    )
     length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
     sub.add_argument("--image-size", metavar="HxW", help="size of the network's input (256x256)")
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the teacher or the backbone")
     sub.add_argument(
         "--natural-images", type=Path, metavar="DIR", help="photographs of anything (EfficientAD)"
     )
-    sub.add_argument("--preset", default="default", help="default, or paper for the method to the letter")
+    sub.add_argument(
+        "--preset", default="default", help="default, paper for the method to the letter, or journal"
+    )
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )

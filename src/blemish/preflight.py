@@ -21,7 +21,7 @@ from blemish.data.folds import Fold, assign
 from blemish.data.labels import choose_defects, keep_masks, supervise
 from blemish.data.loading import ImageStore
 from blemish.data.split import Split, split
-from blemish.detectors import configure, own_settings
+from blemish.detectors import as_json, configure, own_settings
 from blemish.detectors import preset as find_preset
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError, DataError
@@ -31,6 +31,9 @@ from blemish.types import Sample, Supervision
 
 WARM_SHARE = 0.3
 """Of a method's usual length, for a run that goes on from an earlier model."""
+
+FIXED = {"backbone", "layers", "size", "padding", "noise_ratio"}
+"""Settings that a run which goes on from an earlier model cannot change."""
 
 
 @dataclass(frozen=True)
@@ -110,45 +113,100 @@ def settle(
     Raises a BlemishError for what does not exist or does not go together.
     """
     opened = None if start is None else bundle.read(Path(start))
-    if opened is not None:
-        run = opened.manifest["training"]["run"]
-        if model not in (None, run["model"]):
-            raise ConfigError(f"{start} is a model of {run['model']}, not {model}; expected the same")
-        model, preset = run["model"], run["preset"] if preset == "default" else preset
-    if model is None:
-        raise ConfigError("no model was named; expected --model, or --from a model file")
     given = dict(settings or {})
     if opened is not None:
-        before = opened.manifest["training"]["run"].get("supervision", "none")
-        given = own_settings(model, preset, before, opened.manifest["config"]) | given
+        model, preset, given = inherit(opened, model, preset, given)
+    if model is None:
+        raise ConfigError("no model was named; expected --model, or --from a model file")
     configure(model, preset, given)
-    trained = opened.manifest["training"].get("files", {}).get("train", []) if opened else []
-    parts = choose_images(root, layout, labels, set(trained))
+    trained = learned_from(opened)
+    parts = without_empty_masks(without_copies(choose_images(root, layout, labels, trained)))
     parts = choose_defects(parts, root, labels.train_defects, seed)
     parts = keep_masks(parts, root, labels.train_masks, seed)
     able = tuple(find_preset(model, preset).regimes)
     parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
     say(sentence)
     config = configure(model, preset, given, supervision)
-    if supervision == "none" and vars(config).get("anomalies") == "none":
-        raise ConfigError("with good images alone and anomalies=none there is nothing to learn from")
+    refuse_idle(config, supervision)
     if opened is not None:
         if length == Length():
             whole = {"epochs": config.epochs} if config.epochs else {"steps": config.steps}
             length = Length(**{name: math.ceil(WARM_SHARE * count) for name, count in whole.items()})
-        tell_missing(Path(str(start)), trained, [*parts.train, *parts.train_defects])
+        tell_missing(opened, [*parts.train, *parts.train_defects])
     return Settled(model, preset, config, supervision, parts, length, opened)
 
 
-def tell_missing(start: Path, trained: Sequence[str], samples: Sequence[Sample]) -> None:
+def inherit(
+    opened: Bundle, model: str | None, preset: str, given: Mapping[str, Any]
+) -> tuple[str, str, dict[str, Any]]:
+    """Take method, preset and own settings from an earlier model, but for what is given anew.
+
+    Raises ConfigError for another method, and for a setting that trained weights stand on.
+    """
+    run, config = opened.manifest["training"]["run"], opened.manifest["config"]
+    if model not in (None, run["model"]):
+        raise ConfigError(f"{opened.path} is a model of {run['model']}, not {model}; expected the same")
+    for key in FIXED & given.keys() & config.keys():
+        if as_json(configure(run["model"], run["preset"], {key: given[key]}))[key] != config[key]:
+            raise ConfigError(f"{key}={given[key]}: the weights in {opened.path} stand on {config[key]}")
+    own = own_settings(run["model"], run["preset"], run.get("supervision", "none"), config)
+    return run["model"], run["preset"] if preset == "default" else preset, own | dict(given)
+
+
+def learned_from(opened: Bundle | None) -> set[str]:
+    """Give short digests of what an earlier model was trained on, and those before it."""
+    if opened is None:
+        return set()
+    files = opened.manifest["training"].get("files")
+    if files is None:
+        say(f"{opened.path} does not say which images it was trained on: they cannot be kept out of a test")
+        return set()
+    return {*files["train"], *files.get("before", [])}
+
+
+def refuse_idle(config: Config, supervision: Supervision) -> None:
+    """Refuse settings under which nothing would be learned."""
+    values = vars(config)
+    if supervision == "none" and values.get("anomalies") == "none":
+        raise ConfigError("with good images alone and anomalies=none there is nothing to learn from")
+    if supervision == "weak" and not values.get("classification_head"):
+        raise ConfigError("supervision weak is learned by the classification head; expected it, or masks")
+
+
+def tell_missing(opened: Bundle, samples: Sequence[Sample]) -> None:
     """Say how many of the images that an earlier model learned from are not among these."""
     here = {short_digest(sample.path) for sample in samples}
+    trained = opened.manifest["training"].get("files", {}).get("train", [])
     missing = sum(name not in here for name in trained)
     if missing:
         say(
-            f"{missing} of the {len(trained)} images that {start} learned from are not among the training "
-            "images: what they taught may fade, so give them, too"
+            f"{missing} of the {len(trained)} images that {opened.path} learned from are not among the "
+            "training images: what they taught may fade, so give them, too"
         )
+
+
+def without_copies(parts: Split) -> Split:
+    """Leave training images out that are copies, byte for byte, of held-out ones, and say so."""
+    held_out = {digest(sample.path) for sample in parts.held_out}
+    train = tuple(sample for sample in parts.train if digest(sample.path) not in held_out)
+    if len(train) == len(parts.train):
+        return parts
+    say(f"{len(parts.train) - len(train)} training images are copies of held-out ones and left out")
+    return dataclasses.replace(parts, train=train)
+
+
+def without_empty_masks(parts: Split) -> Split:
+    """Take masks without a marked pixel off training defects: they say nothing of where the defect is."""
+    defects = tuple(
+        dataclasses.replace(sample, masks=()) if all(map(images.mask_is_empty, sample.masks)) else sample
+        for sample in parts.train_defects
+    )
+    emptied = [old for old, new in zip(parts.train_defects, defects, strict=True) if old.masks != new.masks]
+    if emptied:
+        say(
+            f"the masks of {len(emptied)} training defects are empty and not counted; first {emptied[0].path}"
+        )
+    return dataclasses.replace(parts, train_defects=defects)
 
 
 def choose_images(root: Path, layout: str, labels: Labels, trained: Collection[str]) -> Split:
@@ -204,6 +262,17 @@ def try_out(detector: Detector, device: str) -> float:
 def digest_all(paths: Sequence[Path]) -> str:
     """Sum up the contents of files, in their order, as one SHA-256."""
     return hashlib.sha256("".join(digest(path) for path in paths).encode()).hexdigest()
+
+
+def digest_samples(samples: Sequence[Sample]) -> str:
+    """Sum up images with their labels and masks, in their order, as one SHA-256."""
+    each = ([sample.label, digest(sample.path), *map(digest, sample.masks)] for sample in samples)
+    return hashlib.sha256(repr(list(each)).encode()).hexdigest()
+
+
+def digest_start(opened: Bundle | None) -> str:
+    """Sum up the weights of the model that a run goes on from; empty where there is none."""
+    return hashlib.sha256(opened.weights).hexdigest() if opened else ""
 
 
 def digest_names(paths: Sequence[Path]) -> str:

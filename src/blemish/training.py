@@ -36,6 +36,9 @@ from blemish.preflight import (
     check_length,
     digest_all,
     digest_names,
+    digest_samples,
+    digest_start,
+    learned_from,
     open_natural,
     seconds,
     settle,
@@ -137,7 +140,10 @@ def train(
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     white = images.white_level(deepest) if deepest else images.FULL_SCALE
     features = open_cache(
-        cache, out, memory, [pretrained, *detector.encoding, *config.image_size, white, device]
+        cache,
+        out,
+        memory,
+        [torch.__version__, __version__, pretrained, *detector.encoding, *config.image_size, white, device],
     )
     encoded = EncodedStore(detector.encode, store, white, features, device)
     run = Run(
@@ -167,16 +173,15 @@ def train(
             "config": as_json(config),
             "seed": seed,
             "precision": str(dtype).removeprefix("torch."),
-            "images": digest_all(store.paths),
+            "images": digest_samples(samples),
             "held_out": digest_all(held.paths),
-            "masks": digest_all([file for index in masks for file in samples[index].masks]),
             "natural_images": digest_names(natural.paths) if natural else "",
             "white": white,
             "device": device,
             "torch": torch.__version__,
             "blemish": __version__,
             "pretrained": pretrained,
-            "from": hashlib.sha256(settled.start.weights).hexdigest() if settled.start else "",
+            "from": digest_start(settled.start),
         },
     )
     # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
@@ -190,6 +195,7 @@ def train(
         "files": {
             "train": [short_digest(path) for path in store.paths],
             "held_out": [short_digest(path) for path in held.paths],
+            "before": sorted(learned_from(settled.start)),
         },
     }
     opened = seal(out, detector, held, white, facts, false_reject_rate)
@@ -219,9 +225,12 @@ def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
         source = weights.find(detector.pretrained_name, given)
         detector.load_pretrained(source)
         return digest_all([source])
-    state, earlier = detector.state_dict(), load_tensors(start.weights)
+    if given is not None:
+        raise ConfigError(f"found --weights {given} beside --from: pretrained weights come from {start.path}")
+    state, stored = detector.state_dict(), load_tensors(start.weights)
+    earlier = {name: stored[name] for name in stored.keys() & state.keys() - detector.configured}
     for name, value in earlier.items():
-        if name in state and state[name].shape != value.shape:
+        if state[name].shape != value.shape:
             raise ModelFileError(
                 f"{name} in {start.path} is {tuple(value.shape)}; with these settings it would be "
                 f"{tuple(state[name].shape)}"

@@ -26,7 +26,8 @@ from typing import Any, TextIO
 
 from blemish import bundle, data
 from blemish.data.folds import Fold, assign
-from blemish.errors import ConfigError, ModelFileError, StoppedError
+from blemish.data.split import choose_test
+from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
 from blemish.evaluation import COLUMNS, evaluate
 from blemish.files import check_writable, write_whole
 from blemish.progress import say
@@ -115,8 +116,9 @@ def run(
     samples = data.scan(root, layout)
     for trial in trials:
         check_writable(trial.out)
-        if trial.fold is not None:
-            assign(samples, root, trial.fold)
+        dealt = samples if trial.fold is None else assign(samples, root, trial.fold)
+        if not choose_test(dealt, root):
+            raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
         if trial.out.exists():
             refuse_other(trial, root, options, layout)
     if min(jobs, len(trials)) > 1:
@@ -170,7 +172,9 @@ def expected(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) 
         "preset": settled.preset,
         "seed": trial.seed,
         "config": as_json(config),
-        "images": preflight.digest_all([sample.path for sample in settled.samples]),
+        "supervision": settled.supervision,
+        "images": preflight.digest_samples(settled.samples),
+        "from": preflight.digest_start(settled.start),
         "held_out": preflight.digest_all([sample.path for sample in settled.parts.held_out]),
     }
     if weights_file := options.get("weights_file"):

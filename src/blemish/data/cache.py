@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -50,9 +51,9 @@ class FeatureCache:
             return self.kept.get(name)
         try:
             parts = load_file(self.folder / name)
-        except (FileNotFoundError, SafetensorError):  # damaged by a disk: computed and written once more
+            entry = tuple(parts[str(number)] for number in range(len(parts)))
+        except (FileNotFoundError, SafetensorError, KeyError):  # damaged or foreign: computed once more
             return None
-        entry = tuple(parts[str(number)] for number in range(len(parts)))
         if self.shared:
             self.remember(name, entry)
         return entry
@@ -78,7 +79,9 @@ class FeatureCache:
         """Forget everything, and remove the files unless they are shared."""
         self.kept = {}
         if self.folder is not None and not self.shared and self.folder.is_dir():
-            shutil.rmtree(self.folder.parent)
+            shutil.rmtree(self.folder)
+            with suppress(OSError):  # something else lies beside it, which is not ours to remove
+                self.folder.parent.rmdir()
 
     def describe(self) -> str:
         """Say how much is kept, and where."""

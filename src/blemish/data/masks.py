@@ -53,7 +53,7 @@ def read_one(sample: Sample, size: tuple[int, int], rules: LabelRules) -> Mask |
     if not mask.any():
         return None
     if rules.dilation > 1:
-        mask = ndimage.binary_dilation(mask, np.ones((rules.dilation, rules.dilation), np.bool_))
+        mask = ndimage.maximum_filter(mask, rules.dilation, mode="constant")
     small = images.resize_map(mask.astype(np.float32), size)
     vanishes = not (small >= 0.5).any()
     defective = small > 0 if vanishes else small >= 0.5

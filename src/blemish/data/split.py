@@ -56,7 +56,8 @@ def split(
     pool = {sample for sample in rest if sample.label == 0 and sample.split != "validation"}
     if len(pool) < 2:
         raise DataError(f"found {len(pool)} good images for training in {root}; expected at least 2")
-    held_out = {sample for sample in rest if sample.label == 0 and sample.split == "validation"}
+    validation = (sample for sample in rest if sample.label == 0 and sample.split == "validation")
+    held_out = {sample for sample in validation if sample.path not in trained}
     if not held_out:
         count = max(held_out_minimum, round(held_out_share * len(pool)))
         unseen = [sample for sample in _by_hash(pool, root) if sample.path not in trained]

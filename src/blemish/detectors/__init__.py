@@ -168,6 +168,9 @@ def check(config: Config) -> None:
         raise ConfigError(f"steps {config.steps} and epochs {config.epochs}: expected one of them above 0")
     if config.batch_size < 1:
         raise ConfigError(f"batch size {config.batch_size}: expected at least 1")
+    for key, value in vars(config).items():
+        if isinstance(value, int | float) and value < 0:
+            raise ConfigError(f"{key}={value}: expected 0 or more")
     known = (*STATISTICS, "head") if hasattr(config, "classification_head") else STATISTICS
     for name in config.statistics:
         if name not in known:

@@ -59,6 +59,11 @@ class Detector(nn.Module):
         return (self.pretrained_name,)
 
     @property
+    def configured(self) -> set[str]:
+        """Name the buffers that the config sets, so that an earlier model's do not."""
+        return set()
+
+    @property
     def label_rules(self) -> LabelRules:
         """Say how training reads labelled defects."""
         return LabelRules()

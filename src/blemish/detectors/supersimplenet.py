@@ -7,8 +7,10 @@ Departures from the paper, each one word in the config, all undone by `--preset 
 - the noise is set by the features' own spread, for the published 0.015 belongs to one set of weights;
 - trained on good images only, the image score comes from the map, so the classification head is not built
   (the paper's ablation has both detection and localisation higher without it);
-- the run is shorter, in smaller batches, under a one-cycle schedule, in bfloat16 where the processor has it.
-In both presets the backbone's outputs are kept in half precision.
+- the run is shorter, in smaller batches, under a one-cycle schedule, in bfloat16 where the processor has it,
+  and with labelled defects at higher rates.
+In all presets the backbone's outputs are kept in half precision, and a defect without a mask gets no
+synthetic noise but in `journal`.
 
 With labelled defects the rules of the paper's supervised setting hold, and those of its journal extension for
 defects without masks (arXiv 2408.03143 v3, 2025); REGIMES and JOURNAL list them. `simplenet.py` has the
@@ -175,6 +177,11 @@ class SuperSimpleNet(Detector):
     @override
     def encoding(self) -> tuple[str, ...]:
         return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
+
+    @property
+    @override
+    def configured(self) -> set[str]:
+        return {"kernel", "noise_std"} if self.given_noise else {"kernel"}
 
     @property
     @override
@@ -381,7 +388,8 @@ class SuperSimpleNet(Detector):
 
         At most DOUBLINGS times: what then still fails does not fail for want of noise.
         """
-        if not self.config.raise_noise or self.given_noise or self.doublings >= DOUBLINGS:
+        raising = self.config.raise_noise and self.config.anomalies != "none"
+        if not raising or self.given_noise or self.doublings >= DOUBLINGS:
             return ""
         right = []
         self.eval()
