@@ -737,7 +737,7 @@ def test_a_defect_with_an_empty_mask_trains_as_unmasked(
     mask = root / f"ground_truth/{drawn.KIND}/100_mask.png"
     images.write_png(mask, np.zeros((64, 64), np.uint8))
     runs.train(root)
-    assert "1 training defects have empty masks, not counted; first" in capsys.readouterr().err
+    assert "empty masks of training defects, not counted: 1; first" in capsys.readouterr().err
     assert (runs.facts["defective_images"], runs.facts["masked_images"]) == (2, 1)
 
 

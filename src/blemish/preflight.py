@@ -203,9 +203,7 @@ def without_empty_masks(parts: Split) -> Split:
     )
     emptied = [old for old, new in zip(parts.train_defects, defects, strict=True) if old.masks != new.masks]
     if emptied:
-        say(
-            f"the masks of {len(emptied)} training defects are empty and not counted; first {emptied[0].path}"
-        )
+        say(f"empty masks of training defects, not counted: {len(emptied)}; first {emptied[0].path}")
     return dataclasses.replace(parts, train_defects=defects)
 
 
