@@ -11,7 +11,7 @@ Cells lie as rows: tensors are (B, h, w, C).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -226,6 +226,23 @@ def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> T
     target = first[:, None, None] - tap[:, None] * wide - tap
     grid = rows.new_zeros(count * tall * wide, channels).index_add(0, target.flatten(), rows.flatten(0, 2))
     return grid.view(count, tall, wide, channels)[:, margin:-margin, margin:-margin]
+
+
+def places(noisy: Tensor, count: int) -> Tensor:
+    """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
+    found = noisy.flatten().nonzero()[:, 0]
+    return functional.pad(found, (0, count - len(found)))
+
+
+def round_up(count: int) -> int:
+    """Give the next of at most four numbers between a power of two and the next, and of multiples of 64."""
+    step = max(64, 1 << count.bit_length() >> 3)
+    return -(-count // step) * step
+
+
+def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Split weights (..., C) on joined features into those on each (B, h_i, w_i, C_i)."""
+    return torch.split(weight, [x.shape[3] for x in encoded], -1)
 
 
 def segmentation_losses(

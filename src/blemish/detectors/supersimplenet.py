@@ -37,6 +37,9 @@ from blemish.detectors.heads import (
     ClassificationHead,
     SegmentationHead,
     focal,
+    layer_columns,
+    places,
+    round_up,
     scatter_rows,
     segmentation_losses,
     spread,
@@ -426,20 +429,3 @@ class SuperSimpleNet(Detector):
         if "head" in self.config.statistics:
             statistics["head"] = self.classify(encoded, cells)
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
-
-
-def places(noisy: Tensor, count: int) -> Tensor:
-    """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
-    found = noisy.flatten().nonzero()[:, 0]
-    return functional.pad(found, (0, count - len(found)))
-
-
-def round_up(count: int) -> int:
-    """Give the next of at most four numbers between a power of two and the next, and of multiples of 64."""
-    step = max(64, 1 << count.bit_length() >> 3)
-    return -(-count // step) * step
-
-
-def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Split weights (..., C) on joined features into those on each (B, h_i, w_i, C_i)."""
-    return torch.split(weight, [x.shape[3] for x in encoded], -1)
