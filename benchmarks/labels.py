@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -30,9 +31,12 @@ import blemish
 from blemish import images
 
 METRICS = ("image_auroc", "image_ap", "pixel_ap", "aupro")
-NO_HEAD = {"classification_head": False}
-OLD_TRAINING = {"focal_loss": False, "schedule": "constant"}
-GRADIENT_RULES = {"none": {"stop_gradient": False}, "full": {"stop_gradient": True, "clip_norm": 0.0}}
+NO_HEAD: dict[str, Any] = {"classification_head": False}
+OLD_TRAINING: dict[str, Any] = {"focal_loss": False, "schedule": "constant"}
+GRADIENT_RULES: dict[str, dict[str, Any]] = {
+    "none": {"stop_gradient": False},
+    "full": {"stop_gradient": True, "clip_norm": 0.0},
+}
 ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
     "SuperSimpleNet": ("supersimplenet", {}),
     "without upscaling": ("supersimplenet", {"upscale": False}),
@@ -167,13 +171,13 @@ def show(files: list[Path]) -> None:
             record = json.loads(line)
             key = (record["data"], record["series"], record["backbone"], str(record["steps"]), record["row"])
             rows[key].append(record)
-    for key, records in rows.items():
+    for names, records in rows.items():
         cells = []
         for metric in METRICS:
             values = [100 * record[metric] for record in records]
             spread = f" ({stdev(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{metric} {mean(values):5.1f}{spread}")
-        print(f"{', '.join(key)} x{len(records)}: " + "  ".join(cells))
+        print(f"{', '.join(names)} x{len(records)}: " + "  ".join(cells))
 
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 360, 56, 48
@@ -187,7 +191,7 @@ def figure(file: Path, out: Path) -> None:
     last = max(counts)
 
     def x(count: int) -> float:  # by the square root: the first labels matter most
-        return LEFT + (WIDTH - LEFT - 24) * (count / last) ** 0.5
+        return LEFT + (WIDTH - LEFT - 24) * math.sqrt(count / last)
 
     def y(value: float) -> float:
         return 16 + (HEIGHT - BOTTOM - 16) * (1 - value)
