@@ -224,7 +224,7 @@ def figure(file: Path, out: Path) -> None:
             )
         end = y(mean(values[last]))
         parts.append(
-            f'<text x="{WIDTH - 28}" y="{end - 12:.1f}" text-anchor="end" fill="{colour}">{name}</text>'
+            f'<text x="{WIDTH - 28}" y="{end + 20:.1f}" text-anchor="end" fill="{colour}">{name}</text>'
         )
     out.write_text("\n".join([*parts, "</svg>", ""]))
 

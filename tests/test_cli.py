@@ -18,7 +18,7 @@ from PIL import Image
 import blemish
 import drawn
 from blemish import bundle, cli, images
-from blemish import training as room
+from blemish import loop as room
 from blemish.backbones import weights
 from blemish.backbones.pdn import pdn_small
 from blemish.bundle import GRAPH, MANIFEST, WEIGHTS
@@ -230,7 +230,7 @@ def refused(
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train"], "the following arguments are required: DATA, --model, --out"),
+        (["train"], "the following arguments are required: DATA, --out"),
         (["predict", "m.blemish"], "the following arguments are required: IMAGE_OR_DIR"),
         (["predict", "m.blemish", "i.png", "--colour", "red"], "unrecognized arguments: --colour red"),
         (["predict", "m.blemish", "i.png", "--map-format", "png"], "invalid choice: 'png'"),
@@ -271,7 +271,7 @@ TRAINING: dict[str, tuple[Words, str]] = {
     "unknown statistic": (["--set", "statistics=max"], "unknown statistic 'max'; "),
     "head that is not built": (["--set", "statistics=head"], "needs --set classification_head=true"),
     "unknown schedule": (["--set", "schedule=onecycle"], "did you mean 'one-cycle'?"),
-    "unknown preset": (["--preset", "papre"], "unknown preset 'papre'; did you mean 'paper'?"),
+    "unknown preset": (["--preset", "papre"], "supersimplenet has no preset 'papre'; did you mean 'paper'?"),
     "image size in one number": (["--image-size", "64"], "expected height and width"),
     "image size in words": (["--image-size", "big"], "image_size=big does not fit"),
     "image size that is tiny": (["--image-size", "16x64"], "expected height and width of at least 32"),

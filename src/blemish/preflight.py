@@ -85,6 +85,8 @@ class Settled:
     preset: str
     config: Config
     supervision: Supervision
+    sentence: str
+    """What is learned from, for the person at the terminal."""
     parts: Split
     length: Length
     start: Bundle | None
@@ -108,7 +110,7 @@ def settle(
     seed: int = 0,
     start: str | Path | None = None,
 ) -> Settled:
-    """Settle images, supervision, config and length of a run, and say what is learned from.
+    """Settle images, supervision, config and length of a run.
 
     Raises a BlemishError for what does not exist or does not go together.
     """
@@ -125,7 +127,6 @@ def settle(
     parts = keep_masks(parts, root, labels.train_masks, seed)
     able = tuple(find_preset(model, preset).regimes)
     parts, supervision, sentence = supervise(parts, labels.supervision, able, model)
-    say(sentence)
     config = configure(model, preset, given, supervision)
     refuse_idle(config, supervision)
     if opened is not None:
@@ -133,7 +134,7 @@ def settle(
             whole = {"epochs": config.epochs} if config.epochs else {"steps": config.steps}
             length = Length(**{name: math.ceil(WARM_SHARE * count) for name, count in whole.items()})
         tell_missing(opened, [*parts.train, *parts.train_defects])
-    return Settled(model, preset, config, supervision, parts, length, opened)
+    return Settled(model, preset, config, supervision, sentence, parts, length, opened)
 
 
 def inherit(

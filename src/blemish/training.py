@@ -133,6 +133,7 @@ def train(
     decoded = Memory(memory)
     natural = open_natural(natural_images, detector, config, decoded)
 
+    say(settled.sentence)
     say(f"reading {len(samples)} training and {len(parts.held_out)} held-out good images")
     store = ImageStore([sample.path for sample in samples], config.image_size, decoded).fill()
     held = ImageStore([sample.path for sample in parts.held_out], config.image_size, decoded).fill()
