@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = {
             "auto": ("auto", options.memory),
-            "files": ("auto", 0.05),
+            "files": ("auto", 0.005),
             "folder": (folder, options.memory),
             "filled": (folder, options.memory),
             "off": ("off", options.memory),

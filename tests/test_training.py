@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 30
 SCRIPT = """
 import sys
-from blemish import cli, training
+from blemish import cli, loop
 loop.CHECKPOINT_SECONDS = 0
 loop.HISTORY = 10
 sys.exit(cli.main(sys.argv[1:]))
@@ -355,7 +355,8 @@ def test_a_budget_equals_the_steps_that_it_prints(
     # A clock on which everything takes the same time on every machine.
     clock = SimpleNamespace(monotonic=itertools.count(0, 0.1).__next__)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "time", clock)
+        for room in (training, loop):
+            patch.setattr(room, "time", clock)
         train(tiny, tmp_path / "m.blemish", budget="25s")
     said = capsys.readouterr().err
     steps = int(said.split("--steps ")[1].split(")")[0])
@@ -368,7 +369,9 @@ def test_a_budget_is_kept(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, T
     # A clock that goes on by a second whenever it is read, which is once in every step.
     elapsed = itertools.count(0.0, 1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "time", SimpleNamespace(monotonic=elapsed.__next__))
+        clock = SimpleNamespace(monotonic=elapsed.__next__)
+        for room in (training, loop):
+            patch.setattr(room, "time", clock)
         train(tiny, tmp_path / "m.blemish", budget=100.0)
     assert 30 < next(elapsed) <= 100  # some of it is kept for what follows training
 
