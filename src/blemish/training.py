@@ -33,6 +33,7 @@ from blemish.loop import Run
 from blemish.preflight import (
     Labels,
     Length,
+    Settled,
     check_length,
     digest_all,
     digest_names,
@@ -167,22 +168,13 @@ def train(
         dtype=dtype,
         path=out.with_name(out.name + ".checkpoint"),
         clock=started,
-        fingerprint={
-            "model": settled.model,
-            "preset": settled.preset,
-            "supervision": settled.supervision,
-            "config": as_json(config),
+        fingerprint=fingerprint(settled, natural)
+        | {
             "seed": seed,
             "precision": str(dtype).removeprefix("torch."),
-            "images": digest_samples(samples),
-            "held_out": digest_all(held.paths),
-            "natural_images": digest_names(natural.paths) if natural else "",
             "white": white,
             "device": device,
-            "torch": torch.__version__,
-            "blemish": __version__,
             "pretrained": pretrained,
-            "from": digest_start(settled.start),
         },
     )
     # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
@@ -203,6 +195,22 @@ def train(
     run.path.unlink(missing_ok=True)
     features.clear()
     return opened
+
+
+def fingerprint(settled: Settled, natural: ImageStore | None) -> dict[str, Any]:
+    """Sum up what a run is made of: its settings, its images with their labels, and the versions."""
+    return {
+        "model": settled.model,
+        "preset": settled.preset,
+        "supervision": settled.supervision,
+        "config": as_json(settled.config),
+        "images": digest_samples(settled.samples),
+        "held_out": digest_all([sample.path for sample in settled.parts.held_out]),
+        "natural_images": digest_names(natural.paths) if natural else "",
+        "from": digest_start(settled.start),
+        "torch": torch.__version__,
+        "blemish": __version__,
+    }
 
 
 def open_cache(cache: str | Path, out: Path, memory: int, made_of: Sequence[Any]) -> FeatureCache:
