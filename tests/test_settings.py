@@ -29,6 +29,7 @@ def another(name: str, value: Any) -> Any:
         "backbone": "resnet18",
         "anomalies": "none",
         "size": "medium" if value == "small" else "small",
+        "edges": "reflect",
     }
     if name in named:
         return named[name]

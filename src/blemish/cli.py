@@ -102,6 +102,15 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     )
     length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
     sub.add_argument("--image-size", metavar="HxW", help="size of the network's input (256x256)")
+    halves = sub.add_mutually_exclusive_group()
+    halves.add_argument(
+        "--structural-only",
+        action="store_true",
+        help="without the autoencoder and its logical map (EfficientAD)",
+    )
+    halves.add_argument(
+        "--logical-weight", type=float, metavar="W", help="of the logical map in the whole, 0 to 1 (0.5)"
+    )
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the teacher or the backbone")
     sub.add_argument(
         "--natural-images", type=Path, metavar="DIR", help="photographs of anything (EfficientAD)"
@@ -141,6 +150,7 @@ def run_train(options: argparse.Namespace) -> int:
         settings[key] = value
     if options.image_size:
         settings["image_size"] = options.image_size
+    add_halves(options, settings)
     given = {
         "model": options.model,
         "start": options.start,
@@ -179,6 +189,22 @@ def run_train(options: argparse.Namespace) -> int:
     )
     print(options.out)
     return 0
+
+
+def add_halves(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Put what is asked of the map's two halves among the settings; raise ConfigError where it cannot be."""
+    for asked, option, name, value in (
+        (options.structural_only, "--structural-only", "autoencoder", False),
+        (options.logical_weight is not None, "--logical-weight", "logical_weight", options.logical_weight),
+    ):
+        if asked and options.model in METHODS and not options.model.startswith("efficientad"):
+            raise ConfigError(
+                f"{option}: {options.model} has no logical map; expected --model efficientad-s or -m"
+            )
+        if asked and name in settings:
+            raise ConfigError(f"{option} and --set {name} were both given; expected one of them")
+        if asked:
+            settings[name] = value
 
 
 def run_series(options: argparse.Namespace, given: dict[str, Any]) -> int:

@@ -8,8 +8,9 @@ Departures from the paper, each one word in the config, all undone by `--preset 
   rate is the default;
 - the image score joins the map's maximum with its smoothed maximum and top mean.
 The networks run without padding, as in the reproduction that reaches the published numbers; the finished map
-is padded by the 4 cells that this costs on each side. The teacher's outputs are kept in half precision, and
-the photographs for the penalty are the user's.
+is padded by the 4 cells that this costs on each side, so that it is blind there. With edges=reflect, which is
+no paper's, it sees to the edge. The teacher's outputs are kept in half precision, and the photographs for the
+penalty are the user's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError
 from blemish.types import Batch
 
+CELL = 4
+"""Pixels of the image on each side of a cell of the map."""
 MARGIN = 4
 """Cells that the unpadded networks lose on each side of the map."""
 
@@ -44,6 +47,8 @@ class EfficientADConfig(Config):
     size: Literal["small", "medium"] = "small"
     padding: bool = False
     """Zero-pad inside the networks, which then see to the edge but learn its zeros."""
+    edges: Literal["blind", "reflect"] = "blind"
+    """What makes up for the margin of unpadded networks: zeros in the map, or a rim of reflected pixels."""
     batch_size: int = 1
     steps: int = 4000
     learning_rate: float = 5e-4
@@ -54,10 +59,26 @@ class EfficientADConfig(Config):
     """Keep the student from imitating the teacher on photographs, where such images are given."""
     autoencoder: bool = True
     """Use the autoencoder's half of the map."""
+    logical_weight: float = 0.5
+    """Share of that half in the map; it plays no part in training."""
     map_normalisation: bool = True
+    """Scale the two halves by quantiles of held-out maps before they are joined."""
     low_quantile: float = 0.9
     high_quantile: float = 0.995
     dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work and settings that contradict each other; raise ConfigError."""
+        refuse_numbers(self)
+        if self.padding and self.edges != "blind":
+            raise ConfigError(
+                f"edges={self.edges} beside padding=true: both fill the margin; expected one of them"
+            )
+        if not self.autoencoder and self.logical_weight != 0.5:
+            raise ConfigError(
+                f"logical_weight={self.logical_weight} beside autoencoder=false: "
+                "there is no logical map to weigh"
+            )
 
 
 PAPER = {
@@ -69,9 +90,9 @@ PAPER = {
 
 
 class Autoencoder(nn.Module):
-    """Map (B, 3, H, W) through a narrow bottleneck to (B, channels, H/4 - 8, W/4 - 8), or H/4, W/4 padded."""
+    """Map (B, 3, H, W) through a narrow bottleneck to (B, channels, H/4 - 2 margin, W/4 - 2 margin)."""
 
-    def __init__(self, channels: int, image_size: tuple[int, int], padding: bool, dropout: float) -> None:
+    def __init__(self, channels: int, image_size: tuple[int, int], margin: int, dropout: float) -> None:
         super().__init__()
         widths = (3, 32, 32, 64, 64, 64)
         layers: list[nn.Module] = []
@@ -82,8 +103,8 @@ class Autoencoder(nn.Module):
         self.penultimate = nn.Conv2d(64, 64, 3, padding=1)
         self.last = nn.Conv2d(64, channels, 3, padding=1)
         self.dropout = dropout
-        # 3, 8, 15, 32, 63, 127 and 56 (64 padded) at 256 pixels.
-        plan = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1), (4, 0 if padding else 2 * MARGIN))
+        # 3, 8, 15, 32, 63, 127 and 56 (64 without a margin) at 256 pixels.
+        plan = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1), (CELL, 2 * margin))
         self.sizes = [tuple(length // by - less for length in image_size) for by, less in plan]
 
     @override
@@ -114,11 +135,11 @@ class EfficientAD(Detector):
         if min(config.image_size) < 256:
             height, width = config.image_size
             raise ConfigError(f"image size {height}x{width}: EfficientAD needs at least 256 in both axes")
-        if any(length % 4 for length in config.image_size):
+        if any(length % CELL for length in config.image_size):
             height, width = config.image_size
-            raise ConfigError(f"image size {height}x{width}: EfficientAD needs multiples of 4")
-        refuse_numbers(config)
+            raise ConfigError(f"image size {height}x{width}: EfficientAD needs multiples of {CELL}")
         self.config: EfficientADConfig = config
+        self.margin = 0 if config.padding or config.edges == "reflect" else MARGIN
         self.wants_natural_images = config.penalty
         if not config.autoencoder:
             self.outputs = ("map", "statistics")
@@ -127,7 +148,7 @@ class EfficientAD(Detector):
         self.teacher = pdn(CHANNELS, padding=config.padding).requires_grad_(False).eval()
         self.student = pdn(CHANNELS * (2 if config.autoencoder else 1), padding=config.padding)
         self.autoencoder = (
-            Autoencoder(CHANNELS, config.image_size, config.padding, config.dropout)
+            Autoencoder(CHANNELS, config.image_size, self.margin, config.dropout)
             if config.autoencoder
             else None
         )
@@ -144,7 +165,12 @@ class EfficientAD(Detector):
     @property
     @override
     def encoding(self) -> tuple[str, ...]:
-        return (self.pretrained_name, f"padding {self.config.padding}")
+        return (self.pretrained_name, f"padding {self.config.padding}", f"edges {self.config.edges}")
+
+    @property
+    @override
+    def configured(self) -> set[str]:
+        return set() if self.config.map_normalisation else {"quantiles"}
 
     @override
     def load_pretrained(self, path: Path | None) -> None:
@@ -152,7 +178,17 @@ class EfficientAD(Detector):
 
     @override
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.teacher(self.normalise(images)),)
+        return (self.teacher(self.surround(self.normalise(images))),)
+
+    def surround(self, x: Tensor) -> Tensor:
+        """Give (B, 3, H, W) images as teacher and student see them: with edges "reflect", H + 32, W + 32.
+
+        What unpadded networks lose of that is the reflected rim, so that their cells are the map's. What a
+        cell sees is centred 1.5 pixels up and left of the cell's own middle, as in the paper's map.
+        """
+        if self.config.edges == "blind":
+            return x
+        return functional.pad(x, (CELL * MARGIN,) * 4, mode="reflect")
 
     @override
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
@@ -181,7 +217,7 @@ class EfficientAD(Detector):
             augmented = self.normalise(jitter(batch.images, generator))
             images.append(augmented)
         trunk, last = self.student[:-1], cast(nn.Conv2d, self.student[-1])
-        features = trunk(torch.cat(images))
+        features = trunk(self.surround(torch.cat(images)))
         bias = cast(Tensor, last.bias)
         first = functional.conv2d(features[:imitating], last.weight[:CHANNELS], bias[:CHANNELS]).float()
         described = self.describe(batch.encoded[0])
@@ -191,7 +227,7 @@ class EfficientAD(Detector):
         if self.autoencoder is not None:
             second = functional.conv2d(features[imitating:], last.weight[CHANNELS:], bias[CHANNELS:])
             with torch.no_grad():
-                target = self.describe(self.teacher(augmented).float())
+                target = self.describe(self.teacher(self.surround(augmented)).float())
             rebuilt = self.autoencoder(augmented, generator).float()
             terms["autoencoder"] = (target - rebuilt).square().mean()
             terms["student_autoencoder"] = (rebuilt - second.float()).square().mean()
@@ -229,21 +265,23 @@ class EfficientAD(Detector):
     def raw_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """Give the (B, h, w) structural map, and the logical one where there is an autoencoder."""
         x = self.normalise(images)
-        student = self.student(x)
-        structural = (self.describe(self.teacher(x)) - student[:, :CHANNELS]).square().mean(1)
+        seen = self.surround(x)
+        student = self.student(seen)
+        structural = (self.describe(self.teacher(seen)) - student[:, :CHANNELS]).square().mean(1)
         if self.autoencoder is None:
             return (structural,)
         return structural, (self.autoencoder(x) - student[:, CHANNELS:]).square().mean(1)
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Algorithm 2."""
+        """Algorithm 2, where the logical map has a weight of 0.5."""
         parts = []
         for number, raw in enumerate(self.raw_maps(images)):
             low, high = self.quantiles[2 * number], self.quantiles[2 * number + 1]
             parts.append(0.1 * (raw - low) / (high - low))
-        cells = sum(parts[1:], parts[0]) / len(parts)
-        padded = cells if self.config.padding else functional.pad(cells, (MARGIN,) * 4)
+        weight = self.config.logical_weight
+        cells = parts[0] if len(parts) == 1 else (1 - weight) * parts[0] + weight * parts[1]
+        padded = functional.pad(cells, (self.margin,) * 4)
         size = (images.shape[2], images.shape[3])
         maps = functional.interpolate(padded[:, None], size, mode="bilinear")[:, 0]
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
@@ -252,11 +290,12 @@ class EfficientAD(Detector):
 
 
 def refuse_numbers(config: EfficientADConfig) -> None:
-    """Refuse settings that cannot work; raise ConfigError."""
+    """Refuse numbers out of their range, and those that are none; raise ConfigError."""
     c = config
     for name, value, fits, expected in (
-        ("learning_rate", c.learning_rate, c.learning_rate > 0, "more than 0"),
-        ("weight_decay", c.weight_decay, c.weight_decay >= 0, "at least 0"),
+        ("learning_rate", c.learning_rate, 0 < c.learning_rate < math.inf, "more than 0, and finite"),
+        ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "at least 0, and finite"),
+        ("logical_weight", c.logical_weight, 0 <= c.logical_weight <= 1, "0 to 1"),
         ("dropout", c.dropout, 0 <= c.dropout < 1, "at least 0 and less than 1"),
         ("hard_quantile", c.hard_quantile, 0 <= c.hard_quantile < 1, "at least 0 and less than 1"),
         ("low_quantile", c.low_quantile, 0 <= c.low_quantile < c.high_quantile, "less than high_quantile"),
