@@ -122,16 +122,7 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (0)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
-    sub.add_argument(
-        "--memory", type=float, default=4.0, metavar="GB", help="for decoded and encoded images (4)"
-    )
-    sub.add_argument(
-        "--cache", default="auto", metavar="DIR", help="keep encoded images there, or auto, or off"
-    )
-    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside F.blemish")
+    add_machine(sub)
     sub.add_argument("--seeds", type=int, metavar="N", help="train and evaluate so often, from --seed on")
     sub.add_argument("--folds", type=int, metavar="K", help="cross-validate: train and evaluate K times")
     sub.add_argument("--folds-file", type=Path, metavar="F.csv", help="which image is in which fold")
@@ -142,15 +133,10 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, calibrate and write a model file; or a series of them, evaluated and summed up."""
-    settings = {}
-    for text in options.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text}: expected KEY=VALUE")
-        settings[key] = value
+    chosen: dict[str, Any] = settings(options.set)
     if options.image_size:
-        settings["image_size"] = options.image_size
-    add_halves(options, settings)
+        chosen["image_size"] = options.image_size
+    add_halves(options, chosen)
     given = {
         "model": options.model,
         "start": options.start,
@@ -160,7 +146,7 @@ def run_train(options: argparse.Namespace) -> int:
         "weights_file": options.weights,
         "natural_images": options.natural_images,
         "preset": options.preset,
-        "settings": settings,
+        "settings": chosen,
         "steps": options.steps,
         "epochs": options.epochs,
         "budget": options.budget,
@@ -191,7 +177,7 @@ def run_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_halves(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+def add_halves(options: argparse.Namespace, chosen: dict[str, Any]) -> None:
     """Put what is asked of the map's two halves among the settings; raise ConfigError where it cannot be."""
     for asked, option, name, value in (
         (options.structural_only, "--structural-only", "autoencoder", False),
@@ -201,10 +187,10 @@ def add_halves(options: argparse.Namespace, settings: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{option}: {options.model} has no logical map; expected --model efficientad-s or -m"
             )
-        if asked and name in settings:
+        if asked and name in chosen:
             raise ConfigError(f"{option} and --set {name} were both given; expected one of them")
         if asked:
-            settings[name] = value
+            chosen[name] = value
 
 
 def run_series(options: argparse.Namespace, given: dict[str, Any]) -> int:
@@ -349,6 +335,54 @@ def run_weights(options: argparse.Namespace) -> int:
     return 0
 
 
+def distill_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `distill` takes."""
+    sub.add_argument("images", type=Path, metavar="IMAGES", help="folder of natural images of anything")
+    sub.add_argument("--size", required=True, metavar="S", help="small or medium: EfficientAD-S or -M")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="F.safetensors", help="the teacher's file to write"
+    )
+    sub.add_argument("--source", metavar="BACKBONE", help="whose features are learned (wide_resnet101_2)")
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the source")
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    length.add_argument("--epochs", type=int, metavar="N", help="times that every image has its turn")
+    length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
+    sub.add_argument("--preset", default="default", help="default, or paper for algorithm 3 to the letter")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
+    add_machine(sub)
+
+
+def run_distill(options: argparse.Namespace) -> int:
+    """Distil a teacher for EfficientAD, and say what it explains."""
+    from blemish.distill import distill
+
+    facts = distill(
+        options.images,
+        out=options.out,
+        size=options.size,
+        source=options.source,
+        weights_file=options.weights,
+        preset=options.preset,
+        settings=settings(options.set),
+        steps=options.steps,
+        epochs=options.epochs,
+        budget=options.budget,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        memory=gigabytes(options.memory),
+        cache=options.cache,
+        resume=options.resume,
+    )
+    if facts:
+        print(
+            f"{options.out}: explains {100 * facts['explained_variance']:.1f} % of the target's variance on "
+            f"{facts['held_out_images']} held-out images"
+        )
+    return 0
+
+
 def demo_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare what `demo` takes."""
     sub.add_argument(
@@ -399,6 +433,31 @@ def refuse_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> 
             check_folder(folder)
 
 
+def settings(texts: Sequence[str]) -> dict[str, str]:
+    """Read settings written as KEY=VALUE; raise ConfigError for what is not."""
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def add_machine(sub: argparse.ArgumentParser) -> None:
+    """Declare what a training run asks of the machine."""
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (0)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    sub.add_argument(
+        "--memory", type=float, default=4.0, metavar="GB", help="for decoded and encoded images (4)"
+    )
+    sub.add_argument(
+        "--cache", default="auto", metavar="DIR", help="keep encoded images there, or auto, or off"
+    )
+    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+
+
 def add_layout(sub: argparse.ArgumentParser) -> None:
     """Declare the layout of a data set."""
     sub.add_argument("--layout", default="auto", help="auto, csv, folder, mvtec, loco, visa, ksdd2 or sensum")
@@ -417,6 +476,7 @@ COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], s
     ),
     ("calibrate", run_calibrate, calibrate_arguments, "set a model's thresholds anew from good images"),
     ("weights", run_weights, weights_arguments, "list, add or fetch pretrained weights"),
+    ("distill", run_distill, distill_arguments, "make a teacher for EfficientAD from a backbone"),
     ("demo", run_demo, demo_arguments, "draw parts, train, evaluate, report: no download, no images needed"),
 )
 

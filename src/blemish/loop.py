@@ -15,17 +15,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from blemish import checkpoint, ops
-from blemish.data.loading import Batches, EncodedStore
+from blemish import checkpoint, ops, processes
+from blemish.data.loading import EncodedStore
 from blemish.detectors.base import SCHEDULES, Detector
 from blemish.errors import ConfigError, ModelFileError, StoppedError
 from blemish.preflight import Length
 from blemish.progress import Progress, say
+from blemish.types import Batch
 
 HISTORY = 100
 """Points of the loss curve that a model file keeps."""
@@ -37,13 +38,22 @@ CARRIED = ("step", "steps", "seconds", "history", "pending", "notes")
 """Fields of a run that a checkpoint carries beside parameters and the optimiser's state."""
 
 
+class Steps(Protocol):
+    """The batch of every step of a run."""
+
+    per_epoch: int
+
+    def at(self, step: int) -> Batch:
+        """Give a step's batch on the device."""
+
+
 @dataclass
 class Run:
     """A training run in progress."""
 
     detector: Detector
     optimizer: torch.optim.Optimizer
-    batches: Batches
+    batches: Steps
     held_out: EncodedStore
     seed: int
     device: str
@@ -66,6 +76,8 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint."""
         self.seconds, self.clock = self.seconds + time.monotonic() - self.clock, time.monotonic()
+        if processes.rank() > 0:
+            return
         header = {name: getattr(self, name) for name in CARRIED} | {"run": self.fingerprint}
         checkpoint.save(self.path, self.detector, self.optimizer, header)
 
@@ -111,14 +123,15 @@ def count_steps(run: Run, length: Length, reserve: float) -> int:
     run.steps = 1 << 30  # the share done stays 0, the schedule's start
     one_step(run, 0)
     begin, taken = time.monotonic(), 0
-    while taken < 2 or time.monotonic() - begin < min(PROBE_SECONDS, 0.03 * length.budget):
+    probe = min(PROBE_SECONDS, 0.03 * length.budget)
+    while taken < 2 or processes.any_of(time.monotonic() - begin < probe, run.device):
         taken += 1
         one_step(run, taken)
     pace = (time.monotonic() - begin) / taken
     run.detector.load_state_dict(network)
     run.optimizer.load_state_dict(optimizer)
     left = length.budget - (time.monotonic() - run.clock) - reserve
-    steps = int(left / pace)
+    steps = processes.first_of(int(left / pace), run.device)
     if steps < 20:
         raise ConfigError(
             f"a budget of {length.budget:g} s leaves {max(left, 0):.0f} s to train in, and one step takes "
@@ -175,7 +188,7 @@ def loop(run: Run) -> None:
                 means = {name: float(np.mean([item[name] for item in run.pending])) for name in losses}
                 run.history.append({"step": float(run.step)} | means)
                 run.pending = []
-            if stopping() and run.step < run.steps:
+            if processes.any_of(stopping(), run.device) and run.step < run.steps:
                 run.save()
                 raise StoppedError(
                     f"stopped after step {run.step} of {run.steps}, kept in {run.path}; "
@@ -206,9 +219,6 @@ def go_on(run: Run, length: Length) -> None:
 def provenance(run: Run) -> dict[str, Any]:
     """Say how a run that has ended went, for the model file."""
     return {
-        "good_images": run.batches.labels.count(0),
-        "defective_images": run.batches.labels.count(1),
-        "masked_images": len(run.batches.masks),
         "pretrained": run.detector.pretrained_name,
         "steps": run.steps,
         "epochs": round(run.steps / run.batches.per_epoch, 2),

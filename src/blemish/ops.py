@@ -41,6 +41,14 @@ def channel_moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, squares / max(count - 1, 1)
 
 
+def merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Join P parts, (P,) counts of elements with (P, C) means and unbiased variances, to (C,) of each."""
+    total = counts.sum()
+    mean = (counts[:, None] * means).sum(0) / total
+    squares = (counts - 1)[:, None] * variances + counts[:, None] * (means - mean).square()
+    return mean, squares.sum(0) / (total - 1)
+
+
 def gaussian_kernel(sigma: float, size: int) -> Tensor:
     """Sample a normalised (size,) Gaussian around its middle."""
     x = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
@@ -103,6 +111,8 @@ def perlin_masks(
     return (noise > threshold) & kept[:, None, None]
 
 
+LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in grey (ITU-R 601)."""
 STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
 """What an anomaly map can be summed up by."""
 

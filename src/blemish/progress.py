@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
+_silent = False
+
+
+@contextmanager
+def muted(really: bool) -> Iterator[None]:
+    """Say nothing for a while: of several processes on one run, one speaks."""
+    global _silent
+    before, _silent = _silent, _silent or really
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def say(text: str) -> None:
     """Tell the person at the terminal, on standard error, which is not the result."""
+    if _silent:
+        return
     print(text, file=sys.stderr, flush=True)
 
 
@@ -27,7 +45,7 @@ class Progress:
     def show(self, done: int, note: str = "") -> None:
         """Say that `done` of the total are done, if it is time to say something."""
         now = time.monotonic()
-        if now - self.shown < self.every and done < self.total:
+        if _silent or (now - self.shown < self.every and done < self.total):
             return
         self.shown = now
         line = tqdm.format_meter(

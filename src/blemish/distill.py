@@ -1,0 +1,368 @@
+"""From a folder of natural images to a teacher's file: the backbone's features, the run, what it explains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from blemish import images, loop, ops, processes
+from blemish._version import __version__
+from blemish.backbones import choose_layers, weights
+from blemish.backbones.pdn import PDNS
+from blemish.data.cache import FeatureCache, Memory
+from blemish.data.loading import EncodedStore, ImageStore
+from blemish.data.sampling import fewest_turns, flipped
+from blemish.detectors import as_json, check, read_settings
+from blemish.detectors.distillation import PAPER, STRIDE, Distillation, DistillationConfig
+from blemish.errors import ConfigError, DataError, ImageError
+from blemish.files import check_writable, whole_file
+from blemish.hardware import choose_device, choose_precision, keep_freed_memory
+from blemish.loop import Run
+from blemish.preflight import Length, check_length, digest_all, digest_names, seconds
+from blemish.progress import Progress, say
+from blemish.training import begin, open_cache
+from blemish.types import AnyArray, Batch
+
+FEWEST = 20
+"""Images without which there is no teacher to be had."""
+HELD_OUT = 0.1
+"""Share of the images that the network is measured on."""
+MOST_HELD_OUT = 1000
+STATISTICS = 10_000
+"""Images that the target's channel moments are taken from, at most (algorithm 3)."""
+MIRRORED, GREY = 1, 2
+"""Bits of a view of an image."""
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+def seen(array: AnyArray, view: int) -> AnyArray:
+    """Give a view of (..., 3, H, W) RGB values."""
+    array = flipped(array, view & MIRRORED)
+    if view & GREY:
+        grey = np.tensordot(np.array(ops.LUMA, np.float32), array, (0, -3))
+        array = np.ascontiguousarray(np.broadcast_to(grey[..., None, :, :], array.shape))
+    return array
+
+
+class Pairs:
+    """The images and targets of every step, as a pure function of the seed and the step's number.
+
+    A step's images are those of all processes together; each of them reads its own part.
+    """
+
+    def __init__(
+        self, small: ImageStore, targets: EncodedStore, config: DistillationConfig, seed: int
+    ) -> None:
+        self.small, self.targets, self.config, self.seed = small, targets, config, seed
+        self.paths = small.paths
+        self.batch_size = min(config.batch_size, len(small.paths))
+        self.per_epoch = -(-len(small.paths) // self.batch_size)
+
+    def entries(self, step: int) -> list[tuple[int, int]]:
+        """Give the positions and views of a step's images."""
+        chosen = fewest_turns(len(self.small.paths), self.seed, step * self.batch_size, self.batch_size)
+        draw = torch.rand((2, self.batch_size), generator=ops.generator(self.seed, "view", step))
+        views = MIRRORED * (draw[0] < self.config.mirror) + GREY * (draw[1] < self.config.grey)
+        return list(zip(chosen, views.tolist(), strict=True))
+
+    def at(self, step: int) -> Batch:
+        """Give this process's part of a step's batch on the device."""
+        entries = self.entries(step)[processes.rank() :: processes.count()]
+        arrays = [
+            seen(images.to_input(self.small.resized(index), images.FULL_SCALE), view)
+            for index, view in entries
+        ]
+        device, none = self.targets.device, torch.zeros(len(entries))
+        return Batch(
+            torch.from_numpy(np.stack(arrays)).to(device), self.targets.batch(entries), none, none > 0
+        )
+
+
+def distill(
+    folder: str | Path,
+    *,
+    out: str | Path,
+    size: str = "small",
+    source: str | None = None,
+    weights_file: str | Path | None = None,
+    preset: str = "default",
+    settings: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    budget: float | str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    memory: int = 4 << 30,
+    cache: str | Path = "auto",
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Distil a teacher for EfficientAD from the natural images in a folder, and write it to `out`.
+
+    Give the file to `train` as its weights. size: small or medium. source: the backbone whose features are
+    learned, wide_resnet101_2 as in the paper; weights_file: its weights, where the weights room should not
+    choose. preset: default, or paper for algorithm 3 to the letter. settings: fields of DistillationConfig.
+    Give at most one of steps, epochs and budget. Target features are kept as `train` keeps encoded images, by
+    memory and cache. Under torchrun all processes share each step's batch. Returns what the file says of
+    itself, the share of the held-out target's variance that it explains among it; nothing in other processes
+    than the first. Raises a BlemishError that a user can fix.
+    """
+    started = time.monotonic()
+    length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
+    check_length(length)
+    device, out = choose_device(device), Path(out)
+    check_out(out)
+    given = dict(settings or {}) | {"size": size} | ({"source": source} if source else {})
+    config = configure(preset, given)
+    dtype = choose_precision("fp32" if preset == "paper" and precision == "auto" else precision, device)
+    keep_freed_memory()
+    with processes.joined(device):
+        check_shares(config)
+        detector = draw_weights(config, seed)
+        pretrained = weights.find(config.source, Path(weights_file) if weights_file else None)
+        detector.load_pretrained(pretrained)
+        detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        features = open_cache(
+            cache,
+            out,
+            memory,
+            [
+                torch.__version__,
+                __version__,
+                digest_all([pretrained]),
+                *detector.encoding,
+                str(dtype),
+                device,
+            ],
+        )
+        pairs, held_out = open_pairs(Path(folder), detector, features, seed, device, dtype, memory)
+        if processes.count() > 1:
+            detector.share()
+        run = Run(
+            detector=detector,
+            optimizer=detector.optimizer(),
+            batches=pairs,
+            held_out=held_out.targets,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            path=out.with_name(out.name + ".checkpoint"),
+            clock=started,
+            fingerprint={
+                "distilled": f"pdn_{config.size}",
+                "config": as_json(config),
+                "images": digest_names([*pairs.paths, *held_out.paths]),
+                "seed": seed,
+                "precision": str(dtype).removeprefix("torch."),
+                "device": device,
+                "processes": processes.count(),
+                "pretrained": digest_all([pretrained]),
+                "torch": torch.__version__,
+                "blemish": __version__,
+            },
+        )
+        begin(run, length, resume, 10.0, partial(measure_target, detector, pairs.targets))
+        loop.loop(run)
+        processes.wait()
+        facts: dict[str, Any] = {}
+        if processes.rank() == 0:
+            state = half_precision(detector.network)
+            facts = {
+                "network": f"pdn_{config.size}",
+                "explained_variance": round(explained(detector, with_weights(config, state), held_out), 4),
+                "source": config.source,
+                "source_licence": weights.SOURCES[config.source].licence,
+                "images": len(pairs.paths),
+                "held_out_images": len(held_out.paths),
+                "steps": run.steps,
+                "seconds": round(run.seconds),
+                "command": command(config, Path(folder), run.steps, seed),
+                "history": run.history,
+                "run": run.fingerprint,
+            }
+            write(out, state, facts)
+            run.path.unlink(missing_ok=True)
+        processes.wait()
+        features.clear()
+    return facts
+
+
+def configure(preset: str, given: Mapping[str, Any]) -> DistillationConfig:
+    """Make the config of a distillation; raise ConfigError for what does not exist or go together."""
+    if preset not in PRESETS:
+        raise ConfigError(f"distilling has no preset {preset!r}; expected {' or '.join(PRESETS)}")
+    changes = read_settings("distilling", DistillationConfig(), {**PRESETS[preset], **given})
+    config = dataclasses.replace(DistillationConfig(), **changes)
+    check(config)
+    choose_layers(config.source, config.layers)
+    height, width = config.image_size
+    if height % (2 * STRIDE) or width % (2 * STRIDE) or min(height, width) < 64:
+        raise ConfigError(f"image size {height}x{width}: distilling needs multiples of 8, at least 64")
+    if config.crop and (
+        config.padding or config.crop % STRIDE or not 36 <= config.crop <= min(height, width)
+    ):
+        raise ConfigError(
+            f"crop={config.crop}: expected 0, or without padding a multiple of 4 from 36 to the image's size"
+        )
+    return config
+
+
+def check_out(out: Path) -> None:
+    """Refuse a file that could not be written, or that `train` would not read."""
+    check_writable(out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
+
+
+def check_shares(config: DistillationConfig) -> None:
+    """Refuse a batch that does not deal the same number of images to every process."""
+    if config.batch_size % processes.count():
+        raise ConfigError(
+            f"batch size {config.batch_size} for {processes.count()} processes; expected a multiple of that"
+        )
+
+
+def list_readable(folder: Path) -> list[Path]:
+    """List all images below a folder that can be read, in order; raise DataError for too few."""
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; expected one of natural images")
+    paths = images.list_images(folder, recursive=True)
+    with ThreadPoolExecutor() as pool:
+        readable = [path for path, good in zip(paths, pool.map(can_be_read, paths), strict=True) if good]
+    if len(readable) < FEWEST:
+        raise DataError(f"found {len(readable)} readable images in {folder}; expected at least {FEWEST}")
+    if len(readable) < len(paths):
+        say(f"images that cannot be read, left out: {len(paths) - len(readable)} of {len(paths)}")
+    return readable
+
+
+def can_be_read(path: Path) -> bool:
+    """Say whether an image can be read."""
+    try:
+        images.read(path)
+    except ImageError:
+        return False
+    return True
+
+
+def divide(paths: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
+    """Draw which images train, and which the network is measured on."""
+    order = torch.randperm(len(paths), generator=ops.generator(seed, "held out")).tolist()
+    held = min(MOST_HELD_OUT, round(HELD_OUT * len(paths)))
+    return [paths[place] for place in sorted(order[held:])], [paths[place] for place in sorted(order[:held])]
+
+
+def open_pairs(
+    folder: Path,
+    detector: Distillation,
+    features: FeatureCache,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    memory: int,
+) -> tuple[Pairs, Pairs]:
+    """Pair the training images below a folder with their targets, and the held-out ones with theirs."""
+    config = detector.config
+    train, held_out = divide(list_readable(folder), seed)
+    say(f"distilling {config.source} into pdn_{config.size}: {len(train)} images, {len(held_out)} held out")
+    height, width = config.image_size
+    decoded = Memory(memory)
+
+    def encode(large: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return detector.encode(large.to(memory_format=torch.channels_last))
+
+    def paired(paths: Sequence[Path]) -> Pairs:
+        large = ImageStore(paths, (2 * height, 2 * width), Memory(0))
+        targets = EncodedStore(encode, large, images.FULL_SCALE, features, device, view=seen)
+        return Pairs(ImageStore(paths, config.image_size, decoded), targets, config, seed)
+
+    return paired(train), paired(held_out)
+
+
+def draw_weights(config: DistillationConfig, seed: int) -> Distillation:
+    """Build the network with weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ops.generator(seed, "weights").initial_seed())
+        return Distillation(config)
+
+
+def measure_target(detector: Distillation, targets: EncodedStore) -> None:
+    """Take the target's channel moments from the training images, each process from its share of them."""
+    chosen = range(processes.rank(), min(STATISTICS, len(targets.store.paths)), processes.count())
+    progress = Progress("measuring the target", len(chosen), unit="image")
+    elements = 0
+
+    def parts() -> Iterator[Tensor]:
+        nonlocal elements
+        for number, index in enumerate(chosen):
+            (part,) = targets.batch([(index, 0)])
+            elements += part[0, 0].numel()
+            yield part
+            progress.show(number + 1)
+
+    mean, variance = ops.channel_moments(parts())
+    own = torch.stack([mean, variance, torch.full_like(mean, elements)]).to(targets.device)
+    means, variances, counts = processes.gathered(own).cpu().unbind(1)
+    detector.settle(*ops.merged_moments(counts[:, 0], means, variances))
+    say(f"features kept: {targets.cache.describe()}")
+
+
+def half_precision(network: nn.Module) -> dict[str, Tensor]:
+    """Give a network's parameters as a teacher's file holds them."""
+    return {name: value.half().cpu().contiguous() for name, value in network.state_dict().items()}
+
+
+def with_weights(config: DistillationConfig, state: Mapping[str, Tensor]) -> nn.Sequential:
+    """Build the network of a teacher's file."""
+    network = PDNS[f"pdn_{config.size}"](padding=config.padding)
+    network.load_state_dict({name: value.float() for name, value in state.items()})
+    return network
+
+
+def explained(detector: Distillation, network: nn.Module, pairs: Pairs) -> float:
+    """Measure which share of the target's variance a network explains, over all channels together."""
+    device = pairs.targets.device
+    network.to(device).eval()
+    progress, errors = Progress("measuring on held-out images", len(pairs.paths), unit="image"), []
+
+    def normalised() -> Iterator[Tensor]:
+        for index in range(len(pairs.paths)):
+            target = detector.normalised(pairs.targets.batch([(index, 0)])[0])
+            image = pairs.small.batch([index], images.FULL_SCALE).to(device)
+            with torch.no_grad():
+                errors.append(float((network(detector.normalise(image)) - target).square().mean()))
+            yield target
+            progress.show(index + 1)
+
+    _, variance = ops.channel_moments(normalised())
+    return 1 - float(np.mean(errors)) / float(variance.mean())
+
+
+def command(config: DistillationConfig, folder: Path, steps: int, seed: int) -> str:
+    """Write the command that makes the same teacher again, from images and weights of the same names."""
+    given, usual = as_json(config), as_json(DistillationConfig())
+    words = ["blemish", "distill", folder.resolve().name, "--size", given.pop("size")]
+    words += ["--source", given.pop("source"), "--steps", str(steps), "--seed", str(seed)]
+    for key, value in given.items():
+        if value != usual[key] and key != "steps":
+            words += ["--set", f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"]
+    return shlex.join(words)
+
+
+def write(out: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a teacher's file."""
+    with whole_file(out) as temporary:
+        temporary.write_bytes(save_tensors(dict(state), {"blemish": json.dumps(facts)}))
