@@ -376,6 +376,8 @@ def test_weights_that_do_not_fit(tiny: Tiny, tmp_path: Path, capsys: pytest.Capt
         (["--set", "high_quantile=0.8"], "low_quantile=0.9 does not fit; expected less than high_quantile"),
         (["--natural-images", "missing"], "no folder missing; expected photographs"),
         (["--natural-images", "empty"], "no images in empty, the folder of photographs"),
+        (["--natural-images", "./drawn"], "no folder drawn; expected photographs"),
+        (["--natural-images", "none", "--set", "penalty=false"], "natural images none are chosen for a run"),
     ],
 )
 def test_efficientad_that_cannot_be(

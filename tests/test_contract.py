@@ -127,7 +127,7 @@ class Case:
             "supervision": self.supervision,
             "train_masks": MASKS.get(self.supervision),
             "weights_file": self.weights,
-            "natural_images": self.data / "test" / "good",
+            "natural_images": self.data / "test" / "good" if self.method == "efficientad-m" else "drawn",
             "settings": as_json(self.config),
             "steps": self.steps,
             "precision": "fp32",

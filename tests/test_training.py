@@ -20,7 +20,7 @@ from torch import Tensor
 import drawn
 from blemish import bundle, checkpoint, images, loop, ops, training
 from blemish.data.cache import FeatureCache, Memory
-from blemish.data.loading import Batches, EncodedStore, ImageStore, readable
+from blemish.data.loading import Batches, EncodedStore, ImageStore, Photographs, readable
 from blemish.detectors.base import SCHEDULES
 from blemish.detectors.supersimplenet import SuperSimpleNet
 from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
@@ -569,8 +569,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
-    photographs = ImageStore(paths, (32, 32), Memory(0), crop=True)
-    in_order, backwards = make_batches(paths, natural=photographs), make_batches(paths, natural=photographs)
+    in_order, backwards = (make_batches(paths, natural=photographs(paths)) for _ in range(2))
     expected = [in_order.at(step) for step in range(8)]
     for step in (7, 2, 3, 3, 0, 1, 6, 5, 4):
         assert same(backwards.at(step), expected[step]), step
@@ -586,10 +585,14 @@ def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
         assert all(len(part) == len(chosen) for part in batch.encoded)
 
 
+def photographs(paths: list[Path]) -> Photographs:
+    return Photographs(ImageStore(paths, (32, 32), Memory(0), crop=True), 0, "the digest")
+
+
 def test_photographs_are_drawn_from_all_of_them(paths: list[Path]) -> None:
-    photographs = ImageStore(paths, (8, 8), Memory(0), crop=True)
-    all_of_them = photographs.batch(range(7), 65535.0)
-    batches, seen = make_batches(paths, natural=photographs), Counter[int]()
+    chosen = photographs(paths)
+    all_of_them = chosen.store.batch(range(7), 65535.0)
+    batches, seen = make_batches(paths, natural=chosen), Counter[int]()
     for step in range(30):
         natural = batches.read(step)[1]
         assert natural is not None
@@ -599,10 +602,10 @@ def test_photographs_are_drawn_from_all_of_them(paths: list[Path]) -> None:
 
 
 def test_a_photograph_that_cannot_be_read_gives_its_turn_to_the_next(paths: list[Path]) -> None:
-    photographs = ImageStore(paths, (8, 8), Memory(0), crop=True)
+    chosen = photographs(paths)
     paths[4].write_bytes(b"none")
-    batches = make_batches(paths, natural=photographs, batch_size=7, with_images=False)
-    others = photographs.batch([0, 1, 2, 3, 5, 6], 65535.0)
+    batches = make_batches(paths, natural=chosen, batch_size=7, with_images=False)
+    others = chosen.store.batch([0, 1, 2, 3, 5, 6], 65535.0)
     for step in range(5):
         natural = batches.read(step)[1]
         assert natural is not None
@@ -610,7 +613,7 @@ def test_a_photograph_that_cannot_be_read_gives_its_turn_to_the_next(paths: list
     for path in paths:
         path.write_bytes(b"none")
     with pytest.raises(DataError, match=r"none of the 7 photographs beside .* can be read"):
-        readable(photographs, 3)
+        readable(chosen.store, 3)
 
 
 def test_without_images_none_are_decoded(paths: list[Path]) -> None:

@@ -113,7 +113,10 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the teacher or the backbone")
     sub.add_argument(
-        "--natural-images", type=Path, metavar="DIR", help="photographs of anything (EfficientAD)"
+        "--natural-images",
+        default="drawn",
+        metavar="DIR|drawn|none",
+        help="what EfficientAD's student is kept from imitating: photographs, drawn images, nothing (drawn)",
     )
     sub.add_argument(
         "--preset", default="default", help="default, paper for the method to the letter, or journal"
@@ -324,7 +327,10 @@ def run_weights(options: argparse.Namespace) -> int:
 
     if options.action == "list":
         for name in weights.SOURCES:
-            print(f"{name:20}{weights.available(name) or 'not on this machine'}")
+            path = weights.available(name)
+            made = weights.facts(path) if path else {}
+            origin = f" (from {made['source']}, explains {made['explained_variance']:.0%})" if made else ""
+            print(f"{name:20}{path or 'not on this machine'}{origin}")
         return 0
     if options.name not in weights.SOURCES:
         raise ConfigError(f"unknown weights {options.name!r}; there are {', '.join(weights.SOURCES)}")

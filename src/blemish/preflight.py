@@ -19,8 +19,9 @@ from blemish.bundle import Bundle
 from blemish.data.cache import Memory
 from blemish.data.folds import Fold, assign
 from blemish.data.labels import choose_defects, keep_masks, supervise
-from blemish.data.loading import ImageStore
+from blemish.data.loading import ImageStore, NaturalImages, Photographs
 from blemish.data.split import Split, split
+from blemish.data.textures import Textures
 from blemish.detectors import as_json, configure, own_settings
 from blemish.detectors import preset as find_preset
 from blemish.detectors.base import Config, Detector
@@ -228,21 +229,32 @@ def choose_images(root: Path, layout: str, labels: Labels, trained: Collection[s
     return parts
 
 
-def open_natural(
-    folder: str | Path | None, detector: Detector, config: Config, memory: Memory
-) -> ImageStore | None:
-    """Open the photographs for the pretraining penalty, or say that it is off."""
+def open_natural(chosen: str | Path, detector: Detector, memory: Memory, seed: int) -> NaturalImages | None:
+    """Open the images for the pretraining penalty, or say that it is off.
+
+    chosen: "drawn", "none" or a folder of photographs. Raises ConfigError for a folder without any, and for a
+    choice where there is no penalty.
+    """
     if not detector.wants_natural_images:
+        if chosen != "drawn":
+            raise ConfigError(
+                f"natural images {chosen} are chosen for a run without EfficientAD's pretraining penalty; "
+                "expected no choice"
+            )
         return None
-    if folder is None:
-        say("no --natural-images folder: the pretraining penalty is off")
+    if chosen == "none":
+        say("natural images none: the pretraining penalty is off")
         return None
-    if not Path(folder).is_dir():
+    size = detector.config.image_size
+    if chosen == "drawn":
+        return Textures(size, seed)
+    folder = Path(chosen)
+    if not folder.is_dir():
         raise ConfigError(f"no folder {folder}; expected photographs for the pretraining penalty")
-    paths = images.list_images(Path(folder), recursive=True)
+    paths = images.list_images(folder, recursive=True)
     if not paths:
         raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
-    return ImageStore(paths, config.image_size, memory, crop=True)
+    return Photographs(ImageStore(paths, size, memory, crop=True), seed, digest_names(paths))
 
 
 def try_out(detector: Detector, device: str) -> float:

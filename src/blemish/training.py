@@ -22,7 +22,7 @@ from blemish.bundle import Bundle
 from blemish.calibrate import check_shares
 from blemish.data.cache import FeatureCache, Memory
 from blemish.data.folds import Fold, record
-from blemish.data.loading import Batches, EncodedStore, ImageStore
+from blemish.data.loading import Batches, EncodedStore, ImageStore, NaturalImages
 from blemish.data.masks import read_masks
 from blemish.data.sampling import FLIPS
 from blemish.detectors import as_json, build
@@ -37,7 +37,6 @@ from blemish.preflight import (
     Settled,
     check_length,
     digest_all,
-    digest_names,
     digest_samples,
     digest_start,
     learned_from,
@@ -79,7 +78,7 @@ def train(
     train_masks: str | float | None = None,
     fold: Fold | None = None,
     weights_file: str | Path | None = None,
-    natural_images: str | Path | None = None,
+    natural_images: str | Path = "drawn",
     preset: str = "default",
     settings: Mapping[str, Any] | None = None,
     steps: int | None = None,
@@ -99,12 +98,12 @@ def train(
     learned of defects; auto takes what the training images tell. train_defects, a number or a share: how many
     defective images train, drawn by the seed, where the data set's own split should not say; train_masks: how
     many of them keep their masks. fold: the part of a cross-validation that does not train. weights_file: of
-    the teacher or backbone, where the weights room should not choose. natural_images: folder of photographs
-    for EfficientAD's pretraining penalty; without one the penalty is off. settings: fields of the method's
-    config. Give at most one of steps, epochs and budget (seconds, or text such as "10m"). memory: bytes for
-    all decoded images, and as many for all encoded ones. cache: auto keeps encoded images beyond that in
-    files beside `out` until the end, a folder keeps all of them for later runs, too, off keeps none. Raises a
-    BlemishError that a user can fix, as early as it can be known.
+    the teacher or backbone, where the weights room should not choose. natural_images: for EfficientAD's
+    pretraining penalty, "drawn", a folder of photographs, or "none" to switch it off. settings: fields of the
+    method's config. Give at most one of steps, epochs and budget (seconds, or text such as "10m"). memory:
+    bytes for all decoded images, and as many for all encoded ones. cache: auto keeps encoded images beyond
+    that in files beside `out` until the end, a folder keeps all of them for later runs, too, off keeps none.
+    Raises a BlemishError that a user can fix, as early as it can be known.
     """
     started = time.monotonic()
     length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
@@ -133,7 +132,7 @@ def train(
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward_seconds = try_out(detector, device)
     decoded = Memory(memory)
-    natural = open_natural(natural_images, detector, config, decoded)
+    natural = open_natural(natural_images, detector, decoded, seed)
 
     say(settled.sentence)
     say(f"reading {len(samples)} training and {len(parts.held_out)} held-out good images")
@@ -202,7 +201,7 @@ def train(
     return opened
 
 
-def fingerprint(settled: Settled, natural: ImageStore | None) -> dict[str, Any]:
+def fingerprint(settled: Settled, natural: NaturalImages | None) -> dict[str, Any]:
     """Sum up what a run is made of: its settings, its images with their labels, and the versions."""
     return {
         "model": settled.model,
@@ -211,7 +210,7 @@ def fingerprint(settled: Settled, natural: ImageStore | None) -> dict[str, Any]:
         "config": as_json(settled.config),
         "images": digest_samples(settled.samples),
         "held_out": digest_all([sample.path for sample in settled.parts.held_out]),
-        "natural_images": digest_names(natural.paths) if natural else "",
+        "natural_images": natural.digest if natural else "none",
         "from": digest_start(settled.start),
         "torch": torch.__version__,
         "blemish": __version__,

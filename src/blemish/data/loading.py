@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -124,10 +126,37 @@ class EncodedStore:
         return tuple(torch.stack(column).to(self.device).float() for column in columns)
 
 
+class NaturalImages(Protocol):
+    """Images of all the world but the product, for EfficientAD's pretraining penalty."""
+
+    @property
+    def digest(self) -> str:
+        """Tell a run with these from one with others."""
+
+    def batch(self, step: int, count: int) -> Tensor:
+        """Give a step's (count, 3, H, W) float32 images in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Natural images drawn from a store, those that cannot be read left out."""
+
+    store: ImageStore
+    seed: int
+    digest: str
+    """Of the files."""
+
+    def batch(self, step: int, count: int) -> Tensor:
+        """Give a step's (count, 3, H, W) float32 images in [0, 1]; raise DataError if none can be read."""
+        draw = ops.generator(self.seed, "natural", step)
+        picks = torch.randint(len(self.store.paths), (count,), generator=draw).tolist()
+        return self.store.batch([readable(self.store, pick) for pick in picks], images.FULL_SCALE)
+
+
 class Batches:
     """The batch of every step of a run, as a pure function of the seed and the step's number.
 
-    Images and photographs of the next step are prepared on another thread while a step runs.
+    Images of the next step, natural ones too, are prepared on another thread while a step runs.
     """
 
     def __init__(
@@ -139,7 +168,7 @@ class Batches:
         batch_size: int,
         seed: int,
         with_images: bool = True,
-        natural: ImageStore | None = None,
+        natural: NaturalImages | None = None,
         masks: Mapping[int, Mask] | None = None,
         flips: int = FLIPS,
     ) -> None:
@@ -159,13 +188,9 @@ class Batches:
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def read(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Read a step's images and photographs."""
+        """Read a step's images, and natural ones where the run has them."""
         chosen = [index for index, _ in self.entries(step)]
-        natural = None
-        if self.natural is not None:
-            draw = ops.generator(self.seed, "natural", step)
-            picks = torch.randint(len(self.natural.paths), (len(chosen),), generator=draw).tolist()
-            natural = self.natural.batch([readable(self.natural, pick) for pick in picks], images.FULL_SCALE)
+        natural = self.natural.batch(step, len(chosen)) if self.natural is not None else None
         images_ = self.store.batch(chosen, self.encoded.white) if self.with_images else torch.empty(0)
         return images_, natural
 
