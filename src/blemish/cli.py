@@ -327,7 +327,10 @@ def run_weights(options: argparse.Namespace) -> int:
 
     if options.action == "list":
         for name in weights.SOURCES:
-            print(f"{name:20}{weights.available(name) or 'not on this machine'}")
+            path = weights.available(name)
+            made = weights.facts(path) if path else {}
+            origin = f" (from {made['source']}, explains {made['explained_variance']:.0%})" if made else ""
+            print(f"{name:20}{path or 'not on this machine'}{origin}")
         return 0
     if options.name not in weights.SOURCES:
         raise ConfigError(f"unknown weights {options.name!r}; there are {', '.join(weights.SOURCES)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import pickle
 import shutil
@@ -17,10 +18,11 @@ import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -78,8 +80,8 @@ SOURCES = {
     "resnet50_v1": Source(),
     "wide_resnet50_2": _torchvision("wide_resnet50_2-95faca4d.pth"),
     "wide_resnet101_2": _torchvision("wide_resnet101_2-32ee1156.pth"),
-    "pdn_small": Source(),
-    "pdn_medium": Source(),
+    "pdn_small": Source(package=("blemish", "teachers/pdn_small.safetensors")),
+    "pdn_medium": Source(package=("blemish", "teachers/pdn_medium.safetensors")),
 }
 
 
@@ -122,6 +124,16 @@ def find(name: str, path: Path | None = None) -> Path:
     if source.address:
         ways.append(f"or download it with `blemish weights fetch {name}`")
     raise WeightsError(f"the weights of {name} are not on this machine: {', '.join(ways)}")
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Read what a teacher's file says of how it was made; empty for weights that say nothing."""
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get("blemish", "{}"))
+    except (*_DAMAGE, UnicodeDecodeError):
+        return {}
+    return found
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ class EncodedStore:
         image = self.view(self.store.batch([index], self.white).numpy(), flip)
         with torch.no_grad():
             parts = self.encode(torch.from_numpy(image).to(self.device))
-        return tuple(part[0].half().cpu() for part in parts)
+        return tuple(part[0].half().cpu().contiguous() for part in parts)
 
     def entry(self, index: int, flip: int) -> tuple[Tensor, ...]:
         """Give one image's entry, from the cache where it is kept."""

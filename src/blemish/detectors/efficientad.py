@@ -16,7 +16,7 @@ penalty are the user's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ from blemish.backbones import IMAGENET, Normalise, weights
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError
+from blemish.optimisers import Muon
 from blemish.types import Batch
 
 CELL = 4
@@ -66,6 +67,9 @@ class EfficientADConfig(Config):
     low_quantile: float = 0.9
     high_quantile: float = 0.995
     dropout: float = 0.2
+    crop: int = 0
+    """Side in pixels of the square that the student sees of each image in a step; 0: all of it."""
+    optimiser: Literal["adam", "muon"] = "adam"
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work and settings that contradict each other; raise ConfigError."""
@@ -201,14 +205,15 @@ class EfficientAD(Detector):
     @override
     def optimizer(self) -> torch.optim.Optimizer:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(
-            trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
-        )
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        if self.config.optimiser == "muon":
+            return Muon(trained, rate, decay)
+        return torch.optim.Adam(trained, rate, weight_decay=decay, fused=True)
 
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Algorithm 1, lines 12 to 24; the student reads all its images in one pass, half by half."""
-        count = len(batch.images)
+        count, described = len(batch.images), self.describe(batch.encoded[0])
         images = [self.normalise(batch.images)]
         if self.config.penalty and batch.natural is not None:
             images.append(self.normalise(sometimes_grey(batch.natural, 0.3, generator)))
@@ -216,22 +221,34 @@ class EfficientAD(Detector):
         if self.autoencoder is not None:
             augmented = self.normalise(jitter(batch.images, generator))
             images.append(augmented)
+        seen = self.surround(torch.cat(images))
+        places = self.draw_places(seen, generator)
+        seen = squares(seen, places, self.config.crop, CELL)
+        cells = self.config.crop // CELL - 2 * MARGIN
         trunk, last = self.student[:-1], cast(nn.Conv2d, self.student[-1])
-        features = trunk(self.surround(torch.cat(images)))
+        features = trunk(seen)
         bias = cast(Tensor, last.bias)
         first = functional.conv2d(features[:imitating], last.weight[:CHANNELS], bias[:CHANNELS]).float()
-        described = self.describe(batch.encoded[0])
-        terms = {"hard": self.hard_loss((described - first[:count]).square())}
+        wanted = squares(described, places[:count], cells)
+        terms = {"hard": self.hard_loss((wanted - first[:count]).square())}
         if imitating > count:
             terms["penalty"] = first[count:].square().mean()
         if self.autoencoder is not None:
             second = functional.conv2d(features[imitating:], last.weight[CHANNELS:], bias[CHANNELS:])
             with torch.no_grad():
-                target = self.describe(self.teacher(self.surround(augmented)).float())
-            rebuilt = self.autoencoder(augmented, generator).float()
+                target = self.describe(self.teacher(seen[imitating:]).float())
+            rebuilt = squares(self.autoencoder(augmented, generator).float(), places[imitating:], cells)
             terms["autoencoder"] = (target - rebuilt).square().mean()
             terms["student_autoencoder"] = (rebuilt - second.float()).square().mean()
         return terms
+
+    def draw_places(self, seen: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
+        """Draw the first cell, down and across, of each image's square; none where all of it is shown."""
+        if not self.config.crop:
+            return []
+        room = [(length - self.config.crop) // CELL + 1 for length in seen.shape[2:]]
+        draw = torch.rand((len(seen), 2), generator=generator, device=seen.device)
+        return [(int(down), int(across)) for down, across in draw * draw.new_tensor(room)]
 
     def describe(self, raw: Tensor) -> Tensor:
         """Normalise the teacher's output by its statistics over the training images."""
@@ -287,6 +304,17 @@ class EfficientAD(Detector):
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
         joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
         return (maps, joined, *(parts if len(parts) > 1 else ()))
+
+
+def squares(x: Tensor, places: Sequence[tuple[int, int]], side: int, step: int = 1) -> Tensor:
+    """Cut a square out of each of (B, C, H, W); places count in steps. Without places, give all."""
+    if not places:
+        return x
+    cut = [
+        one[:, step * down :, step * across :][:, :side, :side]
+        for one, (down, across) in zip(x, places, strict=True)
+    ]
+    return torch.stack(cut).contiguous(memory_format=torch.channels_last)
 
 
 def refuse_numbers(config: EfficientADConfig) -> None:
