@@ -17,15 +17,15 @@ from blemish import cli, detectors
 
 SOURCE = Path(blemish.__file__).parent
 TIERS = (
-    ("_version", "errors", "ops", "progress", "types"),
-    ("calibrate", "files", "flange", "hardware", "ranks"),
+    ("_version", "errors", "ops", "optimisers", "progress", "types"),
+    ("calibrate", "files", "flange", "hardware", "processes", "ranks"),
     ("backbones", "bundle", "checkpoint", "images", "metrics"),
     ("charts", "data", "demo", "detectors", "display", "runtime"),
     ("evaluation", "export", "predict", "report"),
     ("preflight", "seal"),
     ("loop",),
     ("training",),
-    ("trials",),
+    ("distill", "trials"),
     ("cli",),
 )
 """Rooms, each importing only from those in tiers above its own."""
@@ -144,7 +144,7 @@ HEAVY = TRAINING_ONLY | {"numpy", "PIL", "onnxruntime", "cc3d", "jinja2", "tqdm"
 
 def test_help_and_the_bare_package_import_nothing_heavy() -> None:
     assert not modules_after("import blemish, blemish.cli") & HEAVY
-    for words in (["--help"], ["train", "--help"], ["--version"]):
+    for words in (["--help"], ["train", "--help"], ["distill", "--help"], ["--version"]):
         program = f"from blemish import cli\ntry: cli.main({words})\nexcept SystemExit: pass"
         assert not modules_after(program) & HEAVY
 

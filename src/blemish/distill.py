@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,10 @@ from blemish.data.cache import FeatureCache, Memory
 from blemish.data.loading import EncodedStore, ImageStore
 from blemish.data.sampling import fewest_turns, flipped
 from blemish.detectors import as_json, check, read_settings
-from blemish.detectors.distillation import PAPER, STRIDE, Distillation, DistillationConfig
+from blemish.detectors.distillation import PAPER, Distillation, DistillationConfig, refuse_numbers
 from blemish.errors import ConfigError, DataError, ImageError
 from blemish.files import check_writable, whole_file
-from blemish.hardware import choose_device, choose_precision, keep_freed_memory
+from blemish.hardware import PRECISIONS, choose_device, choose_precision, keep_freed_memory
 from blemish.loop import Run
 from blemish.preflight import Length, check_length, digest_all, digest_names, seconds
 from blemish.progress import Progress, say
@@ -36,7 +36,7 @@ from blemish.training import begin, open_cache
 from blemish.types import AnyArray, Batch
 
 FEWEST = 20
-"""Images without which there is no teacher to be had."""
+"""Images for each process without which there is no teacher to be had."""
 HELD_OUT = 0.1
 """Share of the images that the network is measured on."""
 MOST_HELD_OUT = 1000
@@ -67,7 +67,7 @@ class Pairs:
     ) -> None:
         self.small, self.targets, self.config, self.seed = small, targets, config, seed
         self.paths = small.paths
-        self.batch_size = min(config.batch_size, len(small.paths))
+        self.batch_size = config.batch_size
         self.per_epoch = -(-len(small.paths) // self.batch_size)
 
     def entries(self, step: int) -> list[tuple[int, int]]:
@@ -122,32 +122,20 @@ def distill(
     started = time.monotonic()
     length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
     check_length(length)
-    device, out = choose_device(device), Path(out)
+    folder, out, device = Path(folder), Path(out), choose_device(device)
     check_out(out)
-    given = dict(settings or {}) | {"size": size} | ({"source": source} if source else {})
-    config = configure(preset, given)
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; expected one of natural images")
+    config = configure(preset, size, source, settings or {})
     dtype = choose_precision("fp32" if preset == "paper" and precision == "auto" else precision, device)
     keep_freed_memory()
     with processes.joined(device):
         check_shares(config)
-        detector = draw_weights(config, seed)
         pretrained = weights.find(config.source, Path(weights_file) if weights_file else None)
-        detector.load_pretrained(pretrained)
-        detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        features = open_cache(
-            cache,
-            out,
-            memory,
-            [
-                torch.__version__,
-                __version__,
-                digest_all([pretrained]),
-                *detector.encoding,
-                str(dtype),
-                device,
-            ],
-        )
-        pairs, held_out = open_pairs(Path(folder), detector, features, seed, device, dtype, memory)
+        detector, whose = make(config, pretrained, seed, device), digest_all([pretrained])
+        made_of = [torch.__version__, __version__, whose, *detector.encoding, *config.image_size]
+        features = open_cache(cache, out, memory, [*made_of, str(dtype), device])
+        pairs, held_out = open_pairs(folder, detector, features, seed, device, dtype, Memory(memory))
         if processes.count() > 1:
             detector.share()
         run = Run(
@@ -160,63 +148,49 @@ def distill(
             dtype=dtype,
             path=out.with_name(out.name + ".checkpoint"),
             clock=started,
-            fingerprint={
-                "distilled": f"pdn_{config.size}",
-                "config": as_json(config),
-                "images": digest_names([*pairs.paths, *held_out.paths]),
+            fingerprint=fingerprint(config, [*pairs.paths, *held_out.paths])
+            | {
                 "seed": seed,
                 "precision": str(dtype).removeprefix("torch."),
                 "device": device,
-                "processes": processes.count(),
-                "pretrained": digest_all([pretrained]),
-                "torch": torch.__version__,
-                "blemish": __version__,
+                "pretrained": whose,
             },
         )
-        begin(run, length, resume, 10.0, partial(measure_target, detector, pairs.targets))
+        reserve = seconds_at_the_end(detector, held_out) if length.budget else 0.0
+        begin(run, length, resume, reserve, partial(measure_target, detector, pairs.targets))
         loop.loop(run)
-        processes.wait()
-        facts: dict[str, Any] = {}
+        facts = conclude(run, detector, pairs, held_out, folder, out)
         if processes.rank() == 0:
-            state = half_precision(detector.network)
-            facts = {
-                "network": f"pdn_{config.size}",
-                "explained_variance": round(explained(detector, with_weights(config, state), held_out), 4),
-                "source": config.source,
-                "source_licence": weights.SOURCES[config.source].licence,
-                "images": len(pairs.paths),
-                "held_out_images": len(held_out.paths),
-                "steps": run.steps,
-                "seconds": round(run.seconds),
-                "command": command(config, Path(folder), run.steps, seed),
-                "history": run.history,
-                "run": run.fingerprint,
-            }
-            write(out, state, facts)
-            run.path.unlink(missing_ok=True)
-        processes.wait()
-        features.clear()
+            features.clear()
     return facts
 
 
-def configure(preset: str, given: Mapping[str, Any]) -> DistillationConfig:
+def configure(preset: str, size: str, source: str | None, settings: Mapping[str, Any]) -> DistillationConfig:
     """Make the config of a distillation; raise ConfigError for what does not exist or go together."""
     if preset not in PRESETS:
         raise ConfigError(f"distilling has no preset {preset!r}; expected {' or '.join(PRESETS)}")
-    changes = read_settings("distilling", DistillationConfig(), {**PRESETS[preset], **given})
+    named = {"size": size} | ({} if source is None else {"source": source})
+    for name, value in named.items():
+        if name in settings:
+            raise ConfigError(f"{name} {value} beside the setting {name}={settings[name]}: expected it once")
+    changes = read_settings("distilling", DistillationConfig(), {**PRESETS[preset], **settings, **named})
     config = dataclasses.replace(DistillationConfig(), **changes)
     check(config)
     choose_layers(config.source, config.layers)
-    height, width = config.image_size
-    if height % (2 * STRIDE) or width % (2 * STRIDE) or min(height, width) < 64:
-        raise ConfigError(f"image size {height}x{width}: distilling needs multiples of 8, at least 64")
-    if config.crop and (
-        config.padding or config.crop % STRIDE or not 36 <= config.crop <= min(height, width)
-    ):
-        raise ConfigError(
-            f"crop={config.crop}: expected 0, or without padding a multiple of 4 from 36 to the image's size"
-        )
+    refuse_numbers(config)
     return config
+
+
+def fingerprint(config: DistillationConfig, paths: Sequence[Path]) -> dict[str, Any]:
+    """Sum up what a run is made of: its settings, its images, its processes, and the versions."""
+    return {
+        "distilled": config.network,
+        "config": as_json(config),
+        "images": digest_names(paths),
+        "processes": processes.count(),
+        "torch": torch.__version__,
+        "blemish": __version__,
+    }
 
 
 def check_out(out: Path) -> None:
@@ -236,13 +210,12 @@ def check_shares(config: DistillationConfig) -> None:
 
 def list_readable(folder: Path) -> list[Path]:
     """List all images below a folder that can be read, in order; raise DataError for too few."""
-    if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}; expected one of natural images")
+    fewest = FEWEST * processes.count()
     paths = images.list_images(folder, recursive=True)
     with ThreadPoolExecutor() as pool:
         readable = [path for path, good in zip(paths, pool.map(can_be_read, paths), strict=True) if good]
-    if len(readable) < FEWEST:
-        raise DataError(f"found {len(readable)} readable images in {folder}; expected at least {FEWEST}")
+    if len(readable) < fewest:
+        raise DataError(f"found {len(readable)} readable images in {folder}; expected at least {fewest}")
     if len(readable) < len(paths):
         say(f"images that cannot be read, left out: {len(paths) - len(readable)} of {len(paths)}")
     return readable
@@ -271,14 +244,13 @@ def open_pairs(
     seed: int,
     device: str,
     dtype: torch.dtype,
-    memory: int,
+    decoded: Memory,
 ) -> tuple[Pairs, Pairs]:
     """Pair the training images below a folder with their targets, and the held-out ones with theirs."""
     config = detector.config
     train, held_out = divide(list_readable(folder), seed)
-    say(f"distilling {config.source} into pdn_{config.size}: {len(train)} images, {len(held_out)} held out")
+    say(f"distilling {config.source} into {config.network}: {len(train)} images, {len(held_out)} held out")
     height, width = config.image_size
-    decoded = Memory(memory)
 
     def encode(large: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -292,32 +264,77 @@ def open_pairs(
     return paired(train), paired(held_out)
 
 
-def draw_weights(config: DistillationConfig, seed: int) -> Distillation:
-    """Build the network with weights drawn from the seed."""
+def make(config: DistillationConfig, pretrained: Path, seed: int, device: str) -> Distillation:
+    """Build the network with weights drawn from the seed, and its source with those of a file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ops.generator(seed, "weights").initial_seed())
-        return Distillation(config)
+        detector = Distillation(config)
+    detector.load_pretrained(pretrained)
+    for part in (detector, *detector.source):
+        part.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return detector
 
 
 def measure_target(detector: Distillation, targets: EncodedStore) -> None:
     """Take the target's channel moments from the training images, each process from its share of them."""
-    chosen = range(processes.rank(), min(STATISTICS, len(targets.store.paths)), processes.count())
+    chosen = processes.share(min(STATISTICS, len(targets.store.paths)))
     progress = Progress("measuring the target", len(chosen), unit="image")
-    elements = 0
 
     def parts() -> Iterator[Tensor]:
-        nonlocal elements
-        for number, index in enumerate(chosen):
-            (part,) = targets.batch([(index, 0)])
-            elements += part[0, 0].numel()
-            yield part
-            progress.show(number + 1)
+        for number, index in enumerate(chosen, 1):
+            yield targets.batch([(index, 0)])[0]
+            progress.show(number)
 
-    mean, variance = ops.channel_moments(parts())
-    own = torch.stack([mean, variance, torch.full_like(mean, elements)]).to(targets.device)
-    means, variances, counts = processes.gathered(own).cpu().unbind(1)
-    detector.settle(*ops.merged_moments(counts[:, 0], means, variances))
+    detector.settle(*moments_of_all(parts(), targets.device))
     say(f"features kept: {targets.cache.describe()}")
+
+
+def moments_of_all(parts: Iterable[Tensor], device: str) -> tuple[Tensor, Tensor]:
+    """Take the channel moments of every process's parts, as `ops.channel_moments` does of one's."""
+    elements = 0
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal elements
+        for part in parts:
+            elements += part[:, 0].numel()
+            yield part
+
+    mean, variance = ops.channel_moments(counted())
+    own = torch.stack([mean, variance, torch.full_like(mean, elements)]).to(device)
+    means, variances, counts = processes.gathered(own).cpu().unbind(1)
+    return ops.merged_moments(counts[:, 0], means, variances)
+
+
+def conclude(
+    run: Run, detector: Distillation, pairs: Pairs, held_out: Pairs, folder: Path, out: Path
+) -> dict[str, Any]:
+    """Measure what was learned and write the teacher's file; give what it says of itself.
+
+    All processes measure, the first one writes. The others are told nothing.
+    """
+    config, state = detector.config, half_precision(detector.network)
+    share = explained(detector, with_weights(config, state), held_out)
+    if processes.rank() > 0:
+        processes.wait()
+        return {}
+    facts = {
+        "network": config.network,
+        "explained_variance": round(share, 4),
+        "source": config.source,
+        "source_licence": weights.SOURCES[config.source].licence,
+        "images": len(pairs.paths),
+        "held_out_images": len(held_out.paths),
+        "steps": run.steps,
+        "seconds": round(run.seconds),
+        "command": command(config, folder, run),
+        "history": run.history,
+        "run": run.fingerprint,
+    }
+    with whole_file(out) as temporary:
+        temporary.write_bytes(save_tensors(state, {"blemish": json.dumps(facts)}))
+    run.path.unlink(missing_ok=True)
+    processes.wait()
+    return facts
 
 
 def half_precision(network: nn.Module) -> dict[str, Tensor]:
@@ -327,42 +344,56 @@ def half_precision(network: nn.Module) -> dict[str, Tensor]:
 
 def with_weights(config: DistillationConfig, state: Mapping[str, Tensor]) -> nn.Sequential:
     """Build the network of a teacher's file."""
-    network = PDNS[f"pdn_{config.size}"](padding=config.padding)
+    network = PDNS[config.network](padding=config.padding)
     network.load_state_dict({name: value.float() for name, value in state.items()})
     return network
 
 
 def explained(detector: Distillation, network: nn.Module, pairs: Pairs) -> float:
-    """Measure which share of the target's variance a network explains, over all channels together."""
-    device = pairs.targets.device
-    network.to(device).eval()
-    progress, errors = Progress("measuring on held-out images", len(pairs.paths), unit="image"), []
+    """Measure which share of the target's variance a network explains, over all channels together.
 
-    def normalised() -> Iterator[Tensor]:
-        for index in range(len(pairs.paths)):
-            target = detector.normalised(pairs.targets.batch([(index, 0)])[0])
-            image = pairs.small.batch([index], images.FULL_SCALE).to(device)
-            with torch.no_grad():
-                errors.append(float((network(detector.normalise(image)) - target).square().mean()))
+    Each process measures its share of the images, whose targets are all of one size.
+    """
+    chosen, errors, device = processes.share(len(pairs.paths)), [], pairs.targets.device
+    progress = Progress("measuring on held-out images", len(chosen), unit="image")
+    network.to(device)
+
+    def targets() -> Iterator[Tensor]:
+        for number, index in enumerate(chosen, 1):
+            target, described = compare(detector, network, pairs, index)
+            errors.append(float((described - target).square().mean()))
             yield target
-            progress.show(index + 1)
+            progress.show(number)
 
-    _, variance = ops.channel_moments(normalised())
-    return 1 - float(np.mean(errors)) / float(variance.mean())
+    _, variance = moments_of_all(targets(), device)
+    own = torch.tensor([sum(errors), len(errors)], dtype=torch.float64, device=device)
+    error, count = processes.gathered(own).sum(0).tolist()
+    return float(1 - error / count / variance.mean())
 
 
-def command(config: DistillationConfig, folder: Path, steps: int, seed: int) -> str:
+def compare(detector: Distillation, network: nn.Module, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
+    """Give the normalised target of an image, (1, C, h, w), and what a network makes of the image."""
+    target = detector.normalised(pairs.targets.batch([(index, 0)])[0])
+    image = pairs.small.batch([index], images.FULL_SCALE).to(pairs.targets.device)
+    with torch.no_grad():
+        return target, network(detector.normalise(image))
+
+
+def seconds_at_the_end(detector: Distillation, held_out: Pairs) -> float:
+    """Estimate how long measuring on the held-out images will take, from its second image."""
+    for index in range(2):
+        started = time.monotonic()
+        compare(detector, detector.network, held_out, index)
+    return 10.0 + (time.monotonic() - started) * len(processes.share(len(held_out.paths)))
+
+
+def command(config: DistillationConfig, folder: Path, run: Run) -> str:
     """Write the command that makes the same teacher again, from images and weights of the same names."""
     given, usual = as_json(config), as_json(DistillationConfig())
     words = ["blemish", "distill", folder.resolve().name, "--size", given.pop("size")]
-    words += ["--source", given.pop("source"), "--steps", str(steps), "--seed", str(seed)]
+    words += ["--source", given.pop("source"), "--steps", str(run.steps), "--seed", str(run.seed)]
+    words += ["--precision", next(name for name, kind in PRECISIONS.items() if kind == run.dtype)]
     for key, value in given.items():
         if value != usual[key] and key != "steps":
             words += ["--set", f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"]
     return shlex.join(words)
-
-
-def write(out: Path, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a teacher's file."""
-    with whole_file(out) as temporary:
-        temporary.write_bytes(save_tensors(dict(state), {"blemish": json.dumps(facts)}))

@@ -7,7 +7,7 @@ matrices only, and no vectors beside them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
     @override
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step; weight decay is decoupled."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -13,50 +13,62 @@ import torch
 from torch import Tensor, distributed
 
 from blemish import progress
-
-
-def rank() -> int:
-    """Give this process's number; 0 writes and speaks."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+from blemish.errors import ConfigError
 
 
 def count() -> int:
     """Count the processes."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    together = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if together else 1
+
+
+def rank() -> int:
+    """Give this process's number; 0 writes and speaks."""
+    return distributed.get_rank() if count() > 1 else 0
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the other processes that torchrun started, each on its own GPU where there are any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
-        yield
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    """Join the other processes that torchrun started, where it did; raise ConfigError for too few GPUs."""
+    ours = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
+    if ours:
+        join(device)
     try:
         with progress.muted(rank() > 0):
             yield
     finally:
-        distributed.destroy_process_group()
+        if ours:
+            distributed.destroy_process_group()
+
+
+def join(device: str) -> None:
+    """Wait for all the processes that torchrun started, each on a GPU of its own where they are on GPUs."""
+    if device != "cuda":
+        distributed.init_process_group("gloo")
+        return
+    here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if here > gpus:
+        raise ConfigError(
+            f"found {here} processes on this machine; expected at most {gpus}, one for each GPU"
+        )
+    own = torch.device(device, int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    distributed.init_process_group("nccl", device_id=own)
+
+
+def share(total: int) -> range:
+    """Give this process's part of so many things."""
+    return range(rank(), total, count())
 
 
 def any_of(flag: bool, device: str) -> bool:
     """Say whether any process says yes."""
-    if count() == 1:
-        return flag
-    votes = torch.tensor(float(flag), device=device)
-    distributed.all_reduce(votes)
-    return bool(votes > 0)
+    return flag if count() == 1 else bool(gathered(torch.tensor(flag, device=device)).any())
 
 
 def first_of(number: int, device: str) -> int:
     """Give the first process's number to all."""
-    if count() == 1:
-        return number
-    shared = torch.tensor(number, device=device)
-    distributed.broadcast(shared, 0)
-    return int(shared)
+    return number if count() == 1 else int(gathered(torch.tensor(number, device=device))[0])
 
 
 def gathered(part: Tensor) -> Tensor:

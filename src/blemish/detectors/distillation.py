@@ -9,6 +9,7 @@ all undone by `--preset paper`:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,12 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from blemish import ops
+from blemish import processes
 from blemish.backbones import IMAGENET, Backbone, Normalise, choose_layers, fill_backbone
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors.base import Config, Detector
+from blemish.detectors.efficientad import CELL, MARGIN, squares
+from blemish.errors import ConfigError
 from blemish.optimisers import Muon
 from blemish.types import Batch
 
@@ -31,10 +34,8 @@ PATCH = 3
 """Side of the patch of the source's cells that one description sums up."""
 MIDDLE = 1024
 """Numbers that a patch of one layer is averaged to before the layers are joined."""
-STRIDE = 4
-"""Pixels of the teacher's image from one description to the next."""
-MARGIN = 4
-"""Descriptions that a network without padding lacks on each side."""
+SMALLEST = 64
+"""Pixels on the shorter side of the images, at least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,11 @@ class DistillationConfig(Config):
     learning_rate: float = 2e-3
     weight_decay: float = 1e-5
 
+    @property
+    def network(self) -> str:
+        """Name the network that learns."""
+        return f"pdn_{self.size}"
+
 
 PAPER = {
     "padding": True,
@@ -73,20 +79,48 @@ PAPER = {
 }
 
 
+def refuse_numbers(config: DistillationConfig) -> None:
+    """Refuse numbers out of their range, and those that are none; raise ConfigError."""
+    c, (height, width) = config, config.image_size
+    fine = height % (2 * CELL) == width % (2 * CELL) == 0 and min(height, width) >= SMALLEST
+    if not fine:
+        raise ConfigError(
+            f"image size {height}x{width}: distilling needs multiples of {2 * CELL}, at least {SMALLEST}"
+        )
+    least, most = (2 * MARGIN + 1) * CELL, min(height, width)
+    if c.crop and (c.padding or c.crop % CELL or not least <= c.crop <= most):
+        raise ConfigError(
+            f"crop={c.crop} with padding={str(c.padding).lower()}: expected 0, or without padding a multiple "
+            f"of {CELL} from {least} to {most}"
+        )
+    for name, value, fits, expected in (
+        ("mirror", c.mirror, 0 <= c.mirror <= 1, "0 to 1"),
+        ("grey", c.grey, 0 <= c.grey <= 1, "0 to 1"),
+        ("learning_rate", c.learning_rate, 0 < c.learning_rate < math.inf, "more than 0, and finite"),
+        ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "at least 0, and finite"),
+    ):
+        if not fits:
+            raise ConfigError(f"setting {name}={value} does not fit; expected {expected}")
+
+
 def aggregation(channels: Sequence[int]) -> list[Tensor]:
     """Give the (384, C, 3, 3) kernels, one for each layer of C channels, that sum up to the target.
 
     Algorithm 3 unfolds 3x3 patches, averages each layer's C * 9 numbers to 1,024, joins the layers and
     averages to 384. All of it is linear, so it is one convolution per layer and a sum.
     """
-    wide = MIDDLE * len(channels)
-    join = functional.adaptive_avg_pool1d(torch.eye(wide, dtype=torch.float64), CHANNELS).T
-    kernels = []
-    for number, count in enumerate(channels):
-        pool = functional.adaptive_avg_pool1d(torch.eye(count * PATCH**2, dtype=torch.float64), MIDDLE).T
-        kernel = join[:, number * MIDDLE : (number + 1) * MIDDLE] @ pool
-        kernels.append(kernel.reshape(CHANNELS, count, PATCH, PATCH).float())
-    return kernels
+    joins = pooling(MIDDLE * len(channels), CHANNELS).view(CHANNELS, len(channels), MIDDLE).unbind(1)
+    return [
+        (join @ pooling(count * PATCH**2, MIDDLE)).reshape(CHANNELS, count, PATCH, PATCH).float()
+        for join, count in zip(joins, channels, strict=True)
+    ]
+
+
+def pooling(inputs: int, outputs: int) -> Tensor:
+    """Give the float64 (outputs, inputs) matrix of adaptive average pooling."""
+    place, number = torch.arange(inputs), torch.arange(outputs)[:, None]
+    inside = (place >= number * inputs // outputs) & (place < -(-(number + 1) * inputs // outputs))
+    return inside / inside.sum(1, keepdim=True, dtype=torch.float64)
 
 
 class Source(nn.Module):
@@ -101,7 +135,7 @@ class Source(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        size = [length // (2 * STRIDE) for length in images.shape[2:]]
+        size = [length // (2 * CELL) for length in images.shape[2:]]
         described = []
         for number, features in enumerate(self.backbone(images)):
             part = functional.conv2d(features, self.get_buffer(f"kernel{number}"), padding=PATCH // 2).float()
@@ -122,9 +156,9 @@ class Distillation(Detector):
         super().__init__()
         self.config: DistillationConfig = config
         self.normalise = Normalise(*IMAGENET)
-        self.network = PDNS[f"pdn_{config.size}"](padding=config.padding)
-        # In lists, not as modules of this one: the source is no part of a checkpoint, and the other holds
-        # `network` once more.
+        self.network = PDNS[config.network](padding=config.padding)
+        # In lists, not as modules of this one: the source is no part of a checkpoint, and has to be moved to
+        # a device by itself; the other holds `network` once more.
         self.source = [Source(config.source, config.layers)]
         self.shared: list[nn.Module] = [self.network]
         self.register_buffer("mean", torch.zeros(CHANNELS, 1, 1))
@@ -156,11 +190,6 @@ class Distillation(Detector):
             described = described[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
         return (described,)
 
-    @override
-    def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
-        self.settle(*ops.channel_moments(part for (part,) in encoded))
-        return ""
-
     def settle(self, mean: Tensor, variance: Tensor) -> None:
         """Take the target's channel moments; a channel that never changes is learned as it is."""
         self.mean.copy_(mean[:, None, None])
@@ -178,27 +207,26 @@ class Distillation(Detector):
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Algorithm 3, lines 9 to 14: the mean squared error of the normalised target."""
-        images, target = batch.images, batch.encoded[0]
-        if self.config.crop:
-            images, target = self.cropped(images, target, generator)
+        images, target = self.cropped(batch.images, batch.encoded[0], generator)
         described = self.shared[0](self.normalise(images)).float()
-        return {"distance": (self.normalised(target) - described).square().mean()}
+        distance = (self.normalised(target) - described).square().mean()
+        # The number is that of all processes; the gradient is this one's, and is averaged on its way.
+        own = distance.detach()
+        return {"distance": distance + (processes.gathered(own).mean(0) - own)}
 
     def cropped(self, images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a square of each image with the part of its target that it describes."""
-        cells = self.config.crop // STRIDE - 2 * MARGIN
+        """Draw a square of each image with the part of its target that it describes.
+
+        The draws are those of the whole step, of which each process takes its part.
+        """
+        if not self.config.crop:
+            return images, target
+        cells = self.config.crop // CELL - 2 * MARGIN
         room = torch.tensor([length - cells + 1 for length in target.shape[2:]], device=generator.device)
-        draw = torch.rand((len(images), 2), generator=generator, device=generator.device)
-        places = (draw * room).long().tolist()
-        squares = [
-            (
-                image[:, STRIDE * top :, STRIDE * left :][:, : self.config.crop, : self.config.crop],
-                part[:, top : top + cells, left : left + cells],
-            )
-            for image, part, (top, left) in zip(images, target, places, strict=True)
-        ]
-        shown, wanted = zip(*squares, strict=True)
-        return torch.stack(shown), torch.stack(wanted)
+        count = len(images) * processes.count()
+        draw = torch.rand((count, 2), generator=generator, device=generator.device)
+        places = (draw * room).long().tolist()[processes.rank() :: processes.count()]
+        return squares(images, places, self.config.crop, CELL), squares(target, places, cells)
 
     def normalised(self, target: Tensor) -> Tensor:
         """Normalise a target by its moments over the training images."""
