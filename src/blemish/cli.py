@@ -122,6 +122,9 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
         "--preset", default="default", help="default, paper for the method to the letter, or journal"
     )
     sub.add_argument(
+        "--schedule", default="default", help="default, or paper for its length, rates and batches"
+    )
+    sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
@@ -150,6 +153,7 @@ def run_train(options: argparse.Namespace) -> int:
         "natural_images": options.natural_images,
         "preset": options.preset,
         "settings": chosen,
+        "schedule": options.schedule,
         "steps": options.steps,
         "epochs": options.epochs,
         "budget": options.budget,
@@ -329,7 +333,11 @@ def run_weights(options: argparse.Namespace) -> int:
         for name in weights.SOURCES:
             path = weights.available(name)
             made = weights.facts(path) if path else {}
-            origin = f" (from {made['source']}, explains {made['explained_variance']:.0%})" if made else ""
+            origin = (
+                f" (from {made['source']}, explains {made['explained_variance']:.0%})"
+                if "source" in made
+                else ""
+            )
             print(f"{name:20}{path or 'not on this machine'}{origin}")
         return 0
     if options.name not in weights.SOURCES:

@@ -17,6 +17,10 @@ from typing_extensions import override
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the Newton-Schulz iteration's quintic: steep at 0, and within 0.7 to 1.2 after five rounds."""
 
+ROWS = 384
+"""Of a matrix that are made orthogonal together: the work grows with their square, and a student's two heads,
+which learn different things, have as many each."""
+
 
 def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
     """Bring all singular values of an (M, N) matrix near 1, in bfloat16."""
@@ -64,9 +68,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         flat = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-        scale = 0.2 * max(flat.shape) ** 0.5
-        direction: Tensor = scale * orthogonalised(flat)
-        return direction.view_as(parameter)
+        parts = [0.2 * max(part.shape) ** 0.5 * orthogonalised(part) for part in flat.split(ROWS)]
+        return torch.cat(parts).view_as(parameter)
 
     def vector_step(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """Give Adam's direction."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from blemish import bundle, data, images
+from blemish import bundle, data, detectors, images
 from blemish.bundle import Bundle
 from blemish.data.cache import Memory
 from blemish.data.folds import Fold, assign
@@ -105,6 +105,7 @@ def settle(
     model: str | None,
     preset: str = "default",
     settings: Mapping[str, Any] | None = None,
+    schedule: str = "default",
     layout: str = "auto",
     labels: Labels = Labels(),
     length: Length = Length(),
@@ -121,6 +122,7 @@ def settle(
         model, preset, given = inherit(opened, model, preset, given)
     if model is None:
         raise ConfigError("no model was named; expected --model, or --from a model file")
+    given = detectors.schedule(model, schedule) | given
     configure(model, preset, given)
     trained = learned_from(opened)
     parts = without_empty_masks(without_copies(choose_images(root, layout, labels, trained)))
@@ -258,12 +260,16 @@ def open_natural(chosen: str | Path, detector: Detector, memory: Memory, seed: i
 
 
 def try_out(detector: Detector, device: str) -> float:
-    """Score one empty image, so that settings that do not go together are refused now; give its seconds."""
+    """Score an empty image, so that settings that do not go together are refused now.
+
+    Gives the seconds that it takes once more, when memory and kernels are there.
+    """
     height, width = detector.config.image_size
-    begin = time.monotonic()
     try:
         with torch.no_grad():
             detector.eval()(torch.zeros(1, 3, height, width, device=device))
+            begin = time.monotonic()
+            detector(torch.zeros(1, 3, height, width, device=device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"these settings do not go together at {height}x{width}: {reason}") from error

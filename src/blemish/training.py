@@ -81,6 +81,7 @@ def train(
     natural_images: str | Path = "drawn",
     preset: str = "default",
     settings: Mapping[str, Any] | None = None,
+    schedule: str = "default",
     steps: int | None = None,
     epochs: int | None = None,
     budget: float | str | None = None,
@@ -100,9 +101,10 @@ def train(
     many of them keep their masks. fold: the part of a cross-validation that does not train. weights_file: of
     the teacher or backbone, where the weights room should not choose. natural_images: for EfficientAD's
     pretraining penalty, "drawn", a folder of photographs, or "none" to switch it off. settings: fields of the
-    method's config. Give at most one of steps, epochs and budget (seconds, or text such as "10m"). memory:
-    bytes for all decoded images, and as many for all encoded ones. cache: auto keeps encoded images beyond
-    that in files beside `out` until the end, a folder keeps all of them for later runs, too, off keeps none.
+    method's config. schedule: "paper" for the paper's own length, rates and batches, under any preset. Give
+    at most one of steps, epochs and budget (seconds, or text such as "10m"). memory: bytes for all decoded
+    images, and as many for all encoded ones. cache: auto keeps encoded images beyond that in files beside
+    `out` until the end, a folder keeps all of them for later runs, too, off keeps none.
     Raises a BlemishError that a user can fix, as early as it can be known.
     """
     started = time.monotonic()
@@ -120,6 +122,7 @@ def train(
         model=model,
         preset=preset,
         settings=settings,
+        schedule=schedule,
         layout=layout,
         labels=Labels(supervision, train_defects, train_masks, fold),
         length=length,
@@ -178,8 +181,8 @@ def train(
             "pretrained": pretrained,
         },
     )
-    # Quantiles, the export's check and the thresholds read every held-out image; so do inspections.
-    reserve = 10.0 + 10 * forward_seconds * len(held.paths)
+    # Quantiles, the export's check (twice) and the thresholds score every held-out image; the export itself.
+    reserve = 15.0 + 6 * forward_seconds * len(held.paths)
     begin(run, settled.length, resume, reserve, partial(prepare, run, batches, settled.start is not None))
     loop.loop(run)
     facts = loop.provenance(run) | {

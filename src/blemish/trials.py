@@ -162,7 +162,7 @@ def expected(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) 
 
     given = {key: options[key] for key in ("supervision", "train_defects", "train_masks") if key in options}
     labels = preflight.Labels(**given, fold=trial.fold)
-    same = {key: options[key] for key in ("preset", "settings", "start") if key in options}
+    same = {key: options[key] for key in ("preset", "settings", "schedule", "start") if key in options}
     settled = preflight.settle(
         root, model=options["model"], layout=layout, labels=labels, seed=trial.seed, **same
     )

@@ -65,6 +65,13 @@ METHODS = {
 }
 
 
+SCHEDULE = {
+    *("steps", "epochs", "batch_size", "schedule", "optimiser", "crop"),
+    *("learning_rate", "adaptor_learning_rate", "head_learning_rate"),
+}
+"""Settings that say how long and how fast is learned, and from how much at a time."""
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """Say which known name was probably meant."""
     known = list(known)
@@ -85,6 +92,17 @@ def preset(name: str, wanted: str) -> Preset:
     if wanted not in presets:
         raise ConfigError(f"{name} has no preset {wanted!r}; {nearest(wanted, presets)}")
     return presets[wanted]
+
+
+def schedule(name: str, wanted: str) -> dict[str, Any]:
+    """Give the settings of a method's schedule: the paper's to the letter, or none for the default.
+
+    Raises ConfigError for another schedule.
+    """
+    if wanted not in ("default", "paper"):
+        raise ConfigError(f"unknown schedule {wanted!r}; expected default or paper")
+    changes = {**preset(name, "paper").changes} if wanted == "paper" else {}
+    return {key: value for key, value in changes.items() if key in SCHEDULE}
 
 
 def configure(

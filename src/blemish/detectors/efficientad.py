@@ -87,6 +87,9 @@ class EfficientADConfig(Config):
 
 PAPER = {
     "steps": 70_000,
+    "batch_size": 1,
+    "crop": 0,
+    "optimiser": "adam",
     "learning_rate": 1e-4,
     "schedule": "step-95",
     "statistics": ("maximum",),
@@ -343,7 +346,7 @@ def quantile(values: Tensor, share: float) -> Tensor:
 
 def luma(images: Tensor) -> Tensor:
     """Grey (B, 1, H, W) of RGB images, by ITU-R 601."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return (images * images.new_tensor(ops.LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
 def sometimes_grey(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
