@@ -24,6 +24,7 @@ from blemish.detectors.efficientad import EfficientAD, EfficientADConfig
 from blemish.errors import ConfigError
 from blemish.files import short_digest
 from blemish.images import read, to_input
+from blemish.optimisers import Muon
 from blemish.runtime import Graph
 from blemish.types import Batch
 
@@ -237,10 +238,24 @@ def test_quantiles_are_of_the_whole_map() -> None:
     np.testing.assert_allclose(d.quantiles.numpy(), expected, rtol=1e-5)
 
 
+SQUARES = [(3, 40), (0, 0), (21, 7)]
+"""First cells of what is shown of the image, the photograph and the augmented image: all different."""
+
+
+@pytest.mark.parametrize("crop", [0, 128])
 @pytest.mark.parametrize("rim", [False, True])
-def test_every_term_of_the_loss_sees_as_scoring_does(rim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    d = detector(edges="reflect" if rim else "blind", **EXACT)
+def test_every_term_of_the_loss_sees_as_scoring_does(
+    rim: bool, crop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = detector(edges="reflect" if rim else "blind", crop=crop, **EXACT)
+    if crop:
+        monkeypatch.setattr(EfficientAD, "draw_places", lambda *arguments: SQUARES)
     found = losses(d, monkeypatch)
+
+    def shown(cells: Tensor, number: int) -> Tensor:
+        down, across = SQUARES[number]
+        return cells[:, :, down : down + 24, across : across + 24] if crop else cells
+
     with torch.no_grad():
         hard, _ = errors(d, parts(1), rim=rim)
         seen = normalised(with_rim(parts(2)) if rim else parts(2))
@@ -250,12 +265,28 @@ def test_every_term_of_the_loss_sees_as_scoring_does(rim: bool, monkeypatch: pyt
         assert d.autoencoder is not None
         rebuilt = (d.teacher(augmented) - 0.1) / 0.5 - d.autoencoder(normalised(parts(3)))
     expected = {
-        "hard": hard.mean(),
-        "penalty": penalty.square().mean(),
-        "autoencoder": rebuilt.square().mean(),
-        "student_autoencoder": student.mean(),
+        "hard": shown(hard, 0).mean(),
+        "penalty": shown(penalty, 1).square().mean(),
+        "autoencoder": shown(rebuilt, 2).square().mean(),
+        "student_autoencoder": shown(student, 2).mean(),
     }
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("edges", ["blind", "reflect"])
+def test_squares_are_drawn_from_all_over_an_image_and_no_further(edges: str) -> None:
+    d, draw = detector(edges=edges, crop=64), ops.generator(0)
+    seen = d.surround(torch.zeros(500, 3, *SIZE))
+    places = d.draw_places(seen, draw)
+    for axis, length in enumerate(seen.shape[2:]):
+        firsts = {place[axis] for place in places}
+        assert (min(firsts), max(firsts)) == (0, (length - 64) // 4)
+    assert detector(edges=edges).draw_places(seen, draw) == []
+
+
+def test_the_optimiser_is_the_one_asked_for() -> None:
+    assert isinstance(detector().optimizer(), torch.optim.Adam)
+    assert isinstance(detector(optimiser="muon").optimizer(), Muon)
 
 
 def response(edges: str, top: int, left: int) -> Tensor:
@@ -316,6 +347,10 @@ def test_what_is_encoded_is_named_by_all_that_changes_it() -> None:
         ({"logical_weight": math.nan}, "logical_weight=nan does not fit; expected 0 to 1"),
         ({"logical_weight": 0.4, "autoencoder": False}, "logical_weight=0.4 beside autoencoder=false"),
         ({"edges": "reflect", "padding": True}, "edges=reflect beside padding=true"),
+        ({"crop": 30}, "crop=30: expected 0, or without padding a multiple of 4 from 36 up to the image"),
+        ({"crop": 32}, "crop=32: expected 0"),
+        ({"crop": 260}, "crop=260: expected 0"),
+        ({"crop": 128, "padding": True}, "crop=128: expected 0"),
         ({"edges": "mirror"}, "edges=mirror does not fit; expected 'blind' or 'reflect'"),
         ({"learning_rate": math.inf}, "learning_rate=inf does not fit; expected more than 0, and finite"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 does not fit"),

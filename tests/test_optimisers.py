@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from blemish import checkpoint
-from blemish.optimisers import Muon, orthogonalised
+from blemish.optimisers import ROWS, Muon, orthogonalised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +63,16 @@ def test_a_convolution_walks_as_the_matrix_of_its_outputs() -> None:
     flat = walked(Muon([matrix], 0.1), matrix, [gradient.flatten(1) for gradient in gradients])
     torch.testing.assert_close(found.flatten(1), flat)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_beyond_a_block_walk_by_themselves() -> None:
+    gradients = drawn_gradients((ROWS + 8, 20), 3)
+    tall = torch.ones(ROWS + 8, 20, requires_grad=True)
+    found = walked(Muon([tall], 0.1), tall, gradients)
+    for rows in (slice(0, ROWS), slice(ROWS, None)):
+        block = torch.ones_like(tall[rows], requires_grad=True)
+        part = walked(Muon([block], 0.1), block, [gradient[rows] for gradient in gradients])
+        torch.testing.assert_close(found[rows], part)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.2])

@@ -30,6 +30,8 @@ def another(name: str, value: Any) -> Any:
         "anomalies": "none",
         "size": "medium" if value == "small" else "small",
         "edges": "reflect",
+        "optimiser": "muon",
+        "crop": 64,
     }
     if name in named:
         return named[name]

@@ -78,6 +78,11 @@ class EfficientADConfig(Config):
             raise ConfigError(
                 f"edges={self.edges} beside padding=true: both fill the margin; expected one of them"
             )
+        fits = not self.padding and self.crop % CELL == 0 and 36 <= self.crop <= min(self.image_size)
+        if self.crop and not fits:
+            raise ConfigError(
+                f"crop={self.crop}: expected 0, or without padding a multiple of 4 from 36 up to the image"
+            )
         if not self.autoencoder and self.logical_weight != 0.5:
             raise ConfigError(
                 f"logical_weight={self.logical_weight} beside autoencoder=false: "
