@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import blemish
 import drawn
 from blemish.backbones import BACKBONES, Backbone, choose_layers, fill_backbone, skeleton, weights
 from blemish.backbones.pdn import PDNS, pdn_small
@@ -164,9 +165,10 @@ def test_files_of_something_else_are_no_weights(tmp_path: Path, suffix: str, con
 def test_weights_are_found_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(weights.VARIABLE, raising=False)
     monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path / "cache")
-    assert weights.available("pdn_small") is None
-    with pytest.raises(WeightsError, match="blemish weights add pdn_small FILE"):
-        weights.find("pdn_small")
+    assert weights.available("resnet50_v1") is None
+    with pytest.raises(WeightsError, match="blemish weights add resnet50_v1 FILE"):
+        weights.find("resnet50_v1")
+    assert weights.find("pdn_small") == Path(blemish.__file__).parent / "teachers/pdn_small.safetensors"
     kept = weights.keep("pdn_small", drawn.weights(tmp_path / "mine.safetensors", pdn_small()), pdn_small())
     assert kept == tmp_path / "cache" / "pdn_small.safetensors" == weights.find("pdn_small")
     monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "named"))
@@ -176,6 +178,28 @@ def test_weights_are_found_in_their_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert weights.find("pdn_small", tmp_path / "mine.safetensors") == tmp_path / "mine.safetensors"
     with pytest.raises(WeightsError, match="no weights file"):
         weights.find("pdn_small", tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("name", ["pdn_small", "pdn_medium"])
+def test_a_teacher_of_each_size_is_installed_and_says_how_it_was_made(name: str) -> None:
+    path = Path(blemish.__file__).parent / f"teachers/{name}.safetensors"
+    weights.fill(PDNS[name](), path)
+    made = weights.facts(path)
+    assert made["network"] == name
+    assert made["explained_variance"] > 0.3
+    assert {"source", "source_licence", "images", "steps", "command"} <= made.keys()
+    assert f"--size {name.removeprefix('pdn_')} " in made["command"]
+
+
+def test_the_installed_teachers_are_small() -> None:
+    files = list((Path(blemish.__file__).parent / "teachers").iterdir())
+    assert sum(file.stat().st_size for file in files) < 25e6
+
+
+def test_a_file_of_weights_that_says_nothing_has_no_facts(tmp_path: Path) -> None:
+    assert weights.facts(drawn.weights(tmp_path / "plain.safetensors", pdn_small())) == {}
+    (tmp_path / "none.safetensors").write_bytes(b"no weights")
+    assert weights.facts(tmp_path / "none.safetensors") == {}
 
 
 def test_every_source_has_a_network() -> None:

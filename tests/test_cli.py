@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -137,7 +138,8 @@ def test_the_commands_in_their_order(
     assert run(["weights", "list"]) == 0
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert set(listed) == set(weights.SOURCES)
-    assert listed["pdn_small"] == "not on this machine"
+    assert listed["resnet50_v1"] == "not on this machine"
+    assert re.search(r"pdn_small.safetensors \(from .+, explains \d\d%\)$", listed["pdn_small"])
     teacher = drawn.weights(tmp_path / "teacher.safetensors", pdn_small())
     assert run(["weights", "add", "pdn_small", teacher]) == 0
     kept = own_cache / "pdn_small.safetensors"
@@ -351,10 +353,10 @@ def test_a_truncated_training_image(tiny: Tiny, tmp_path: Path, capsys: pytest.C
 
 
 def test_weights_that_are_not_there(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", tiny.data, "--model", "efficientad-s", "--out", tmp_path / "m.blemish"]
-    said = refused(words, tmp_path, capsys)
-    assert "the weights of pdn_small are not on this machine" in said
-    assert "`blemish weights add pdn_small FILE`" in said
+    words = ["--model", "supersimplenet", "--set", "backbone=resnet50_v1", "--set", "layers=layer2"]
+    said = refused(["train", tiny.data, *words, "--out", tmp_path / "m.blemish"], tmp_path, capsys)
+    assert "the weights of resnet50_v1 are not on this machine" in said
+    assert "`blemish weights add resnet50_v1 FILE`" in said
 
 
 def test_weights_that_do_not_fit(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

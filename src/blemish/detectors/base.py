@@ -44,7 +44,7 @@ class Detector(nn.Module):
     wants_images: bool = False
     """Whether a training step needs the images besides what `encode` made of them."""
     wants_natural_images: bool = False
-    """Whether training gains from photographs of anything (EfficientAD's pretraining penalty)."""
+    """Whether training reads natural images, of anything but the product (EfficientAD's penalty)."""
 
     config: Config
 

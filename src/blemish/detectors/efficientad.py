@@ -9,8 +9,7 @@ Departures from the paper, each one word in the config, all undone by `--preset 
 - the image score joins the map's maximum with its smoothed maximum and top mean.
 The networks run without padding, as in the reproduction that reaches the published numbers; the finished map
 is padded by the 4 cells that this costs on each side, so that it is blind there. With edges=reflect, which is
-no paper's, it sees to the edge. The teacher's outputs are kept in half precision, and the photographs for the
-penalty are the user's.
+no paper's, it sees to the edge. The teacher's outputs are kept in half precision.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class EfficientADConfig(Config):
     hard_quantile: float = 0.999
     """Only elements of the student's error from this quantile up train it; 0: all of them."""
     penalty: bool = True
-    """Keep the student from imitating the teacher on photographs, where such images are given."""
+    """Keep the student from imitating the teacher on natural images."""
     autoencoder: bool = True
     """Use the autoencoder's half of the map."""
     logical_weight: float = 0.5
