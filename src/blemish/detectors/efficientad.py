@@ -55,6 +55,8 @@ class EfficientADConfig(Config):
     weight_decay: float = 1e-5
     hard_quantile: float = 0.999
     """Only elements of the student's error from this quantile up train it; 0: all of them."""
+    first_hard_quantile: float = 0.9
+    """That quantile at the first step, if lower: the share of elements falls geometrically from there."""
     penalty: bool = True
     """Keep the student from imitating the teacher on natural images."""
     autoencoder: bool = True
@@ -95,6 +97,7 @@ PAPER = {
     "crop": 0,
     "optimiser": "adam",
     "learning_rate": 1e-4,
+    "first_hard_quantile": 0.999,
     "schedule": "step-95",
     "statistics": ("maximum",),
 }
@@ -263,12 +266,14 @@ class EfficientAD(Detector):
 
     def hard_loss(self, error: Tensor) -> Tensor:
         """Average the (B, C, h, w) squared errors that are at least their own image's hard quantile."""
-        if self.config.hard_quantile == 0:
+        last = 1 - self.config.hard_quantile
+        first = max(last, 1 - self.config.first_hard_quantile)
+        share = first * (last / first) ** self.progress
+        if share == 1:
             return error.mean()
         flat = error.flatten(1)
-        count = flat.shape[1]
         # The elements that are at least the linearly interpolated quantile, without sorting them all.
-        hard = count - math.ceil((count - 1) * self.config.hard_quantile)
+        hard = flat.shape[1] - math.ceil((flat.shape[1] - 1) * (1 - share))
         return flat.topk(hard, sorted=False).values.mean()
 
     @override
@@ -332,6 +337,12 @@ def refuse_numbers(config: EfficientADConfig) -> None:
         ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "at least 0, and finite"),
         ("logical_weight", c.logical_weight, 0 <= c.logical_weight <= 1, "0 to 1"),
         ("dropout", c.dropout, 0 <= c.dropout < 1, "at least 0 and less than 1"),
+        (
+            "first_hard_quantile",
+            c.first_hard_quantile,
+            0 <= c.first_hard_quantile < 1,
+            "at least 0 and less than 1",
+        ),
         ("hard_quantile", c.hard_quantile, 0 <= c.hard_quantile < 1, "at least 0 and less than 1"),
         ("low_quantile", c.low_quantile, 0 <= c.low_quantile < c.high_quantile, "less than high_quantile"),
         ("high_quantile", c.high_quantile, c.high_quantile <= 1, "at most 1"),
