@@ -57,7 +57,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no penalty": ("efficientad-s", {"penalty": False}),
     "no autoencoder": ("efficientad-s", {"autoencoder": False}),
     "raw maps": ("efficientad-s", {"map_normalisation": False}),
-    "padding": ("efficientad-s", {"padding": True}),
+    "padding": ("efficientad-s", {"padding": True, "crop": 0}),
+    "squares and Muon": ("efficientad-s", {"crop": 128, "optimiser": "muon"}),
+    "the whole and Adam": ("efficientad-s", {"crop": 0, "optimiser": "adam"}),
     "no upscaling": ("supersimplenet", SMALL | {"upscale": False}),
     "features before the adaptor": (
         "supersimplenet",

@@ -153,7 +153,7 @@ def test_quantiles_of_an_earlier_model_do_not_return_where_maps_are_left_raw(tmp
 def test_the_student_learns_from_all_errors_or_from_the_largest(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    d = detector(hard_quantile=share)
+    d = detector(hard_quantile=share, first_hard_quantile=0.9)  # which is above it and does not count
     found = losses(d, monkeypatch)["hard"]
     with torch.no_grad():
         error = errors(d, parts(1))[0]
@@ -357,6 +357,7 @@ def test_what_is_encoded_is_named_by_all_that_changes_it() -> None:
         ({"weight_decay": math.inf}, "weight_decay=inf does not fit"),
         ({"weight_decay": math.nan}, "weight_decay=nan does not fit"),
         ({"dropout": 1.0}, "dropout=1.0 does not fit"),
+        ({"first_hard_quantile": 1.0}, "first_hard_quantile=1.0 does not fit"),
         ({"hard_quantile": 1.0}, "hard_quantile=1.0 does not fit"),
         ({"low_quantile": 0.995}, "low_quantile=0.995 does not fit; expected less than high_quantile"),
         ({"high_quantile": 1.1}, "high_quantile=1.1 does not fit; expected at most 1"),

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from blemish import ops
 from blemish.backbones import Backbone
-from blemish.detectors import efficientad
-from blemish.detectors.efficientad import EfficientAD, EfficientADConfig
+from blemish.detectors import configure, efficientad
+from blemish.detectors.efficientad import EfficientAD
 from blemish.detectors.supersimplenet import SuperSimpleNet, SuperSimpleNetConfig
 from blemish.hardware import keep_freed_memory
 from blemish.types import Batch
@@ -67,7 +67,7 @@ class Case:
             for key, value in recorded("efficientad").items()
             if key.startswith(size)
         }
-        config = EfficientADConfig(size=size, dropout=0.0, statistics=("maximum",), learning_rate=1e-4)
+        config = configure(f"efficientad-{size[0]}", "paper", {"dropout": 0.0})
         self.detector = EfficientAD(config)
         d = self.detector
         fill(d.teacher.parameters(), 1000)

@@ -111,6 +111,7 @@ def test_the_presets_are_those_documented() -> None:
         assert (paper.schedule, paper.batch_size, paper.statistics) == ("step-95", 1, ("maximum",))
         assert (paper.hard_quantile, paper.low_quantile, paper.high_quantile) == (0.999, 0.9, 0.995)
         assert (paper.dropout, paper.penalty, paper.autoencoder, paper.padding) == (0.2, True, True, False)
+        assert (paper.crop, paper.optimiser, paper.first_hard_quantile) == (0, "adam", 0.999)
         assert paper.image_size == (256, 256)
     # Section 4.2 of SuperSimpleNet's paper, and the authors' settings.
     paper = configure("supersimplenet", "paper")
