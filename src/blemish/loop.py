@@ -91,8 +91,7 @@ class Run:
 def one_step(run: Run, step: int) -> dict[str, float]:
     """Take one optimiser step; give its losses."""
     batch = run.batches.at(step)
-    run.detector.progress = step / run.steps
-    factor = SCHEDULES[run.detector.config.schedule](run.detector.progress)
+    factor = SCHEDULES[run.detector.config.schedule](step / run.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     draw = ops.generator(run.seed, "step", step, device=run.device)

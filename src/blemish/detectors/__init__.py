@@ -67,7 +67,7 @@ METHODS = {
 
 SCHEDULE = {
     *("steps", "epochs", "batch_size", "schedule", "optimiser", "crop"),
-    *("learning_rate", "first_hard_quantile", "adaptor_learning_rate", "head_learning_rate"),
+    *("learning_rate", "adaptor_learning_rate", "head_learning_rate"),
 }
 """Settings that say how long and how fast is learned, and from how much at a time."""
 

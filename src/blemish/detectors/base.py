@@ -47,8 +47,6 @@ class Detector(nn.Module):
     """Whether training reads natural images, of anything but the product (EfficientAD's penalty)."""
 
     config: Config
-    progress: float = 0.0
-    """Share of the training steps that are done, as the loop says before each step."""
 
     @property
     def pretrained_name(self) -> str:
