@@ -32,7 +32,7 @@ from blemish.hardware import PRECISIONS, choose_device, choose_precision, keep_f
 from blemish.loop import Run
 from blemish.preflight import Length, check_length, digest_all, digest_names, seconds
 from blemish.progress import Progress, say
-from blemish.training import begin, open_cache
+from blemish.training import begin, checkpoint_path, open_cache
 from blemish.types import AnyArray, Batch
 
 FEWEST = 20
@@ -124,6 +124,7 @@ def distill(
     check_length(length)
     folder, out, device = Path(folder), Path(out), choose_device(device)
     check_out(out)
+    kept = checkpoint_path(out, resume)
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}; expected one of natural images")
     config = configure(preset, size, source, settings or {})
@@ -146,7 +147,7 @@ def distill(
             seed=seed,
             device=device,
             dtype=dtype,
-            path=out.with_name(out.name + ".checkpoint"),
+            path=kept,
             clock=started,
             fingerprint=fingerprint(config, [*pairs.paths, *held_out.paths])
             | {

@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         flat = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-        parts = [0.2 * max(part.shape) ** 0.5 * orthogonalised(part) for part in flat.split(ROWS)]
+        parts = [0.2 * max(part.shape) ** 0.5 * orthogonalised(part) for part in torch.split(flat, ROWS)]
         return torch.cat(parts).view_as(parameter)
 
     def vector_step(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:

@@ -113,6 +113,7 @@ def train(
     check_shares(false_reject_rate=false_reject_rate)
     device, out = choose_device(device), Path(out)
     check_writable(out)
+    kept = checkpoint_path(out, resume)
     faithful = preset != "default"
     # The paper trained in float32, and its noise is close to bfloat16's rounding.
     dtype = choose_precision("fp32" if faithful and precision == "auto" else precision, device)
@@ -170,7 +171,7 @@ def train(
         seed=seed,
         device=device,
         dtype=dtype,
-        path=out.with_name(out.name + ".checkpoint"),
+        path=kept,
         clock=started,
         fingerprint=fingerprint(settled, natural)
         | {
@@ -255,6 +256,14 @@ def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
     return str(start.manifest["training"]["run"]["pretrained"])
 
 
+def checkpoint_path(out: Path, resume: bool) -> Path:
+    """Say where the checkpoints of a run that writes `out` go; refuse one where another has not ended."""
+    path = out.with_name(out.name + ".checkpoint")
+    if path.exists() and not (resume and path.is_file()):
+        raise ConfigError(f"{path} is of a run that has not ended: go on with --resume, or delete it")
+    return path
+
+
 def begin(run: Run, length: Length, resume: bool, reserve: float, prepare: Callable[[], None]) -> None:
     """Prepare a new run, or go back to a checkpoint.
 
@@ -264,8 +273,6 @@ def begin(run: Run, length: Length, resume: bool, reserve: float, prepare: Calla
         group["base_lr"] = group["lr"]
     if resume and run.path.is_file():
         loop.go_on(run, length)
-    elif run.path.exists():
-        raise ConfigError(f"{run.path} is of a run that has not ended: go on with --resume, or delete it")
     else:
         if resume:
             say(f"nothing to resume at {run.path}: starting anew")
