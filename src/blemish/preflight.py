@@ -260,16 +260,12 @@ def open_natural(chosen: str | Path, detector: Detector, memory: Memory, seed: i
 
 
 def try_out(detector: Detector, device: str) -> float:
-    """Score an empty image, so that settings that do not go together are refused now.
-
-    Gives the seconds that it takes once more, when memory and kernels are there.
-    """
+    """Score one empty image, so that settings that do not go together are refused now; give its seconds."""
     height, width = detector.config.image_size
+    begin = time.monotonic()
     try:
         with torch.no_grad():
             detector.eval()(torch.zeros(1, 3, height, width, device=device))
-            begin = time.monotonic()
-            detector(torch.zeros(1, 3, height, width, device=device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"these settings do not go together at {height}x{width}: {reason}") from error
