@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from blemish.detectors import METHODS, build, configure
+from blemish.detectors import METHODS, SCHEDULE, build, configure, with_schedule
 from blemish.detectors.base import Config
 from blemish.detectors.efficientad import EfficientADConfig
 from blemish.errors import ConfigError
@@ -229,3 +229,24 @@ def test_a_setting_overrides_a_preset() -> None:
 def test_the_head_cannot_score_unless_it_is_built() -> None:
     with pytest.raises(ConfigError, match="classification_head=true"):
         build("supersimplenet", configure("supersimplenet", settings={"statistics": "head"}), 0)
+
+
+@pytest.mark.parametrize("supervision", ["none", "full"])
+def test_the_papers_schedule_is_the_papers_with_labels_too(supervision: Supervision) -> None:
+    paper = vars(configure("supersimplenet", "paper", supervision=supervision))
+    usual = vars(configure("supersimplenet", supervision=supervision))
+    ours = vars(
+        configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", {}), supervision)
+    )
+    assert {key: ours[key] for key in SCHEDULE & ours.keys()} == {
+        key: paper[key] for key in SCHEDULE & ours.keys()
+    }
+    assert {key: ours[key] for key in ours.keys() - SCHEDULE} == {
+        key: usual[key] for key in ours.keys() - SCHEDULE
+    }
+
+
+@pytest.mark.parametrize(("given", "length"), [({"steps": 500}, (500, 0)), ({"epochs": 7}, (0, 7))])
+def test_a_length_that_is_set_goes_before_the_papers(given: dict[str, Any], length: tuple[int, int]) -> None:
+    config = configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", given))
+    assert (config.steps, config.epochs) == length

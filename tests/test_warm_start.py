@@ -179,6 +179,12 @@ def test_settings_follow_what_is_given_anew(old: drawn.Tiny, tmp_path: Path) -> 
     assert len(detector.state_dict()["kernel"]) == 13
 
 
+def test_the_papers_schedule_goes_before_the_old_models(old: drawn.Tiny) -> None:
+    config = settle(old.data, model=None, start=old.file, schedule="paper").config
+    assert vars(config)["head_learning_rate"] == 2e-4
+    assert config.batch_size == configure("supersimplenet", "paper").batch_size
+
+
 def test_pretrained_weights_are_not_looked_for(
     old: drawn.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

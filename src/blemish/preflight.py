@@ -22,7 +22,7 @@ from blemish.data.labels import choose_defects, keep_masks, supervise
 from blemish.data.loading import ImageStore, NaturalImages, Photographs
 from blemish.data.split import Split, split
 from blemish.data.textures import Textures
-from blemish.detectors import as_json, configure, own_settings
+from blemish.detectors import configure, own_settings
 from blemish.detectors import preset as find_preset
 from blemish.detectors.base import Config, Detector
 from blemish.errors import ConfigError, DataError
@@ -117,12 +117,13 @@ def settle(
     Raises a BlemishError for what does not exist or does not go together.
     """
     opened = None if start is None else bundle.read(Path(start))
-    given = dict(settings or {})
-    if opened is not None:
-        model, preset, given = inherit(opened, model, preset, given)
+    if model is None and opened is not None:
+        model = opened.manifest["training"]["run"]["model"]
     if model is None:
         raise ConfigError("no model was named; expected --model, or --from a model file")
-    given = detectors.schedule(model, schedule) | given
+    given = detectors.with_schedule(model, schedule, settings or {})
+    if opened is not None:
+        model, preset, given = inherit(opened, model, preset, given)
     configure(model, preset, given)
     trained = learned_from(opened)
     parts = without_empty_masks(without_copies(choose_images(root, layout, labels, trained)))
@@ -141,17 +142,20 @@ def settle(
 
 
 def inherit(
-    opened: Bundle, model: str | None, preset: str, given: Mapping[str, Any]
+    opened: Bundle, model: str, preset: str, given: Mapping[str, Any]
 ) -> tuple[str, str, dict[str, Any]]:
     """Take method, preset and own settings from an earlier model, but for what is given anew.
 
     Raises ConfigError for another method, and for a setting that trained weights stand on.
     """
     run, config = opened.manifest["training"]["run"], opened.manifest["config"]
-    if model not in (None, run["model"]):
+    if model != run["model"]:
         raise ConfigError(f"{opened.path} is a model of {run['model']}, not {model}; expected the same")
+    usual = detectors.method(model).config
     for key in FIXED & given.keys() & config.keys():
-        if as_json(configure(run["model"], run["preset"], {key: given[key]}))[key] != config[key]:
+        # Not by a config of this setting alone, which might contradict itself where all that is given do not.
+        asked = detectors.read_settings(model, usual, {key: given[key]})[key]
+        if asked != (tuple(config[key]) if isinstance(config[key], list) else config[key]):
             raise ConfigError(f"{key}={given[key]}: the weights in {opened.path} stand on {config[key]}")
     own = own_settings(run["model"], run["preset"], run.get("supervision", "none"), config)
     return run["model"], run["preset"] if preset == "default" else preset, own | dict(given)

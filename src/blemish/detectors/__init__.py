@@ -94,15 +94,20 @@ def preset(name: str, wanted: str) -> Preset:
     return presets[wanted]
 
 
-def schedule(name: str, wanted: str) -> dict[str, Any]:
-    """Give the settings of a method's schedule: the paper's to the letter, or none for the default.
+def with_schedule(name: str, wanted: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a method's schedule, the paper's to the letter or none, under the settings that are given.
 
-    Raises ConfigError for another schedule.
+    Raises ConfigError for a schedule that is neither default nor paper.
     """
     if wanted not in ("default", "paper"):
         raise ConfigError(f"unknown schedule {wanted!r}; expected default or paper")
-    changes = {**preset(name, "paper").changes} if wanted == "paper" else {}
-    return {key: value for key, value in changes.items() if key in SCHEDULE}
+    if wanted == "default":
+        return dict(given)
+    # All of them, not only where the paper differs: labels change rates, too, and so did an earlier model.
+    paper = {key: value for key, value in vars(configure(name, "paper")).items() if key in SCHEDULE}
+    if "steps" in given and "epochs" not in given:
+        del paper["epochs"]
+    return paper | dict(given)
 
 
 def configure(
