@@ -191,6 +191,15 @@ def test_a_teacher_of_each_size_is_installed_and_says_how_it_was_made(name: str)
     assert f"--size {name.removeprefix('pdn_')} " in made["command"]
 
 
+def test_weights_that_are_added_say_what_their_file_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path)
+    installed = Path(blemish.__file__).parent / "teachers/pdn_small.safetensors"
+    kept = weights.keep("pdn_small", installed, pdn_small())
+    assert weights.facts(kept) == weights.facts(installed) != {}
+
+
 def test_the_installed_teachers_are_small() -> None:
     files = list((Path(blemish.__file__).parent / "teachers").iterdir())
     assert sum(file.stat().st_size for file in files) < 25e6

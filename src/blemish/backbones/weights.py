@@ -188,11 +188,18 @@ def fitting(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -
 
 
 def keep(name: str, path: Path, network: nn.Module) -> Path:
-    """Copy weights into the user's cache after a check that they fit `network`; say where they are now."""
-    state = fitting(network, path)
+    """Copy weights into the user's cache after a check that they fit `network`; say where they are now.
+
+    What a teacher's file says of itself is kept, too.
+    """
+    state, made = fitting(network, path), facts(path)
     target = cache_folder() / f"{name}.safetensors"
     with whole_file(target) as temporary:
-        save_file({key: value.contiguous() for key, value in state.items()}, temporary)
+        save_file(
+            {key: value.contiguous() for key, value in state.items()},
+            temporary,
+            {"blemish": json.dumps(made)} if made else None,
+        )
     return target
 
 
