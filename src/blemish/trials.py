@@ -148,7 +148,7 @@ def one(trial: Trial, root: Path, options: Mapping[str, Any], layout: str, threa
 def refuse_other(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) -> None:
     """Refuse a model file that another run left, as far as can be told without training.
 
-    Not compared are device, precision, versions, masks and photographs. Raises ModelFileError.
+    Not compared are device, precision, versions, masks and natural images. Raises ModelFileError.
     """
     manifest = bundle.read(trial.out).manifest
     if text := difference(manifest, expected(trial, root, options, layout), ""):

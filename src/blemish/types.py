@@ -67,7 +67,7 @@ class Batch:
     weights: Tensor | None = None
     """(B, H, W) float32, of each defective pixel in the loss; None: all count alike."""
     natural: Tensor | None = None
-    """(B, 3, H, W) photographs for the pretraining penalty."""
+    """(B, 3, H, W) float32 natural images in [0, 1] for the pretraining penalty; None: it is off."""
 
 
 @dataclass(frozen=True)
