@@ -58,8 +58,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no autoencoder": ("efficientad-s", {"autoencoder": False}),
     "raw maps": ("efficientad-s", {"map_normalisation": False}),
     "padding": ("efficientad-s", {"padding": True, "crop": 0}),
-    "squares and Muon": ("efficientad-s", {"crop": 128, "optimiser": "muon"}),
-    "the whole and Adam": ("efficientad-s", {"crop": 0, "optimiser": "adam"}),
+    "the whole and Adam": (
+        "efficientad-s",
+        {"crop": 0, "optimiser": "adam", "learning_rate": 5e-4, "hard_quantile": 0.999},
+    ),
     "no upscaling": ("supersimplenet", SMALL | {"upscale": False}),
     "features before the adaptor": (
         "supersimplenet",
