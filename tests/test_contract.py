@@ -22,9 +22,10 @@ from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors import METHODS, as_json, build, configure
 from blemish.detectors.base import Config, Detector
+from blemish.engines import Choice, open_graph
 from blemish.export import onnx
 from blemish.images import to_input
-from blemish.runtime import Graph, Predictor
+from blemish.runtime import Predictor
 from blemish.runtime import load as load_model
 from blemish.types import Batch, FloatArray, Supervision
 
@@ -255,7 +256,7 @@ def test_scoring_changes_nothing(case: Case) -> None:
 def test_any_image_size_gets_a_map_of_its_own_size(case: Case, size: tuple[int, int]) -> None:
     verdict = case.model.predict(drawn.part(63, size), parts=True)
     assert verdict.map.shape == size
-    assert set(verdict.parts) == set(case.model.graph.outputs[2:])
+    assert set(verdict.parts) == set(case.model.engine.outputs[2:])
     assert all(part.shape == size and np.isfinite(part).all() for part in verdict.parts.values())
     assert np.isfinite(verdict.map).all()
     assert np.isfinite(verdict.score)
@@ -289,13 +290,13 @@ def test_a_saved_model_scores_as_its_source(case: Case) -> None:
         assert after == before
         assert np.array_equal(after.map, before.map)
     # The weights in the file are the detector's: with them it gives what the graph gives.
-    graph = Graph(bundle.read(case.file).graph, case.trained().outputs)
+    graph = open_graph(bundle.read(case.file).graph, case.trained().outputs, Choice())
     images = inputs(case)
     assert onnx.compare(case.trained(), graph, [images[:1], images]) <= onnx.TOLERANCE
 
 
 def test_the_comparison_refuses_another_model(case: Case) -> None:
-    graph = Graph(bundle.read(case.file).graph, case.trained().outputs)
+    graph = open_graph(bundle.read(case.file).graph, case.trained().outputs, Choice())
     with pytest.raises(onnx.ExportError, match="differs from the trained model"):
         onnx.compare(case.detector(seed=5), graph, [inputs(case)])
 

@@ -21,11 +21,11 @@ from blemish.backbones.pdn import CHANNELS, PDNS, pdn_small
 from blemish.cli import main
 from blemish.detectors import build, configure, efficientad
 from blemish.detectors.efficientad import EfficientAD, EfficientADConfig
+from blemish.engines import Choice, open_graph
 from blemish.errors import ConfigError
 from blemish.files import short_digest
 from blemish.images import read, to_input
 from blemish.optimisers import Muon
-from blemish.runtime import Graph
 from blemish.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
@@ -465,7 +465,7 @@ def test_weight_and_rim_reach_graph_and_thresholds(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = d(good)
     near = 1e-4 * float(expected[0].abs().max())  # a statistic may be as good as 0
-    found = Graph(opened.graph, d.outputs).run(good.numpy())
+    found = open_graph(opened.graph, d.outputs, Choice()).run(good.numpy())
     for name, output in zip(d.outputs, expected, strict=True):
         np.testing.assert_allclose(found[name], output.numpy(), rtol=1e-4, atol=near)
     structural, logical = (

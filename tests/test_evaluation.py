@@ -380,7 +380,7 @@ def test_measuring_gives_what_calibration_wants(model: Predictor, data: Path, tm
     statistics, maxima = predict.measure(model, paths)
     assert statistics.shape == (6, 3)
     for path, row, peak in zip(paths, statistics, maxima, strict=True):
-        found = model.graph.run(model.prepare(path).inputs[None])
+        found = model.engine.run(model.prepare(path).inputs[None])
         assert np.array_equal(row, found["statistics"][0])
         assert peak == found["map"].max()
     assert predict.measure(model, [])[0].shape == (0, 3)

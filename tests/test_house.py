@@ -20,7 +20,10 @@ TIERS = (
     ("_version", "errors", "ops", "optimisers", "progress", "types"),
     ("calibrate", "files", "flange", "hardware", "processes", "ranks"),
     ("backbones", "bundle", "checkpoint", "images", "metrics"),
-    ("charts", "data", "demo", "detectors", "display", "runtime"),
+    ("charts", "data", "demo", "detectors", "display"),
+    ("fused",),
+    ("engines",),
+    ("runtime",),
     ("evaluation", "export", "predict", "report"),
     ("preflight", "seal"),
     ("loop",),
@@ -31,8 +34,17 @@ TIERS = (
 """Rooms, each importing only from those in tiers above its own."""
 WITHOUT_TORCH = (
     *("_version", "errors", "progress", "types", "calibrate", "files", "flange", "ranks", "bundle", "images"),
-    *("metrics", "charts", "data", "data.check", "data.folds", "data.split", "demo", "display", "runtime"),
-    *("evaluation", "predict", "report", "trials", "cli"),
+    *("metrics", "charts", "data", "data.check", "data.folds", "data.split", "demo", "display", "engines"),
+    *(
+        "engines.onnxruntime",
+        "engines.openvino",
+        "runtime",
+        "evaluation",
+        "predict",
+        "report",
+        "trials",
+        "cli",
+    ),
 )
 TRAINING_ONLY = {"torch", "safetensors", "scipy", "onnx", "onnxscript", "typing_extensions"}
 """Packages that `blemish[train]` adds, and one that comes with them."""

@@ -20,10 +20,10 @@ import drawn
 from blemish import bundle, calibrate, files
 from blemish.bundle import FORMAT, GRAPH, MANIFEST, WEIGHTS
 from blemish.detectors import build, configure
+from blemish.engines import Choice, open_graph
 from blemish.errors import ModelFileError
 from blemish.export import onnx
 from blemish.images import to_input
-from blemish.runtime import Graph
 from blemish.types import Calibration
 from drawn import Tiny
 from make_format1 import BAD, FILES, GOOD
@@ -115,7 +115,7 @@ def test_a_detector_is_exported_before_it_has_seen_an_image(tiny: Tiny) -> None:
     """What is computed while torch traces must not be kept: it has no values."""
     settings = drawn.TINY | {"image_size": (64, 88)}  # a size that no other test has
     detector = build("supersimplenet", configure("supersimplenet", settings=settings), 0).eval()
-    graph = Graph(onnx.graph(detector), detector.outputs)
+    graph = open_graph(onnx.graph(detector), detector.outputs, Choice())
     images = torch.from_numpy(to_input(drawn.part(1, (64, 88))))[None]
     assert onnx.compare(detector, graph, [images]) <= onnx.TOLERANCE
 

@@ -91,7 +91,7 @@ def test_a_float_image_is_from_0_to_1(model: Predictor) -> None:
 
 def test_an_image_of_the_networks_size_is_not_resized(model: Predictor) -> None:
     array = drawn.part(5)
-    found = model.graph.run(images.to_input(array)[None])
+    found = model.engine.run(images.to_input(array)[None])
     verdict = model.predict(array)
     assert np.array_equal(verdict.map, found["map"][0])
     assert verdict.score == calibrate.image_scores(found["statistics"], model.calibration)[0]
@@ -187,7 +187,7 @@ def test_labels_follow_the_thresholds(model: Predictor, monkeypatch: pytest.Monk
 
 def test_the_score_is_the_statistics_joined(model: Predictor) -> None:
     inputs = np.stack([images.to_input(drawn.part(number)) for number in range(3)])
-    statistics = model.graph.run(inputs)["statistics"].astype(np.float64)
+    statistics = model.engine.run(inputs)["statistics"].astype(np.float64)
     for row, number in enumerate(range(3)):
         c = model.calibration
         z = [(x - m) / s for x, m, s in zip(statistics[row], c.centers, c.scales, strict=True)]

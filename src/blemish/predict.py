@@ -128,7 +128,7 @@ def measure(model: Predictor, paths: Sequence[Path]) -> tuple[FloatArray, FloatA
     statistics, maxima = [], []
     progress = Progress("calibrating", len(paths), unit="image")
     for number, path in enumerate(paths):
-        found = model.graph.run(model.prepare(path).inputs[None])
+        found = model.engine.run(model.prepare(path).inputs[None])
         statistics.append(found["statistics"][0])
         maxima.append(found["map"].max())
         progress.show(number + 1)

@@ -1,45 +1,21 @@
-"""From a model file and an image to a verdict, on ONNX Runtime. Imports no torch."""
+"""From a model file and an image to a verdict. Imports no torch unless that is the chosen engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cc3d
 import numpy as np
-import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
 from blemish import bundle, calibrate, images
-from blemish.errors import ImageError, ModelFileError
+from blemish.engines import Choice, open_engine, recorded
+from blemish.errors import ImageError
 from blemish.types import Calibration, FloatArray, Region, Verdict
-
-
-class Graph:
-    """A graph in memory: (B, 3, H, W) float32 images to named arrays."""
-
-    def __init__(self, data: bytes, outputs: Sequence[str], threads: int = 0) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors only, which are raised here
-        try:
-            self.session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:
-            raise ModelFileError(
-                f"ONNX Runtime cannot run the graph: {str(error).splitlines()[0]}"
-            ) from error
-        found = [node.name for node in self.session.get_outputs()]
-        if found != list(outputs):
-            raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
-        self.outputs = tuple(outputs)
-
-    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
-        """Run a batch."""
-        return dict(zip(self.outputs, self.session.run(None, {"images": inputs}), strict=True))
 
 
 @dataclass(frozen=True)
@@ -60,14 +36,15 @@ class Predictor:
     predict takes a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array.
     """
 
-    def __init__(self, opened: bundle.Bundle, threads: int = 0) -> None:
+    def __init__(self, opened: bundle.Bundle, choice: Choice | None = None, threads: int = 0) -> None:
         manifest = opened.manifest
         self.path = opened.path
         self.manifest: dict[str, Any] = manifest
         self.calibration: Calibration = opened.calibration
         self.image_size: tuple[int, int] = tuple(manifest["preprocessing"]["image_size"])
         self.white = float(manifest["preprocessing"]["white"])
-        self.graph = Graph(opened.graph, manifest["outputs"], threads)
+        self.choice = choice or recorded(manifest)
+        self.engine = open_engine(opened, self.choice, threads)
 
     def predict(self, image: Any, *, parts: bool = False) -> Verdict:
         """Judge one image; with parts, the maps that the map was joined from come along.
@@ -111,9 +88,9 @@ class Predictor:
 
     def finish(self, batch: Sequence[Prepared], *, parts: bool = False) -> list[Verdict]:
         """Run prepared images through the graph and decide."""
-        found = self.graph.run(np.stack([each.inputs for each in batch]))
+        found = self.engine.run(np.stack([each.inputs for each in batch]))
         scores = calibrate.image_scores(found["statistics"], self.calibration)
-        pieces = self.graph.outputs[2:] if parts else ()
+        pieces = self.engine.outputs[2:] if parts else ()
         return [
             self.verdict(
                 each,
@@ -165,6 +142,21 @@ def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
     return tuple(sorted(found, key=lambda region: -region.peak))
 
 
-def load(path: str | Path, *, threads: int = 0) -> Predictor:
-    """Open a model file; raise ModelFileError if it is none. threads: 0 lets ONNX Runtime choose."""
-    return Predictor(bundle.read(Path(path)), threads)
+def load(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    precision: str | None = None,
+    device: str | None = None,
+    threads: int = 0,
+) -> Predictor:
+    """Open a model file; raise ModelFileError if it is none.
+
+    What is not given is as the file says, which is what its thresholds were set with: backend onnxruntime,
+    openvino or torch; precision fp32, fp16 or bf16 (int8 is made by `blemish export`); device cpu, cuda or
+    tensorrt. threads: 0 lets the engine choose. Raises ConfigError for what this machine does not have.
+    """
+    opened = bundle.read(Path(path))
+    wanted = {"backend": backend, "precision": precision, "device": device}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return Predictor(opened, replace(recorded(opened.manifest), **given), threads)

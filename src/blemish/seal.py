@@ -17,9 +17,10 @@ from blemish._version import __version__
 from blemish.data.loading import ImageStore
 from blemish.detectors import as_json
 from blemish.detectors.base import Detector
+from blemish.engines import Choice, Engine, open_graph
 from blemish.export import onnx
 from blemish.progress import say
-from blemish.runtime import Graph, Predictor
+from blemish.runtime import Predictor
 from blemish.types import Calibration
 
 
@@ -39,7 +40,7 @@ def seal(
     with torch.no_grad():
         detector.finish(held_out.batches(white))
     exported = onnx.graph(detector)
-    graph = Graph(exported, detector.outputs)
+    graph = open_graph(exported, detector.outputs, Choice())
     difference = onnx.compare(detector, graph, held_out.batches(white))
     calibration = calibrate_graph(graph, held_out, white, detector.config.statistics, false_reject_rate)
     say(calibrate.describe(calibration))
@@ -64,7 +65,7 @@ def seal(
 
 
 def calibrate_graph(
-    graph: Graph, held_out: ImageStore, white: float, names: tuple[str, ...], false_reject_rate: float
+    graph: Engine, held_out: ImageStore, white: float, names: tuple[str, ...], false_reject_rate: float
 ) -> Calibration:
     """Score the held-out good images as prediction will, and set the thresholds by them."""
     found = [graph.run(batch.numpy()) for batch in held_out.batches(white, size=1)]

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_tensors
 
+from blemish.bundle import Bundle
 from blemish.detectors import efficientad, simplenet, supersimplenet
 from blemish.detectors.base import SCHEDULES, Config, Detector
-from blemish.errors import ConfigError
+from blemish.errors import ConfigError, ModelFileError
 from blemish.ops import STATISTICS, generator
 from blemish.types import Supervision
 
@@ -217,3 +219,16 @@ def as_json(config: Config) -> dict[str, Any]:
     """Write a config as what JSON would make of it: tuples are lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
+
+
+def restore(opened: Bundle) -> Detector:
+    """Build the detector of a model file with its weights, in evaluation mode; raise ModelFileError."""
+    name = opened.manifest["method"]
+    detector = build(name, configure(name, settings=opened.manifest["config"]), seed=0)
+    try:
+        detector.load_state_dict(load_tensors(opened.weights))
+    except RuntimeError as error:
+        raise ModelFileError(
+            f"the weights in {opened.path} do not fit its method: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return detector.eval()

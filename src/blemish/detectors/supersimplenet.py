@@ -194,13 +194,7 @@ class SuperSimpleNet(Detector):
     @override
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """Give the backbone's outputs as (B, h_i, w_i, C_i), those of one size as one."""
-        parts: list[Tensor] = []
-        for x in self.backbone(images):
-            if parts and parts[-1].shape[2:] == x.shape[2:]:
-                parts[-1] = torch.cat([parts[-1], x], 1)
-            else:
-                parts.append(x)
-        return tuple(x.permute(0, 2, 3, 1).contiguous() for x in parts)
+        return by_cells(self.backbone(images))
 
     @override
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
@@ -429,3 +423,14 @@ class SuperSimpleNet(Detector):
         if "head" in self.config.statistics:
             statistics["head"] = self.classify(encoded, cells)
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+
+
+def by_cells(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Lay (B, C_i, h_i, w_i) outputs out as (B, h_i, w_i, C_i), those of one size as one."""
+    parts: list[Tensor] = []
+    for x in outputs:
+        if parts and parts[-1].shape[2:] == x.shape[2:]:
+            parts[-1] = torch.cat([parts[-1], x], 1)
+        else:
+            parts.append(x)
+    return tuple(x.permute(0, 2, 3, 1).contiguous() for x in parts)

@@ -5,31 +5,36 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blemish.detectors.base import Detector
+from blemish.engines import Engine
 from blemish.errors import ExportError
-from blemish.runtime import Graph
+from blemish.fused import fuse
 
 OPSET = 20
 TOLERANCE = 1e-4
 
 
 def graph(detector: Detector) -> bytes:
-    """Export `forward` for any batch size at the config's image size: input `images`, outputs as named."""
-    height, width = detector.config.image_size
-    detector = detector.eval()
-    example = torch.rand(2, 3, height, width, device=next(detector.parameters()).device)
+    """Export a detector's fused network for any batch size at its image size: input `images`."""
+    return traced(fuse(detector), detector.config.image_size, detector.outputs)
+
+
+def traced(network: nn.Module, image_size: tuple[int, int], outputs: Sequence[str]) -> bytes:
+    """Export a network in evaluation mode."""
+    height, width = image_size
+    example = torch.rand(2, 3, height, width)
     with silence():
         program = torch.onnx.export(
-            detector,
+            network,
             (example,),
             input_names=["images"],
-            output_names=list(detector.outputs),
+            output_names=list(outputs),
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=4096)}},
             opset_version=OPSET,
             dynamo=True,
@@ -61,7 +66,7 @@ def silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def compare(detector: Detector, exported: Graph, batches: Iterable[Tensor]) -> float:
+def compare(detector: Detector, exported: Engine, batches: Iterable[Tensor]) -> float:
     """Run both on images; give the largest difference of any output, relative to that output's largest value.
 
     Raises ExportError beyond TOLERANCE.

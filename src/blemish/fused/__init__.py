@@ -1,0 +1,27 @@
+"""Networks for inference alone: a detector's own numbers from fewer operations.
+
+A fused network gives what the detector's `forward` gives, to rounding; a test holds that for every method.
+What is rewritten how is said at the top of each file.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from blemish.detectors.base import Detector
+from blemish.detectors.efficientad import EfficientAD
+from blemish.detectors.supersimplenet import SuperSimpleNet
+from blemish.fused.efficientad import FusedEfficientAD
+from blemish.fused.supersimplenet import FusedSuperSimpleNet
+
+
+def fuse(detector: Detector) -> nn.Module:
+    """Make the fused network of a trained detector, in float32: (B, 3, H, W) to the detector's outputs.
+
+    It has copies of the weights. A detector that has no fused form is given back itself.
+    """
+    if isinstance(detector, EfficientAD):
+        return FusedEfficientAD(detector).eval()
+    if isinstance(detector, SuperSimpleNet):
+        return FusedSuperSimpleNet(detector).eval()
+    return detector.eval()
