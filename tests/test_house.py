@@ -28,7 +28,7 @@ TIERS = (
     ("preflight", "seal"),
     ("loop",),
     ("training",),
-    ("distill", "trials"),
+    ("cli_options", "distill", "trials"),
     ("cli",),
 )
 """Rooms, each importing only from those in tiers above its own."""
@@ -44,6 +44,7 @@ WITHOUT_TORCH = (
         "report",
         "trials",
         "cli",
+        "cli_options",
     ),
 )
 TRAINING_ONLY = {"torch", "safetensors", "scipy", "onnx", "onnxscript", "typing_extensions"}
