@@ -227,6 +227,48 @@ def test_maps_may_be_overwritten_once_they_are_added() -> None:
     assert pixels.aupro() == expected
 
 
+# --- Several together, and on several threads ---------------------------------------------------------------
+
+
+def test_what_others_gathered_counts_as_well() -> None:
+    images = drawn_images(13, count=8)
+    good, scratches, dents = PixelScores(), PixelScores(), PixelScores()
+    scratched, every = PixelScores(also=[good, scratches]), PixelScores(also=[good, scratches, dents])
+    for index, (map, mask) in enumerate(images):
+        (good if mask is None else (scratches, dents)[index % 2]).update(map, mask)
+        if index > 3:  # answers follow what is added to any of them
+            for metric in ALL_FOUR.values():
+                assert metric(every) == pytest.approx(metric(gathered(images[: index + 1])), abs=1e-12)
+    for metric in ALL_FOUR.values():
+        assert metric(scratched) == pytest.approx(metric(gathered(images[:1] + images[2::2])), abs=1e-12)
+    every.update(*images[1])
+    assert every.aupro() == pytest.approx(gathered([*images, images[1]]).aupro(), abs=1e-12)
+    assert dents.aupro() == pytest.approx(gathered(images[1::2]).aupro(), abs=1e-12)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("levels", [1, 20, 2**24])
+def test_sorting_on_threads_is_sorting(threads: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "WORTH_A_THREAD", 100)
+    scores = np.random.default_rng(threads).integers(0, levels, 10_001).astype(np.float32)
+    expected = np.sort(scores)
+    ranks.sort(scores, threads)
+    np.testing.assert_array_equal(scores, expected)
+
+
+@pytest.mark.parametrize("levels", [1, 4, 60, 10**6])
+@pytest.mark.parametrize("chunk", [1, 7, 2**14])
+def test_ranks_are_those_of_one_search(levels: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "CHUNK", chunk)
+    draw = np.random.default_rng(levels)
+    parts = [np.sort(draw.integers(0, levels, size).astype(np.float32)) for size in (300, 0, 1, 41)]
+    scores = np.unique(draw.integers(-5, levels + 5, 200)).astype(np.float32)
+    together = np.sort(np.concatenate(parts))
+    below, at_or_below = ranks.ranks(parts, scores)
+    np.testing.assert_array_equal(below, np.searchsorted(together, scores, "left"))
+    np.testing.assert_array_equal(at_or_below, np.searchsorted(together, scores, "right"))
+
+
 # --- Saturated PRO ------------------------------------------------------------------------------------------
 
 
@@ -264,18 +306,18 @@ def test_saturated_pro_equals_brute_force(seed: int) -> None:
 
 
 def pixels_of_a_model(distort: Callable[[FloatArray, BoolArray, int], AnyArray], *, good: int = 0) -> Images:
-    """Draw 20 noise maps of 512 x 512 with discs that stand out, none in the first `good` of them.
+    """Draw 20 noise maps of 512 x 1024 with discs that stand out, none in the first `good` of them.
 
-    5 million pixels need 42 MB to be sorted: more than the least budget.
+    10 million pixels need 52 MB to be sorted: more than the least budget.
     """
     draw = np.random.default_rng(7)
-    noise = draw.standard_normal((512, 512), np.float32)
-    y, x = np.mgrid[:512, :512]
+    noise = draw.standard_normal((512, 1024), np.float32)
+    y, x = np.mgrid[:512, :1024]
     images: Images = []
     for index in range(20):
-        mask = np.zeros((512, 512), bool)
+        mask = np.zeros(noise.shape, bool)
         for _ in range(3 if index >= good else 0):
-            mask |= np.hypot(y - draw.integers(512), x - draw.integers(512)) < draw.integers(3, 25)
+            mask |= np.hypot(y - draw.integers(512), x - draw.integers(1024)) < draw.integers(3, 35)
         shifted = np.roll(noise, tuple(draw.integers(512, size=2)), (0, 1))
         images.append((distort(shifted, mask, index).astype(np.float32), mask))
     return images
@@ -308,8 +350,8 @@ def test_histogram_stays_within_a_ten_thousandth(
 ) -> None:
     images = pixels_of_a_model(distort, good=good)
     exact, histogram = gathered(images), gathered(images, metrics.SMALLEST_BUDGET)
-    assert histogram._histogram is not None
-    assert exact._histogram is None
+    assert histogram._scores.histogram is not None
+    assert exact._scores.histogram is None
     for name, metric in ALL_FOUR.items():  # 1e-4 is promised; areas do better unless bins lean to one side
         within = 1e-5 if name in ("auroc", "aupro") else 5e-5
         assert metric(histogram) == pytest.approx(metric(exact), abs=within)
@@ -323,10 +365,10 @@ def test_histogram_keeps_what_came_before_it_and_between_answers() -> None:
         pixels.update(map, mask)
         pixels.auroc()
     assert pixels.aupro() == pytest.approx(gathered(images).aupro(), abs=1e-4)
-    held = pixels._histogram
+    held = pixels._scores.histogram
     assert held is not None
-    assert held.normals.sum() + held.anomalous.sum() == 20 * 512 * 512
-    assert held.scores.size < 3 * metrics.SMALLEST_BUDGET / metrics.BYTES_PER_BIN
+    assert held.normals.sum() + held.anomalous.sum() == 20 * 512 * 1024
+    assert held.scores.size < 3 * metrics.SMALLEST_BUDGET / ranks.BYTES_PER_BIN
     assert (np.diff(held.scores) > 0).all()
 
 
@@ -351,15 +393,41 @@ def test_many_joins_move_scores_neither_up_nor_down() -> None:
     assert held[0].normals[held[0].scores == 0.45] == pytest.approx(np.sum(scores == 0.45), rel=0.1)
 
 
-def test_memory_stays_within_its_budget() -> None:
-    images = pixels_of_a_model(lambda noise, mask, _: noise + 1.5 * mask)
-    for times, budget in ((3, metrics.SMALLEST_BUDGET), (1, 2 * metrics.SMALLEST_BUDGET)):  # histogram, exact
+def test_histograms_of_several_are_joined() -> None:
+    images = pixels_of_a_model(lambda noise, mask, _: noise + 1.5 * mask, good=14)
+    good, folded, whole = (PixelScores(metrics.SMALLEST_BUDGET) for _ in range(3))
+    every = PixelScores(metrics.SMALLEST_BUDGET, also=[good, folded, whole])
+    for index, (map, mask) in enumerate(images[:10] + images[14:] * 4):
+        (good if index < 10 else whole if index == 10 else folded).update(map, mask)
+    assert folded._scores.histogram is not None
+    expected = gathered(images[:10] + images[14:] * 4)
+    for metric in ALL_FOUR.values():
+        assert metric(every) == pytest.approx(metric(expected), abs=5e-5)
+    assert whole._scores.histogram is None
+    assert good._scores.histogram is None
+    assert whole.aupro() == gathered(images[14:15]).aupro()
+
+
+@pytest.mark.parametrize("grown", [0, 9])
+def test_memory_stays_within_its_budget(grown: int) -> None:
+    """With few anomalous pixels, and with many."""
+    images = [
+        (map, mask | (np.arange(len(mask))[:, None] % 10 < grown))
+        for map, mask in pixels_of_a_model(lambda noise, mask, _: noise + 1.5 * mask)
+        if mask is not None
+    ]
+    for count, budget in (
+        (60, metrics.SMALLEST_BUDGET),  # a histogram, several times joined
+        (12 if not grown else 1, 2 * metrics.SMALLEST_BUDGET),  # exact
+    ):
         tracemalloc.start()
-        pixels = gathered(images * times, budget)
+        pixels = gathered((images * 3)[:count], budget)
         for metric in ALL_FOUR.values():
             metric(pixels)
-        assert tracemalloc.get_traced_memory()[1] < budget + 2**20  # one image may pass through besides
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        assert (pixels._scores.histogram is None) == (count < 60)
+        assert peak < budget + 2**20  # a part of one image may pass through besides
 
 
 def test_histogram_is_exact_where_scores_are_few() -> None:

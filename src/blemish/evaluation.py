@@ -56,36 +56,46 @@ class Truth:
     """The files one by one, where the data set says from which areas on they saturate."""
 
 
-@dataclass
-class Group:
-    """What is gathered for one row of the table."""
+@dataclass(frozen=True)
+class Pixels:
+    """Pixel scores of the same images, gathered for the metrics with plain and with saturating regions."""
 
-    kind: str
-    pixels: metrics.PixelScores
+    plain: metrics.PixelScores
     saturated: metrics.PixelScores | None
-    """The same with regions that saturate; None where the data set has none."""
-    scores: list[float] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    masked: int = 0
+    """None where the data set has no regions that saturate."""
 
-    def add(self, sample: Sample, verdict: Verdict, truth: Truth | None) -> None:
-        """Take in one image; a defect without a mask counts for the image-level metrics alone."""
-        self.scores.append(verdict.score)
-        self.labels.append(sample.label)
-        if sample.label == 1 and truth is None:
-            return
-        self.masked += sample.label
-        self.pixels.update(verdict.map, truth.mask if truth else None)
+    def add(self, verdict: Verdict, truth: Truth | None) -> None:
+        """Take in one image, all good without a truth."""
+        self.plain.update(verdict.map, truth.mask if truth else None)
         if self.saturated is not None:
             found = truth.regions if truth else None
             masks, areas = (found.masks, found.areas) if found else (None, ())
             self.saturated.update(verdict.map, masks, saturation_areas=areas)
 
+
+@dataclass
+class Group:
+    """What is gathered for one row of the table."""
+
+    kind: str
+    pixels: Pixels
+    """Those of its kind of defect; those of good images, which all rows share, count as well."""
+    scores: list[float] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    masked: int = 0
+
+    def add(self, sample: Sample, verdict: Verdict, truth: Truth | None) -> None:
+        """Take in one image, without its pixels."""
+        self.scores.append(verdict.score)
+        self.labels.append(sample.label)
+        self.masked += sample.label == 1 and truth is not None
+
     def row(self) -> MetricRow:
         """Compute the row."""
         image = {name: defined(metric, self.scores, self.labels) for name, metric in IMAGE_METRICS.items()}
-        pixel = {name: defined(metric, self.pixels) for name, metric in PIXEL_METRICS.items()}
-        saturated = defined(self.saturated.aupro, SATURATED_LIMIT) if self.saturated else None
+        pixel = {name: defined(metric, self.pixels.plain) for name, metric in PIXEL_METRICS.items()}
+        saturating = self.pixels.saturated
+        saturated = defined(saturating.aupro, SATURATED_LIMIT) if saturating else None
         defective = sum(self.labels)
         good = len(self.labels) - defective
         return MetricRow(self.kind, good, defective, self.masked, **image, **pixel, saturated_pro=saturated)
@@ -113,7 +123,7 @@ def evaluate(
     test = unseen(choose_test(dealt(data.scan(root, layout), root, model), root), model)
     if not test:
         raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
-    overall, groups = empty_groups(test, memory)
+    good, overall, groups = empty_groups(test, memory)
     results: list[tuple[Sample, ImageResult]] = []
     skipped: list[str] = []
     for sample, outcome in judged(model, test):
@@ -126,6 +136,10 @@ def evaluate(
             continue
         for group in (overall, *(groups.values() if sample.label == 0 else (groups[sample.kind],))):
             group.add(sample, outcome, truth)
+        if sample.label == 0:
+            good.add(outcome, truth)
+        elif truth is not None:  # a defect without a mask counts for the image-level metrics alone
+            groups[sample.kind].pixels.add(outcome, truth)
         name = relative_path(sample.path, root)
         result = ImageResult(name, sample.kind, sample.label, outcome.label, outcome.score, outcome.p_value)
         results.append((sample, result))
@@ -167,16 +181,26 @@ def unseen(test: Sequence[Sample], model: Predictor) -> list[Sample]:
     return kept
 
 
-def empty_groups(test: Sequence[Sample], memory: int) -> tuple[Group, dict[str, Group]]:
-    """Share `memory` out among the rows of the table: the whole test set, and each kind of defect."""
+def empty_groups(test: Sequence[Sample], memory: int) -> tuple[Pixels, Group, dict[str, Group]]:
+    """Give what gathers good images' pixels, and the rows of the table: all, and each kind of defect.
+
+    Pixels are held once: rows answer with those of others. `memory` is shared out evenly among them.
+    """
     kinds = sorted({sample.kind for sample in test if sample.label == 1})
     saturating = any(sample.saturations for sample in test)
-    share = max(memory // ((1 + len(kinds)) * (1 + saturating)), metrics.SMALLEST_BUDGET)
+    share = max(memory // ((2 + len(kinds)) * (1 + saturating)), metrics.SMALLEST_BUDGET)
 
-    def empty(kind: str) -> Group:
-        return Group(kind, metrics.PixelScores(share), metrics.PixelScores(share) if saturating else None)
+    def empty(*also: Pixels) -> Pixels:
+        plain = [each.plain for each in also]
+        saturated = [each.saturated for each in also if each.saturated]
+        return Pixels(
+            metrics.PixelScores(share, also=plain),
+            metrics.PixelScores(share, also=saturated) if saturating else None,
+        )
 
-    return empty(ALL), {kind: empty(kind) for kind in kinds}
+    good = empty()
+    groups = {kind: Group(kind, empty(good)) for kind in kinds}
+    return good, Group(ALL, empty(good, *(group.pixels for group in groups.values()))), groups
 
 
 def judged(model: Predictor, test: Sequence[Sample]) -> Iterator[tuple[Sample, Verdict | ImageError]]:

@@ -10,6 +10,7 @@ Tied scores share a point. What is not defined, such as one class only, is a Met
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,14 +20,14 @@ import numpy.typing as npt
 
 from blemish.errors import ConfigError, MetricError
 from blemish.ranks import (
-    BYTES_PER_BIN,
     Counts,
     Doubles,
     Histogram,
-    anomalous_histogram,
+    Scores,
     first_of_each,
-    joined,
-    normal_histogram,
+    joint_histogram,
+    ranks,
+    sorted_anomalous,
 )
 from blemish.types import AnyArray, BoolArray, FloatArray
 
@@ -125,20 +126,20 @@ class PixelScores:
     Exact by sorting while that fits `memory_budget` bytes, working space included. Beyond, it goes on by
     itself and with what it has as a histogram of ranks (`ranks`), within 1e-4 of the exact values on the
     scores of a working model. Scores are kept as float32, the type of a map.
+
+    What those in `also` have gathered themselves, each within its own budget, counts as well, and is not
+    copied: good images are gathered and sorted once, and serve for each kind of defect.
     """
 
-    def __init__(self, memory_budget: int = 2**30) -> None:
+    def __init__(self, memory_budget: int = 2**30, *, also: Sequence[PixelScores] = ()) -> None:
         if memory_budget < SMALLEST_BUDGET:
             raise ConfigError(
                 f"a memory budget of {memory_budget} bytes was given, expected at least {SMALLEST_BUDGET}"
             )
-        self._budget = memory_budget
-        self._histogram: Histogram | None = None
+        self._scores = Scores(memory_budget)
+        self._parts = (self._scores, *(part._scores for part in also))
         self._steps: _Steps | None = None
-        self._normals: list[FloatArray] = []
-        self._anomalous: list[FloatArray] = []
-        self._weights: list[Doubles] = []
-        self._bytes = 0
+        self._adds_in_steps: list[int] = []
 
     def update(
         self, map: AnyArray, mask: BoolArray | None, *, saturation_areas: Sequence[float] | None = None
@@ -151,16 +152,7 @@ class PixelScores:
         """
         scores = _checked_map(map)
         anomalous, weights = _anomalous_pixels(scores, mask, saturation_areas)
-        # A normal score is held once and copied once to be sorted. An anomalous one brings its weight, is
-        # sorted together with it, and may become a step.
-        size = 8 * (scores.size - weights.size) + 128 * weights.size
-        if self._bytes and self._bytes + size > (self._budget // 2 if self._histogram else self._budget):
-            self._fold()
-        self._normals.append(scores[~anomalous])
-        self._anomalous.append(scores[anomalous])
-        self._weights.append(weights)
-        self._bytes += size
-        self._steps = None
+        self._scores.add(scores[~anomalous], scores[anomalous], weights)
 
     def auroc(self) -> float:
         """Give the area under the ROC curve over all pixels of all images."""
@@ -186,35 +178,16 @@ class PixelScores:
         return _area(steps, steps.overlap, limit)
 
     def _all_steps(self) -> _Steps:
-        if self._steps is None:
-            if self._histogram is None:
-                self._steps = _exact_steps(*self._sorted_gathered())
+        adds = [part.adds for part in self._parts]
+        if self._steps is None or self._adds_in_steps != adds:
+            self._steps = None  # the old ones go before the new ones come
+            if any(part.histogram for part in self._parts):
+                self._steps = _histogram_steps(joint_histogram(self._parts))
             else:
-                self._fold()
-                self._steps = _histogram_steps(self._histogram)
+                normals = [part.normals() for part in self._parts]
+                self._steps = _exact_steps(normals, *sorted_anomalous(self._parts))
+            self._adds_in_steps = adds
         return self._steps
-
-    def _sorted_gathered(self) -> tuple[FloatArray, FloatArray, Doubles]:
-        """Join what was gathered and sort it, in place of the pieces: normal, anomalous, weights."""
-        normals = np.concatenate([np.empty(0, np.float32), *self._normals])
-        normals.sort()
-        anomalous = np.concatenate([np.empty(0, np.float32), *self._anomalous])
-        order = np.argsort(anomalous)
-        anomalous, weights = anomalous[order], np.concatenate([np.empty(0), *self._weights])[order]
-        self._normals, self._anomalous, self._weights = [normals], [anomalous], [weights]
-        return normals, anomalous, weights
-
-    def _fold(self) -> None:
-        """Move what was gathered into the histogram, which starts here if there is none yet."""
-        bins = self._budget // BYTES_PER_BIN
-        normals, anomalous, weights = self._sorted_gathered()
-        parts = [] if self._histogram is None else [self._histogram]
-        if normals.size:
-            parts.append(normal_histogram(normals, bins))
-        if anomalous.size:
-            parts.append(anomalous_histogram(anomalous, weights, bins))
-        self._histogram = joined(parts, bins)
-        self._normals, self._anomalous, self._weights, self._bytes = [], [], [], 0
 
 
 # --- What a falling threshold passes ------------------------------------------------------------------------
@@ -228,40 +201,38 @@ class _Steps:
     """Normal scores above it."""
     normals_reached: Counts
     """Normal scores at or above it."""
-    anomalous_reached: Counts
-    """Anomalous scores at or above it."""
+    anomalous: Counts
+    """Anomalous scores equal to it."""
     overlap: Doubles
-    """Mean over regions of the share of the region at or above it."""
+    """What it adds to the mean over regions of the share of the region at or above it."""
     normals: int
     """All normal scores."""
 
 
-def _exact_steps(normals: AnyArray, anomalous: AnyArray, weights: Doubles) -> _Steps:
-    """Take both classes ascending, with the weights of the anomalous scores; neither may be empty."""
-    _require_both(normals.size, anomalous.size)
+def _exact_steps(normals: Sequence[AnyArray], anomalous: AnyArray, weights: Doubles) -> _Steps:
+    """Take both classes ascending, the normal scores in any number of arrays, with the anomalous weights."""
+    total = sum(part.size for part in normals)
+    _require_both(total, anomalous.size)
     firsts = first_of_each(anomalous)
-    scores = anomalous[firsts]
-    reached = (anomalous.size - firsts)[::-1]
-    gathered = np.cumsum(weights[::-1])
+    reached, above = total - ranks(normals, anomalous[firsts])[:, ::-1]
     return _Steps(
-        normals_above=normals.size - np.searchsorted(normals, scores, "right")[::-1],
-        normals_reached=normals.size - np.searchsorted(normals, scores, "left")[::-1],
-        anomalous_reached=reached,
-        overlap=gathered[reached - 1] / gathered[-1],
-        normals=normals.size,
+        normals_above=above,
+        normals_reached=reached,
+        anomalous=np.diff(firsts, append=anomalous.size)[::-1],
+        overlap=(np.add.reduceat(weights, firsts) / weights.sum())[::-1],
+        normals=total,
     )
 
 
 def _histogram_steps(histogram: Histogram) -> _Steps:
     """Take each bin for one score; a step without anomalous scores changes no metric."""
-    normals, anomalous = np.cumsum(histogram.normals[::-1]), np.cumsum(histogram.anomalous[::-1])
-    _require_both(int(normals[-1]), int(anomalous[-1]))
-    gathered = np.cumsum(histogram.weights[::-1])
+    normals = np.cumsum(histogram.normals[::-1])
+    _require_both(int(normals[-1]), int(histogram.anomalous.sum()))
     return _Steps(
         normals_above=normals - histogram.normals[::-1],
         normals_reached=normals,
-        anomalous_reached=anomalous,
-        overlap=gathered / gathered[-1],
+        anomalous=histogram.anomalous[::-1],
+        overlap=histogram.weights[::-1] / histogram.weights.sum(),
         normals=int(normals[-1]),
     )
 
@@ -274,33 +245,31 @@ def _require_both(normal: int, anomalous: int) -> None:
 
 
 def _auroc(steps: _Steps) -> float:
-    return _area(steps, steps.anomalous_reached / steps.anomalous_reached[-1], 1.0)
+    return _area(steps, steps.anomalous / steps.anomalous.sum(), 1.0)
 
 
 def _average_precision(steps: _Steps) -> float:
-    precision = steps.anomalous_reached / (steps.anomalous_reached + steps.normals_reached)
-    gains = np.diff(steps.anomalous_reached, prepend=0)
-    return float(precision @ gains / steps.anomalous_reached[-1])
+    reached = np.cumsum(steps.anomalous)
+    return float(reached / (reached + steps.normals_reached) @ steps.anomalous / reached[-1])
 
 
 def _f1_max(steps: _Steps) -> float:
-    called = steps.anomalous_reached + steps.normals_reached
-    return float(np.max(2 * steps.anomalous_reached / (called + steps.anomalous_reached[-1])))
+    reached = np.cumsum(steps.anomalous)
+    return float(np.max(2 * reached / (reached + steps.normals_reached + reached[-1])))
 
 
-def _area(steps: _Steps, heights: Doubles, limit: float) -> float:
-    """Give the area under `heights` (S,) over the false-positive rate from 0 to `limit`, divided by `limit`.
+def _area(steps: _Steps, gains: Doubles, limit: float) -> float:
+    """Give the area under the sum of `gains` (S,) over the false-positive rate up to `limit`, over `limit`.
 
-    The curve is flat between steps and a straight line over each, which is how tied scores share a point.
+    The curve is flat between steps and a straight line over each, which is how tied scores share a point. So
+    what a step gains counts in half over its own width, and in full from there to the limit.
     """
-    x = np.stack((steps.normals_above, steps.normals_reached), axis=1).ravel() / steps.normals
-    x = np.concatenate(([0.0], x, [1.0]))
-    y = np.repeat(np.append(0.0, heights), 2)
-    end = int(np.searchsorted(x, limit, "right"))
-    if end < x.size:
-        at_limit = np.interp(limit, x[end - 1 : end + 1], y[end - 1 : end + 1])
-        x, y = np.append(x[:end], limit), np.append(y[:end], at_limit)
-    return float(np.diff(x) @ (y[1:] + y[:-1]) / 2 / limit)
+    end = np.searchsorted(steps.normals_above, math.ceil(limit * steps.normals))
+    left, right = steps.normals_above[:end] / steps.normals, steps.normals_reached[:end] / steps.normals
+    covered = limit - (left + right) / 2
+    if end and right[-1] > limit:  # only the last of these steps can go beyond the limit
+        covered[-1] = (limit - left[-1]) ** 2 / (right[-1] - left[-1]) / 2
+    return float(gains[:end] @ covered / limit)
 
 
 # --- Input --------------------------------------------------------------------------------------------------
@@ -308,7 +277,7 @@ def _area(steps: _Steps, heights: Doubles, limit: float) -> float:
 
 def _image_steps(scores: npt.ArrayLike, labels: npt.ArrayLike) -> _Steps:
     normals, anomalous = _sorted_by_class(scores, labels)
-    return _exact_steps(normals, anomalous, np.ones(anomalous.size))
+    return _exact_steps([normals], anomalous, np.ones(anomalous.size))
 
 
 def _sorted_by_class(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Doubles, Doubles]:

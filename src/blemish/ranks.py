@@ -1,16 +1,21 @@
-"""A histogram of ranks: what `metrics` keeps of pixel scores that do not fit in memory.
+"""Many scores in order: sorted where they fit in memory, a histogram of ranks where they do not.
 
-Bins are cut by rank, never by score, so that neither the range nor the shape of the scores matters. They hold
-equal shares of the anomalous scores. Of the normal scores they hold shares that shrink towards the highest
-ones, where precision and the low false-positive rates are decided. A score that many pixels share outweighs
-its bin and so stays where it is. Later scores take their own places, between the bins or outside them, before
-bins are cut anew: scores may drift from image to image.
+Sorting and counting run on all cores: NumPy lets go of the interpreter's lock meanwhile.
+
+The histogram's bins are cut by rank, never by score, so that neither the range nor the shape of the scores
+matters. They hold equal shares of the anomalous scores. Of the normal scores they hold shares that shrink
+towards the highest ones, where precision and the low false-positive rates are decided. A score that many
+pixels share outweighs its bin and so stays where it is. Later scores take their own places, between the bins
+or outside them, before bins are cut anew: scores may drift from image to image.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +27,157 @@ Counts = npt.NDArray[np.int64]
 
 BYTES_PER_BIN = 1024
 """Memory for each of the `bins` that the functions take, while histograms are joined."""
+THREADS = os.cpu_count() or 1
+CHUNK = 2**14
+"""Scores that a thread ranks at a time."""
+WORTH_A_THREAD = 2**18
+"""Scores whose sorting takes longer than starting a thread for them."""
+
+
+class Scores:
+    """Normal and anomalous scores, with weights of the latter, while they fit; a histogram beyond.
+
+    What is gathered stays within `budget` bytes together with the work on it that `metrics` does.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.adds = 0
+        self.histogram: Histogram | None = None
+        self._budget = budget
+        self.bins = budget // BYTES_PER_BIN
+        self._start()
+
+    def _start(self) -> None:
+        self._normals = _Pile(np.float32)
+        self._anomalous = _Pile(np.float32)
+        self._weights = _Pile(np.float64)
+        self._in_order = True
+
+    def add(self, normals: FloatArray, anomalous: FloatArray, weights: Doubles) -> None:
+        """Take in a copy of (N,) normal scores, (A,) anomalous ones and their (A,) weights."""
+        if self._in_memory() and not self._fits(normals.size, anomalous.size):
+            self._fold()
+        self._normals.add(normals)
+        self._anomalous.add(anomalous)
+        self._weights.add(weights)
+        self._in_order = False
+        self.adds += 1
+
+    def normals(self) -> FloatArray:
+        """Give the normal scores in memory ascending, sorted where they lie: void after the next `add`."""
+        if not self._in_order:
+            sort(self._normals.values())
+            self._in_order = True
+        return self._normals.values()
+
+    def anomalous(self) -> tuple[FloatArray, Doubles]:
+        """Give the anomalous scores in memory and their weights, as they came: void after the next `add`."""
+        return self._anomalous.values(), self._weights.values()
+
+    def histograms(self) -> list[Histogram]:
+        """Give the histogram with all that came since; without one, a new one of either class that came."""
+        if self.histogram and self._in_memory():
+            self._fold()
+        return [self.histogram] if self.histogram else self._new_histograms()
+
+    def _in_memory(self) -> int:
+        return self._normals.size + self._anomalous.size
+
+    def _fits(self, normals: int, anomalous: int) -> bool:
+        """Say whether there is room for so many more.
+
+        A normal score is sorted where it lies, on a pile with some slack. An anomalous one brings its weight,
+        is sorted together with it, and may become a step of a metric, for its own kind of defect and for all.
+        A histogram needs a quarter of the budget for itself, but no steps.
+        """
+        normals, anomalous = normals + self._normals.size, anomalous + self._anomalous.size
+        if self.histogram:
+            return 5 * normals + 48 * anomalous <= self._budget * 3 // 4
+        return 5 * normals + 128 * anomalous <= self._budget
+
+    def _fold(self) -> None:
+        """Move what is in memory into the histogram, which starts here if there is none yet."""
+        new = self._new_histograms()
+        self._start()
+        self.histogram = joined([self.histogram, *new] if self.histogram else new, self.bins)
+
+    def _new_histograms(self) -> list[Histogram]:
+        found = []
+        if self._normals.size:
+            found.append(normal_histogram(self.normals(), self.bins))
+        if self._anomalous.size:
+            found.append(anomalous_histogram(*sorted_anomalous([self]), self.bins))
+        return found
+
+
+class _Pile:
+    """Values in one array that grows by a quarter when it is full: without a copy, where the system can."""
+
+    def __init__(self, dtype: type[np.floating[Any]]) -> None:
+        self._array: AnyArray = np.empty(0, dtype)
+        self.size = 0
+
+    def add(self, values: AnyArray) -> None:
+        end = self.size + values.size
+        if end > self._array.size:
+            self._array.resize(max(end, self._array.size * 5 // 4), refcheck=False)
+        self._array[self.size : end] = values
+        self.size = end
+
+    def values(self) -> AnyArray:
+        """Give a view, void after the next `add`."""
+        return self._array[: self.size]
+
+
+def sorted_anomalous(parts: Sequence[Scores]) -> tuple[FloatArray, Doubles]:
+    """Give the anomalous scores in memory of all parts ascending, with their weights."""
+    scores = np.concatenate([part.anomalous()[0] for part in parts])
+    weights = np.concatenate([part.anomalous()[1] for part in parts])
+    order = np.argsort(scores)
+    return scores[order], weights[order]
+
+
+def joint_histogram(parts: Sequence[Scores]) -> Histogram:
+    """Give one histogram of all parts, of which one at least has one, in the first one's bins."""
+    histograms = [histogram for part in parts for histogram in part.histograms()]
+    return histograms[0] if len(histograms) == 1 else joined(histograms, parts[0].bins)
+
+
+def sort(scores: FloatArray, threads: int = THREADS) -> None:
+    """Sort (N,) scores in place: part them at their median, then sort either half on its own threads."""
+    if threads < 2 or scores.size < WORTH_A_THREAD:
+        scores.sort()
+        return
+    half = scores.size // 2
+    scores.partition(half)
+    with ThreadPoolExecutor(1) as pool:
+        upper = pool.submit(sort, scores[half:], threads // 2)
+        sort(scores[:half], threads - threads // 2)
+        upper.result()
+
+
+def ranks(parts: Sequence[AnyArray], scores: AnyArray) -> Counts:
+    """Count the values in ascending arrays below each of (S,) ascending scores, and at or below it: (2, S).
+
+    Chunk by chunk of the scores, so that the values between its ends stay in the cache, on all cores.
+    """
+    counts = np.zeros((2, scores.size), np.int64)
+
+    def count(first: int) -> None:
+        chunk, counted = scores[first : first + CHUNK], counts[:, first : first + CHUNK]
+        for values in filter(len, parts):
+            low, high = np.searchsorted(values, chunk[[0, -1]])
+            below = low + np.searchsorted(values[low:high], chunk)
+            counted += below
+            among = np.flatnonzero(values[np.minimum(below, values.size - 1)] == chunk)
+            counted[1, among] += np.searchsorted(values, chunk[among], "right") - below[among]
+
+    if scores.size <= CHUNK:
+        count(0)
+    else:
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(count, range(0, scores.size, CHUNK)))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -40,7 +196,7 @@ class Histogram:
 
 def normal_histogram(ascending: FloatArray, bins: int) -> Histogram:
     """Put (N,) normal scores, N > 0, into at most `bins` + 1 bins."""
-    above = _normals_above(np.arange(bins + 1), ascending.size, bins)
+    above = _normals_above(np.arange(bins, -1, -1), ascending.size, bins)
     firsts = _cut(ascending, ascending.size - 1 - np.minimum(above, ascending.size - 1))
     counts = np.diff(firsts, append=ascending.size)
     return Histogram(ascending[firsts + counts // 2], counts, np.zeros_like(counts), np.zeros(counts.size))
@@ -78,8 +234,9 @@ def first_of_each(values: AnyArray) -> Counts:
 
 
 def _cut(ascending: FloatArray, cuts: Counts) -> Counts:
-    """Move cuts, index 0 among them, down to where none is between equal scores; give each place once."""
-    return np.unique(np.searchsorted(ascending, ascending[cuts]))
+    """Move ascending cuts, the first 0, down to where none is between equal scores; give each place once."""
+    places = np.searchsorted(ascending, ascending[cuts])
+    return places[first_of_each(places)]
 
 
 def _thinned(histogram: Histogram, bins: int) -> Histogram:
@@ -92,10 +249,11 @@ def _thinned(histogram: Histogram, bins: int) -> Histogram:
     normals = np.cumsum(histogram.normals[::-1])[::-1]
     anomalous = np.cumsum(histogram.anomalous[::-1])[::-1]
     position = _normal_position(normals, int(normals[0]), bins)
-    depth = position - _normal_position(normals - histogram.normals, int(normals[0]), bins)
+    depth = -np.diff(position, append=0)
     full = (depth >= 1) | (histogram.anomalous * bins >= max(int(anomalous[0]), 1))
-    cell = np.stack((np.floor(position), anomalous * bins // max(int(anomalous[0]), 1)))
-    apart = (cell[:, 1:] != cell[:, :-1]).any(axis=0) | full[1:] | full[:-1]
+    apart = np.diff(np.floor(position)) != 0
+    apart |= np.diff(anomalous * bins // max(int(anomalous[0]), 1)) != 0
+    apart |= full[1:] | full[:-1]
     firsts = np.append(0, np.flatnonzero(apart) + 1)
     below = np.append(0, np.cumsum(histogram.normals + histogram.anomalous))
     ends = below[np.append(firsts, below.size - 1)]
