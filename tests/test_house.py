@@ -18,17 +18,18 @@ from blemish import cli, detectors
 SOURCE = Path(blemish.__file__).parent
 TIERS = (
     ("_version", "errors", "ops", "optimisers", "progress", "types"),
-    ("calibrate", "files", "flange", "hardware", "processes", "ranks"),
+    ("calibrate", "files", "flange", "hardware", "machine", "processes", "ranks"),
     ("backbones", "bundle", "checkpoint", "images", "metrics"),
     ("charts", "data", "demo", "detectors", "display"),
     ("fused",),
     ("engines",),
-    ("runtime",),
+    ("roofline", "runtime"),
     ("evaluation", "export", "predict", "report"),
-    ("preflight", "seal"),
-    ("loop",),
-    ("training",),
+    ("contenders", "preflight", "seal"),
+    ("benchmark", "loop"),
+    ("scoreboard", "training"),
     ("cli_options", "distill", "trials"),
+    ("cli_inference",),
     ("cli",),
 )
 """Rooms, each importing only from those in tiers above its own."""
@@ -44,7 +45,9 @@ WITHOUT_TORCH = (
         "report",
         "trials",
         "cli",
+        "cli_inference",
         "cli_options",
+        *("benchmark", "contenders", "machine", "roofline", "scoreboard"),
     ),
 )
 TRAINING_ONLY = {"torch", "safetensors", "scipy", "onnx", "onnxscript", "typing_extensions"}
@@ -157,7 +160,7 @@ HEAVY = TRAINING_ONLY | {"numpy", "PIL", "onnxruntime", "cc3d", "jinja2", "tqdm"
 
 def test_help_and_the_bare_package_import_nothing_heavy() -> None:
     assert not modules_after("import blemish, blemish.cli") & HEAVY
-    for words in (["--help"], ["train", "--help"], ["distill", "--help"], ["--version"]):
+    for words in (["--help"], ["train", "--help"], ["benchmark", "--help"], ["--version"]):
         program = f"from blemish import cli\ntry: cli.main({words})\nexcept SystemExit: pass"
         assert not modules_after(program) & HEAVY
 

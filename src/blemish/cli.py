@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blemish._version import __version__
+from blemish.cli_inference import benchmark_arguments, run_benchmark
 from blemish.cli_options import (
     METHODS,
     RATE_HELP,
@@ -439,6 +440,7 @@ COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], s
         "judge images: score, label, p-value, regions, maps, overlays",
     ),
     ("calibrate", run_calibrate, calibrate_arguments, "set a model's thresholds anew from good images"),
+    ("benchmark", run_benchmark, benchmark_arguments, "measure how long models take, side by side"),
     ("weights", run_weights, weights_arguments, "list, add or fetch pretrained weights"),
     ("distill", run_distill, distill_arguments, "make a teacher for EfficientAD from a backbone"),
     ("demo", run_demo, demo_arguments, "draw parts, train, evaluate, report: no download, no images needed"),

@@ -30,6 +30,7 @@ from blemish.data.split import choose_test
 from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
 from blemish.evaluation import COLUMNS, evaluate
 from blemish.files import check_writable, write_whole
+from blemish.machine import cores
 from blemish.progress import say
 from blemish.runtime import load
 from blemish.types import Evaluation, MetricRow
@@ -206,15 +207,6 @@ def room(device: str) -> int:
     from blemish.hardware import choose_device
 
     return 1 if choose_device(device) == "cuda" else max(1, cores() // CORES_EACH)
-
-
-def cores() -> int:
-    """Count the processor's cores that this process may use."""
-    if sys.version_info >= (3, 13):
-        return os.process_cpu_count() or 1
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def beside(

@@ -1,0 +1,92 @@
+"""What fusing, the engine and the precision bring: the plain networks that a peer ships beside ours.
+
+    python benchmarks/inference.py efficientad-s --threads 2 --seconds 20
+    python benchmarks/inference.py model.blemish --exports int8.blemish mixed.blemish --json rows.json
+    python benchmarks/inference.py supersimplenet --set backbone=resnet50
+    python benchmarks/inference.py supersimplenet --set backbone=efficientnet_lite0 --only openvino
+
+The rows: the plain network in PyTorch, its channels first, as it is shipped, and last; in ONNX Runtime and
+in OpenVINO, all float32; ours in every engine and precision that a processor has; and exported files. Plain
+SuperSimpleNet is `plain_supersimplenet.py`, plain EfficientAD the detector's own three networks. One image at
+a time. The first line after the tables says how much faster each of ours is than the best plain row.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from plain_supersimplenet import plain
+
+from blemish import benchmark, scoreboard
+from blemish.benchmark import Benchmark, Plan
+from blemish.cli_options import settings
+from blemish.contenders import Contender, Entry, complete, prepare
+
+PLAIN = (("torch", False), ("torch", True), ("onnxruntime", False), ("openvino", False))
+"""Engine, and whether channels lie last."""
+OURS = (
+    *(("torch", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32")),
+    *(("torch", "bf16"), ("openvino", "bf16")),
+)
+
+
+def rows(source: str, exports: Sequence[str], chosen: dict[str, str], only: Sequence[str]) -> list[Contender]:
+    """Make the contenders, but for those whose name holds none of `only`."""
+    names = [f"plain:{backend}:fp32{' channels last' * last}" for backend, last in PLAIN]
+    made = []
+    for name, (backend, last) in zip(names, PLAIN, strict=True):
+        if wanted(name, only):
+            entry = prepare(Entry(source, backend="torch", precision="fp32"), "cpu", chosen)
+            choice = replace(entry.choice, backend=backend)
+            peer = replace(entry, name=name, choice=choice, network=plain, channels_last=last)
+            made.append(complete(peer))
+    for backend, precision in OURS:
+        if wanted(f"ours:{backend}:{precision}", only):
+            entry = prepare(Entry(source, False, backend, precision), "cpu", chosen)
+            made.append(replace(entry, name=f"ours:{backend}:{precision}"))
+    return made + [prepare(Entry(path)) for path in exports]
+
+
+def wanted(name: str, only: Sequence[str]) -> bool:
+    return not only or any(part in name for part in only)
+
+
+def against_best(found: Benchmark) -> list[str]:
+    """Say how many times as fast as the best plain row each other row was."""
+    peers = [row for row in found.rows if row.contender.network is not None]
+    if not peers:
+        return []
+    best = min(peers, key=lambda row: scoreboard.figures(row, 1)["median_ms"])
+    lines = [f"Times as fast as the best plain row, {best.contender.name} (over rounds):"]
+    for row in found.rows:
+        if row.contender.network is None:
+            middle, least, most = scoreboard.ratio(best, row)
+            lines.append(f"  {row.contender.name:32} {middle:.2f} ({least:.2f} to {most:.2f})")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", help="a model file or a method")
+    parser.add_argument("--exports", nargs="*", default=[], metavar="F.blemish", help="more rows")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of a method")
+    parser.add_argument("--only", nargs="*", default=[], metavar="PART", help="rows with this in their names")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each row (10)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    contenders = rows(options.source, options.exports, settings(options.set), options.only)
+    plan = Plan(options.threads, rounds=options.rounds, seconds=options.seconds, batch=1)
+    found = benchmark.run(contenders, plan)
+    print(scoreboard.table(found))
+    print("", *against_best(found), sep="\n")
+    if options.json:
+        scoreboard.write_json(found, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""SuperSimpleNet and SimpleNet step by step, as the papers draw them and peers implement them.
+
+The backbone's outputs are upscaled, concatenated and averaged over 3 x 3 cells; a 1 x 1 convolution adapts
+them; the heads run one after the other on all cells; the map is blurred in two dimensions at once. Everything
+is (B, C, H, W). It takes its weights from a detector of ours and gives the same numbers, to rounding: ours
+reorders what is linear, in training already.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from blemish import ops
+from blemish.detectors.base import Detector
+from blemish.detectors.heads import SLOPE
+from blemish.detectors.supersimplenet import SuperSimpleNet
+
+
+class PlainSuperSimpleNet(nn.Module):
+    """Map (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
+
+    def __init__(self, detector: SuperSimpleNet) -> None:
+        super().__init__()
+        self.config = detector.config
+        self.backbone = detector.backbone
+        self.adaptor = one_by_one(detector.adaptor)
+        head = detector.segmentation
+        norm = nn.BatchNorm2d(head.norm.num_features)
+        norm.load_state_dict(head.norm.state_dict())
+        self.segmentation = nn.Sequential(
+            one_by_one(head.first), norm, nn.LeakyReLU(SLOPE), one_by_one(head.last)
+        )
+        self.classification = detector.classification
+        kernel = torch.outer(detector.kernel, detector.kernel)
+        self.register_buffer("kernel", kernel[None, None])
+        self.eval()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Join the backbone's outputs at the finest one's size, or double that: (B, C, h, w)."""
+        outputs = self.backbone(images)
+        factor = 2 if self.config.upscale else 1
+        size = [factor * length for length in outputs[0].shape[2:]]
+        resized = [functional.interpolate(x, size, mode="bilinear", align_corners=True) for x in outputs]
+        return functional.avg_pool2d(torch.cat(resized, 1), 3, stride=1, padding=1)
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.features(images)
+        adapted = self.adaptor(features)
+        cells = self.segmentation(adapted)
+        maps = functional.interpolate(cells, images.shape[2:], mode="bilinear")
+        if self.config.blur_sigma:
+            kernel = cast(Tensor, self.kernel)
+            maps = functional.conv2d(
+                functional.pad(maps, (kernel.shape[-1] // 2,) * 4, mode="reflect"), kernel
+            )
+        statistics = ops.map_statistics(maps[:, 0], cells[:, 0], self.config.statistics)
+        if "head" in self.config.statistics:
+            seen = adapted if self.config.adapt_classification_features else features
+            statistics["head"] = self.score(seen, cells)
+        return maps[:, 0], torch.stack([statistics[name] for name in self.config.statistics], 1)
+
+    def score(self, features: Tensor, cells: Tensor) -> Tensor:
+        """Give the (B,) logits of the classification head."""
+        head = self.classification
+        if head is None:
+            raise ValueError("no classification head")
+        seen = head.convolution(torch.cat([features, cells], 1))
+        pooled = [seen.amax((2, 3)), seen.mean((2, 3)), cells.amax((2, 3)), cells.mean((2, 3))]
+        return cast(Tensor, head.linear(torch.cat(pooled, 1)))[:, 0]
+
+
+def one_by_one(layer: nn.Linear) -> nn.Conv2d:
+    """Make a 1 x 1 convolution of a linear layer on cells."""
+    made = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None)
+    made.weight.data = layer.weight.data[:, :, None, None].clone()
+    if made.bias is not None:
+        made.bias.data = layer.bias.data.clone()
+    return made
+
+
+def plain(detector: Detector) -> nn.Module:
+    """Give a detector's network as a peer ships it: of EfficientAD, the detector's own."""
+    return PlainSuperSimpleNet(detector) if isinstance(detector, SuperSimpleNet) else detector

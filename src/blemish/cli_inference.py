@@ -1,0 +1,109 @@
+"""Commands of the command line for inference: how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from blemish.cli_options import METHODS, refuse_outputs, settings
+from blemish.errors import ConfigError, DataError
+
+
+def benchmark_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `benchmark` takes."""
+    who = sub.add_mutually_exclusive_group(required=True)
+    who.add_argument("file", nargs="?", metavar="F.blemish", help="a model file, run as it says unless told")
+    who.add_argument("--model", metavar="M", help=f"an untrained detector: {', '.join(METHODS)}")
+    who.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="ENTRY",
+        help="several side by side: [plain:]F.blemish or METHOD[:BACKEND[:PRECISION]]",
+    )
+    sub.add_argument("--backend", default="", metavar="B", help="onnxruntime, openvino or torch")
+    sub.add_argument("--precision", default="", metavar="P", help="fp32, fp16 or bf16 (fp16 on a GPU)")
+    sub.add_argument("--device", default="", metavar="D", help="cpu, cuda or tensorrt (as the file says)")
+    sub.add_argument("--plain", action="store_true", help="the method's own network, not the fused one")
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="of a processor (all its cores)")
+    sub.add_argument("--batch", type=int, default=16, metavar="N", help="for the throughput (16); 1: none")
+    sub.add_argument("--seconds", type=float, metavar="S", help="for each row (10; no limit on a GPU)")
+    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="in which rows take turns (5)")
+    sub.add_argument("--image-size", metavar="HxW", help="of an untrained detector's input (256x256)")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of an untrained detector"
+    )
+    sub.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="measure reading and judging these files, too"
+    )
+    sub.add_argument("--json", type=Path, metavar="F", help="write every figure")
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    """Measure how long a model takes, or several side by side."""
+    from blemish import benchmark, scoreboard
+    from blemish.contenders import prepare
+
+    refuse_outputs(options.json)
+    entries = asked(options)
+    plan = planned(options)
+    paths = listed(options.images)
+    chosen: dict[str, Any] = settings(options.set)
+    if options.image_size:
+        chosen["image_size"] = options.image_size
+    contenders = [prepare(entry, options.device, chosen) for entry in entries]
+    found = benchmark.run(contenders, plan, paths)
+    print(scoreboard.table(found))
+    if options.json is not None:
+        scoreboard.write_json(found, options.json)
+    return 0
+
+
+def asked(options: argparse.Namespace) -> list[Any]:
+    """Read who is to run, with what the other options say of those that say nothing themselves."""
+    from dataclasses import replace
+
+    from blemish.contenders import Entry, read_entry
+
+    if options.compare is None:
+        return [Entry(options.model or options.file, options.plain, options.backend, options.precision)]
+    if options.plain:
+        raise ConfigError("--plain beside --compare; expected plain:ENTRY for each that is to be plain")
+    entries = [read_entry(text) for text in options.compare]
+    return [
+        replace(
+            entry,
+            backend=entry.backend or options.backend,
+            precision=entry.precision or options.precision,
+        )
+        for entry in entries
+    ]
+
+
+def planned(options: argparse.Namespace) -> Any:
+    """Settle how often what is run; raise ConfigError for numbers that cannot be."""
+    from blemish.benchmark import Plan
+    from blemish.machine import cores
+
+    for name, least in (("threads", 0), ("batch", 1), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} {getattr(options, name)}: expected at least {least}")
+    limit = options.seconds
+    if limit is None:
+        limit = 10.0 if options.device in ("", "cpu") else math.inf
+    if not limit > 0:
+        raise ConfigError(f"--seconds {limit:g}: expected more than 0")
+    return Plan(options.threads or cores(), rounds=options.rounds, seconds=limit, batch=options.batch)
+
+
+def listed(folder: Path | None) -> list[Path]:
+    """List the images of a folder, to its depth; raise DataError where there are none."""
+    if folder is None:
+        return []
+    from blemish.images import list_images
+
+    paths = list_images(folder, recursive=True) if folder.is_dir() else []
+    if not paths:
+        raise DataError(f"no images in {folder}; expected a folder with some")
+    return paths
