@@ -6,7 +6,9 @@ import math
 import mmap
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +24,7 @@ from blemish.benchmark import Benchmark, Burst, Plan, Row, Stream, Timings
 from blemish.contenders import Contender, Entry, Work, prepare, read_entry
 from blemish.detectors import build, configure
 from blemish.engines import Choice
-from blemish.errors import ConfigError, ImageError, ModelFileError
+from blemish.errors import ConfigError, ImageError, ModelFileError, StoppedError
 from blemish.fused import fuse
 from blemish.machine import Machine
 from blemish.roofline import Rate
@@ -433,6 +435,19 @@ def test_what_a_process_cannot_open_is_raised_here(tmp_path: Path) -> None:
         benchmark.worker(broken, Plan(1), ()),
     ):
         pass
+
+
+def test_a_process_that_is_killed_is_named() -> None:
+    """And no other row's, whose process is ended with it."""
+    with ExitStack() as stack:
+        ask, _ = stack.enter_context(benchmark.worker(contender("one"), Plan(1), ()))
+        (process,) = active_children()
+        stack.enter_context(benchmark.worker(contender("other"), Plan(1), ()))
+        assert len(ask(Burst(1, 1, 2, math.inf))) == 2
+        process.kill()
+        with pytest.raises(StoppedError, match="the process of one was killed, often for want of memory"):
+            ask(Burst(1, 1, 2, math.inf))
+    assert active_children() == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -29,7 +30,7 @@ import numpy as np
 from blemish import machine, roofline
 from blemish.contenders import Contender, open_contender
 from blemish.engines import Choice, Engine
-from blemish.errors import BlemishError, ConfigError, ImageError
+from blemish.errors import BlemishError, ConfigError, ImageError, StoppedError
 from blemish.machine import Machine
 from blemish.progress import say
 from blemish.roofline import Rate
@@ -42,6 +43,8 @@ LATENCY_SHARE = 0.6
 """Of a row's seconds; the rest is for the throughput."""
 ROOMS = {"torch": "pytorch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 """Where each backend's engine is."""
+KILLED = -9
+"""The status of a process that the system killed."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def run(contenders: Sequence[Contender], plan: Plan, paths: Sequence[Path] = ())
             say(f"opening {contender.name}")
             ask, one.memory = stack.enter_context(worker(contender, plan, paths))
             asks.append(ask)
-        pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+        pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), deaf))
         for number in range(plan.rounds):
             say(f"round {number + 1} of {plan.rounds}")
             take_turns(number, asks, timings, plan)
@@ -218,23 +221,20 @@ def worker(contender: Contender, plan: Plan, paths: Sequence[Path]) -> Iterator[
     process.start()
     there.close()
 
-    def receive() -> Any:
+    def exchange(wanted: Burst | Stream | None = None) -> Any:
         try:
+            if wanted is not None:
+                here.send(wanted)
             found = here.recv()
-        except EOFError:
+        except (EOFError, ConnectionError) as error:
             process.join()
-            raise RuntimeError(f"the process of {contender.name} ended, status {process.exitcode}") from None
+            raise ended(contender.name, process.exitcode) from error
         if isinstance(found, BlemishError):
             raise found
         return found
 
-    def ask(wanted: Burst | Stream) -> list[float]:
-        here.send(wanted)
-        found: list[float] = receive()
-        return found
-
     try:
-        yield ask, receive()
+        yield exchange, exchange()
     finally:
         here.close()
         process.join(5)
@@ -242,8 +242,18 @@ def worker(contender: Contender, plan: Plan, paths: Sequence[Path]) -> Iterator[
         process.join()
 
 
+def ended(name: str, status: int | None) -> Exception:
+    """Say why a row's process is no more."""
+    if status != KILLED:
+        return RuntimeError(f"the process of {name} ended with status {status}")
+    return StoppedError(
+        f"the process of {name} was killed, often for want of memory; expected fewer rows or a smaller batch"
+    )
+
+
 def serve(connection: Connection, contender: Contender, plan: Plan, paths: Sequence[Path]) -> None:
     """Hold one contender in this process and run it as it is asked to, until nobody is there to ask."""
+    deaf()
     try:
         importlib.import_module(f"blemish.engines.{ROOMS[contender.choice.backend]}")
         before = machine.resident()
@@ -259,8 +269,13 @@ def serve(connection: Connection, contender: Contender, plan: Plan, paths: Seque
                 connection.send(judge(model, paths, wanted.seconds))
     except BlemishError as error:
         connection.send(error)
-    except EOFError:
+    except (EOFError, ConnectionError):
         return
+
+
+def deaf() -> None:
+    """Leave Ctrl-C to the parent, which then ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def images(contender: Contender, count: int, model: Predictor | None, paths: Sequence[Path]) -> FloatArray:
