@@ -193,9 +193,11 @@ def test_a_gpu_has_half_precision_unless_told() -> None:
     opened = contenders.untrained("supersimplenet", SMALL)
     choose = contenders.choose
     assert choose(Entry("supersimplenet"), "cuda", opened) == Choice("torch", "fp16", "cuda")
-    assert choose(Entry("supersimplenet"), "tensorrt", opened) == Choice("onnxruntime", "fp16", "tensorrt")
+    assert choose(Entry("supersimplenet"), "tensorrt", opened) == Choice("onnxruntime", "fp32", "tensorrt")
     assert choose(Entry("supersimplenet", precision="bf16"), "cuda", opened).precision == "bf16"
-    assert choose(Entry("m.blemish"), "cuda", opened) == Choice("onnxruntime", "fp16", "cuda")
+    assert choose(Entry("m", backend="onnxruntime"), "cuda", opened) == Choice("onnxruntime", "fp32", "cuda")
+    with pytest.raises(ConfigError, match="precision fp16 of m, whose graph is fp32: for onnxruntime"):
+        choose(Entry("m", backend="onnxruntime", precision="fp16"), "cuda", opened)
     assert choose(Entry("supersimplenet"), "", opened) == Choice("onnxruntime", "fp32", "cpu")
 
 
@@ -455,7 +457,10 @@ def test_a_process_that_is_killed_is_named() -> None:
     [
         (["--model", "efficientad"], "unknown model 'efficientad'; did you mean"),
         (["--model", "supersimplenet", "--backend", "tflite"], "unknown backend 'tflite'"),
-        (["--model", "supersimplenet", "--precision", "int8"], "int8 is a property of the graph"),
+        (
+            ["--model", "supersimplenet", "--precision", "int8"],
+            "expected fp32, or a file that was exported in int8",
+        ),
         (["--model", "supersimplenet", "--device", "npu"], "unknown device 'npu'"),
         (["--model", "supersimplenet", "--set", "colour=red"], "no setting 'colour'"),
         ([MODEL, "--image-size", "64x64"], "a model file has its own"),

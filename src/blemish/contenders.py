@@ -102,34 +102,36 @@ def prepare(entry: Entry, device: str = "", settings: Mapping[str, Any] | None =
     of an untrained method; its weights are drawn, since time does not depend on them.
     """
     if entry.is_file and settings:
-        raise ConfigError(f"settings {', '.join(settings)} for {entry.source}: a model file has its own")
+        raise ConfigError(
+            f"settings {', '.join(settings)} for {entry.source}: a model file has its own; expected none"
+        )
     opened = bundle.read(Path(entry.source)) if entry.is_file else untrained(entry.source, settings or {})
     choice = choose(entry, device, opened)
     network = unchanged if entry.plain else None
-    channels = "plain:" if entry.plain else ""
-    name = f"{channels}{Path(entry.source).name}:{choice.backend}:{choice.precision}"
-    made = Contender(name, opened, choice, network, trained=entry.is_file)
-    return complete(made)
+    name = f"{'plain:' * entry.plain}{Path(entry.source).name}:{choice.backend}:{choice.precision}"
+    return complete(Contender(name, opened, choice, network, trained=entry.is_file))
 
 
 def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
-    """Settle backend, precision and device; raise ConfigError for what the machine or the graph has not."""
+    """Settle backend, precision and device; raise ConfigError for what the machine or the graph has not.
+
+    ONNX Runtime computes in what the graph holds, so half precision on CUDA is PyTorch's by default.
+    """
     start = Choice() if entry.plain else recorded(opened.manifest)
-    moved = device not in ("", "cpu", start.device)
-    backend = entry.backend or ("torch" if device == "cuda" and not entry.is_file else start.backend)
-    half = moved and start.precision != "int8"
-    precision = entry.precision or ("fp16" if half else start.precision)
+    quantised = start.precision == "int8"
+    moved = device == "cuda" != start.device and not quantised
+    backend = entry.backend or ("torch" if moved else start.backend)
+    precision = entry.precision or ("fp16" if moved and backend == "torch" else start.precision)
     made = replace(start, backend=backend, precision=precision, device=device or start.device)
-    if (made.precision == "int8") != (start.precision == "int8"):
+    held = start.precision if quantised or start.backend == "onnxruntime" else "fp32"
+    if (precision == "int8") != quantised or (backend == "onnxruntime" and precision != held):
         raise ConfigError(
-            f"precision {made.precision} of {entry.source}, whose graph is {start.precision}: int8 is a "
-            "property of the graph; expected a file that blemish export has written in that precision"
+            f"precision {precision} of {entry.source}, whose graph is {held}: for {backend} that is the "
+            f"graph's; expected {held}, or a file that was exported in {precision}"
         )
-    package = made.backend
-    if package in PACKAGES and find_spec(package) is None:
+    if backend in PACKAGES and find_spec(backend) is None:
         raise ConfigError(
-            f"backend {made.backend} is not installed; expected blemish[{PACKAGES[package]}], or another "
-            "backend"
+            f"backend {backend} is not installed; expected blemish[{PACKAGES[backend]}], or another backend"
         )
     return made
 
