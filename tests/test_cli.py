@@ -126,7 +126,7 @@ def test_the_commands_in_their_order(
     for record in records:
         name = Path(record["path"]).relative_to(data / "test")
         stored = np.array(Image.open((maps / name).with_suffix(".tiff")))
-        assert np.array_equal(stored, model.predict(record["path"]).map)
+        assert np.array_equal(stored, model.predict(record["path"], full_size=True).map)
         assert images.read((overlays / name).with_suffix(".png")).shape == (64, 64, 3)
 
     again = tmp_path / "again.blemish"
@@ -158,7 +158,7 @@ def test_predicting_without_a_file_for_the_lines_prints_them(
     said = capsys.readouterr()
     assert [json.loads(line)["path"] for line in said.out.splitlines()] == [str(path) for path in paths]
     model = blemish.load(MODEL)
-    assert np.array_equal(np.load(tmp_path / "a.npy"), model.predict(paths[0]).map)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), model.predict(paths[0], full_size=True).map)
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_scoring_changes_nothing(case: Case) -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (37, 150), (300, 41)])
 def test_any_image_size_gets_a_map_of_its_own_size(case: Case, size: tuple[int, int]) -> None:
-    verdict = case.model.predict(drawn.part(63, size), parts=True)
+    verdict = case.model.predict(drawn.part(63, size), parts=True, full_size=True)
     assert verdict.map.shape == size
     assert set(verdict.parts) == set(case.model.engine.outputs[2:])
     assert all(part.shape == size and np.isfinite(part).all() for part in verdict.parts.values())
@@ -276,7 +276,7 @@ def test_the_map_points_at_a_planted_defect(case: Case) -> None:
         image, mask = drawn.spotted(90 + number, (128, 128))
         inner = np.zeros_like(mask)
         inner[20:-20, 20:-20] = True  # EfficientAD is blind at the edges
-        found = case.model.predict(image).map
+        found = case.model.predict(image, full_size=True).map
         assert found[mask & inner].mean() > found[inner & ~mask].mean() + found[inner & ~mask].std()
 
 

@@ -49,7 +49,7 @@ def judged(model: Predictor, data: Path, kinds: Sequence[str]) -> Iterator[tuple
     for path in sorted((data / "test").rglob("*.png")):
         kind = path.parent.name
         if kind in ("good", *kinds):
-            verdict = model.predict(path)
+            verdict = model.predict(path, full_size=True)
             file = data / "ground_truth" / kind / f"{path.stem}_mask.png"
             mask = images.read_mask((file,), verdict.map.shape) if file.is_file() else None
             yield int(kind != "good"), verdict, mask
@@ -211,7 +211,7 @@ def saturated_pro_by_hand(model: Predictor, root: Path, kinds: Sequence[str]) ->
     for path in sorted((root / "test").rglob("*.png")):
         if path.parent.name not in ("good", *kinds):
             continue
-        anomaly_map = model.predict(path).map
+        anomaly_map = model.predict(path, full_size=True).map
         outside = np.ones(anomaly_map.shape, bool)
         for file in sorted((root / "ground_truth" / path.parent.name / path.stem).glob("*.png")):
             values = images.read(file)[..., 0]
@@ -315,7 +315,7 @@ def test_an_exhibit_is_the_image_its_map_and_its_mask(
     for exhibit in found.exhibits:
         path = data / exhibit.result.path
         assert np.array_equal(exhibit.image, images.read(path))
-        assert np.array_equal(exhibit.map, model.predict(path).map)
+        assert np.array_equal(exhibit.map, model.predict(path, full_size=True).map)
         assert (exhibit.mask is not None) == (exhibit.result.kind in ("spot", "stain"))
 
 

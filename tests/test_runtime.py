@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ from PIL import Image
 
 import blemish
 import drawn
-from blemish import calibrate, cli, images
+from blemish import calibrate, cli, images, runtime
 from blemish.errors import ImageError
-from blemish.runtime import Predictor, regions
+from blemish.runtime import Predictor, in_image, regions
 from blemish.types import AnyArray, FloatArray, Region, Verdict
 from make_format1 import BAD, FILES, GOOD
 
@@ -134,7 +135,7 @@ def test_a_stream_keeps_its_order_and_goes_on_after_an_error(
         assert same(outcome, model.predict(stream[place]))
 
 
-def test_a_stream_reads_no_more_than_two_images_ahead(model: Predictor) -> None:
+def test_a_stream_reads_a_bounded_number_of_images_ahead(model: Predictor) -> None:
     asked: list[int] = []
 
     def endless() -> Iterator[AnyArray]:
@@ -145,9 +146,58 @@ def test_a_stream_reads_no_more_than_two_images_ahead(model: Predictor) -> None:
     stream = model.predict_stream(endless())
     for taken in range(1, 5):
         next(stream)
-        assert len(asked) <= taken + 2
+        assert len(asked) <= taken + runtime.AHEAD
     stream.close()
     assert list(model.predict_stream([])) == []
+
+
+def test_a_verdict_does_not_wait_for_the_next_image(model: Predictor) -> None:
+    judged, ended = threading.Event(), threading.Event()
+
+    def camera() -> Iterator[AnyArray]:
+        try:
+            yield drawn.part(1)
+            assert judged.wait(30), "the verdict waits for another image"
+            yield drawn.part(2)
+            threading.Event().wait()  # a line that stands still
+        finally:
+            ended.set()
+
+    stream = model.predict_stream(camera())
+    for number in (1, 2):
+        found = next(stream)
+        judged.set()
+        assert isinstance(found, Verdict)
+        assert same(found, model.predict(drawn.part(number)))
+    stream.close()  # does not wait either
+    assert not ended.is_set()
+
+
+def test_what_a_stream_raises_comes_after_the_verdicts_before_it(model: Predictor) -> None:
+    def unplugged() -> Iterator[AnyArray]:
+        yield drawn.part(1)
+        raise ConnectionError("the camera is gone")
+
+    stream = model.predict_stream(unplugged())
+    assert isinstance(next(stream), Verdict)
+    with pytest.raises(ConnectionError, match="the camera is gone"):
+        next(stream)
+
+
+def test_a_stream_that_is_left_asks_for_no_more(model: Predictor) -> None:
+    left = threading.Event()
+
+    def endless() -> Iterator[AnyArray]:
+        try:
+            while True:
+                yield drawn.part(9)
+        finally:
+            left.set()
+
+    stream = model.predict_stream(endless())
+    next(stream)
+    stream.close()
+    assert left.wait(30)
 
 
 def test_a_bug_in_a_stream_is_no_image_error(model: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,16 +295,54 @@ def test_regions_touch_at_corners_and_not_across_borders() -> None:
     assert regions(anomaly_map, 5.0) == ()  # above is strictly above
 
 
-def test_regions_of_a_verdict_are_in_pixels_of_the_image(model: Predictor) -> None:
+@pytest.mark.parametrize("size", [(64, 64), (120, 200), (256, 64), (30, 21), (1, 1)])
+def test_regions_of_a_verdict_are_in_pixels_of_the_image(size: tuple[int, int]) -> None:
+    """Against the map with each of its pixels drawn as the square of image pixels that it touches."""
+    rng = np.random.default_rng(4)
+    small = rng.standard_normal((64, 64)).astype(np.float32)
+    sy, sx = size[0] / 64, size[1] / 64
+    for before in regions(small, 1.5):
+        found = in_image(before, (64, 64), size)
+        x0, y0, x1, y1 = before.box
+        touched = [
+            [n for n in range(length) if n < stop * step and n + 1 > start * step]
+            for length, start, stop, step in ((size[1], x0, x1, sx), (size[0], y0, y1, sy))
+        ]
+        assert found.box == (touched[0][0], touched[1][0], touched[0][-1] + 1, touched[1][-1] + 1)
+        assert found.area == pytest.approx(max(1.0, before.area * sx * sy), abs=0.5)
+        assert found.peak == before.peak
+        x, y = before.peak_xy
+        assert found.peak_xy == (int((x + 0.5) * sx), int((y + 0.5) * sy))
+
+
+def test_regions_lie_on_the_defect_and_do_not_depend_on_the_size_of_the_map(model: Predictor) -> None:
     image, mask = drawn.spotted(12, (120, 200))
-    verdict = model.predict(image)
-    assert verdict.regions == regions(verdict.map, model.calibration.pixel_threshold)
-    x, y = verdict.regions[0].peak_xy
-    assert verdict.map[y, x] == verdict.regions[0].peak == verdict.map.max()
+    small, full = model.predict(image), model.predict(image, full_size=True)
+    assert small == full  # all but the maps
+    assert small.map.shape == (64, 64)
+    assert np.array_equal(full.map, images.resize_map(small.map, (120, 200)))
+    first = small.regions[0]
+    assert first.peak == small.map.max() > model.calibration.pixel_threshold
+    x, y = first.peak_xy
+    assert full.map[y, x] > 0.95 * full.map.max()
     ys, xs = np.nonzero(mask)
     margin = 20  # the map is blurred
     assert ys.min() - margin <= y <= ys.max() + margin
     assert xs.min() - margin <= x <= xs.max() + margin
+    assert first.box[0] <= x < first.box[2]
+    assert first.box[1] <= y < first.box[3]
+
+
+def test_an_image_over_the_pixel_threshold_has_a_region(
+    model: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threshold is one for maps at the network's size: resizing them lowers their peaks."""
+    image = drawn.spotted(13, (300, 310))[0]
+    peak, lower = model.predict(image).map.max(), model.predict(image, full_size=True).map.max()
+    assert lower < peak
+    changed = replace(model.calibration, pixel_threshold=float(lower + peak) / 2)
+    monkeypatch.setattr(model, "calibration", changed)
+    assert model.predict(image, full_size=True).regions
 
 
 # --- without torch ---

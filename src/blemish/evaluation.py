@@ -206,7 +206,8 @@ def empty_groups(test: Sequence[Sample], memory: int) -> tuple[Pixels, Group, di
 def judged(model: Predictor, test: Sequence[Sample]) -> Iterator[tuple[Sample, Verdict | ImageError]]:
     """Judge samples in order, with progress."""
     progress = Progress("evaluating", len(test), unit="image")
-    for number, outcome in enumerate(model.predict_stream(sample.path for sample in test)):
+    outcomes = model.predict_stream((sample.path for sample in test), full_size=True)
+    for number, outcome in enumerate(outcomes):
         progress.show(number + 1)
         yield test[number], outcome
 
@@ -223,7 +224,7 @@ def truth_of(sample: Sample, verdict: Verdict) -> Truth | BlemishError | None:
 
 
 def shape(verdict: Verdict) -> tuple[int, int]:
-    """Give the image's height and width."""
+    """Give the image's height and width, which are its map's."""
     return verdict.map.shape[0], verdict.map.shape[1]
 
 
@@ -277,7 +278,7 @@ def choose_exhibits(
 def exhibit(model: Predictor, title: str, sample: Sample, result: ImageResult) -> Exhibit:
     """Judge an image once more and keep what the report shows of it."""
     image = images.read(sample.path)
-    verdict = model.predict(image)
+    verdict = model.predict(image, full_size=True)
     mask = images.read_mask(sample.masks, shape(verdict)) if sample.masks else None
     return Exhibit(title, result, display.to_display(image, model.white), verdict.map, mask)
 

@@ -67,8 +67,10 @@ def run(model: Predictor, files: Sequence[File], outputs: Outputs) -> dict[str, 
     """Judge files in order and write what was asked for; give the number of each label and of unreadables."""
     counts = {"ok": 0, "review": 0, "defect": 0, "unreadable": 0}
     progress = Progress("predicting", len(files), unit="image")
+    pictures = outputs.maps is not None or outputs.overlays is not None
+    outcomes = model.predict_stream((file.path for file in files), full_size=pictures)
     with lines(outputs.jsonl) as stream:
-        for number, outcome in enumerate(model.predict_stream(file.path for file in files)):
+        for number, outcome in enumerate(outcomes):
             file = files[number]
             if isinstance(outcome, ImageError):
                 counts["unreadable"] += 1

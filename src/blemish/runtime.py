@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import Any, TypeVar
 
 import cc3d
 import numpy as np
@@ -16,6 +19,11 @@ from blemish import bundle, calibrate, images
 from blemish.engines import Choice, open_engine, recorded
 from blemish.errors import ImageError
 from blemish.types import Calibration, FloatArray, Region, Verdict
+
+READERS = min(os.cpu_count() or 1, 8)
+"""Threads that read images, while others are judged."""
+AHEAD = READERS + 1
+"""Images that a stream has read, or is reading, ahead of the one being judged."""
 
 
 @dataclass(frozen=True)
@@ -46,38 +54,41 @@ class Predictor:
         self.choice = choice or recorded(manifest)
         self.engine = open_engine(opened, self.choice, threads)
 
-    def predict(self, image: Any, *, parts: bool = False) -> Verdict:
+    def predict(self, image: Any, *, parts: bool = False, full_size: bool = False) -> Verdict:
         """Judge one image; with parts, the maps that the map was joined from come along.
 
-        Raises ImageError for what is no readable image.
+        full_size: give the maps at the image's own size, and not as they come from the network; nothing else
+        depends on it. Raises ImageError for what is no readable image.
         """
-        return self.judge([image], parts=parts)[0]
+        return self.finish([self.prepare(image)], parts=parts, full_size=full_size)[0]
 
-    def predict_batch(self, batch: Sequence[Any]) -> list[Verdict]:
-        """Judge several images in one run of the graph; each scores as it would alone."""
-        return self.judge(batch) if batch else []
+    def predict_batch(self, batch: Sequence[Any], *, full_size: bool = False) -> list[Verdict]:
+        """Judge several images in one run of the graph, each scoring as it would alone; threads read them.
 
-    def predict_stream(self, stream: Iterable[Any]) -> Iterator[Verdict | ImageError]:
+        full_size and errors: as for predict.
+        """
+        if not batch:
+            return []
+        with ThreadPoolExecutor(READERS) as pool:
+            return self.finish(list(pool.map(self.prepare, batch)), full_size=full_size)
+
+    def predict_stream(
+        self, stream: Iterable[Any], *, full_size: bool = False
+    ) -> Iterator[Verdict | ImageError]:
         """Judge images one by one as they come, the next ones being read while one is judged.
 
-        One that cannot be read comes as its ImageError, and the others are still judged.
+        Each verdict comes as soon as its image is judged, however long the stream, which is asked on another
+        thread, takes for its next one. An image that cannot be read comes as its ImageError, and the others
+        are still judged; what the stream itself raises is raised here. full_size: as for predict.
         """
-        feed = iter(stream)
-        with ThreadPoolExecutor(1) as pool:
-            ahead = [pool.submit(self.prepare, image) for image in islice(feed, 2)]
-            while ahead:
-                waiting = ahead.pop(0)
-                ahead += [pool.submit(self.prepare, image) for image in islice(feed, 1)]
+        with closing(read_ahead(self.prepare, stream)) as images_read:
+            for ready in images_read:
                 try:
-                    ready = waiting.result()
+                    prepared = ready.result()
                 except ImageError as error:
                     yield error
                 else:
-                    yield self.finish([ready])[0]
-
-    def judge(self, batch: Sequence[Any], *, parts: bool = False) -> list[Verdict]:
-        """Read, run and decide."""
-        return self.finish([self.prepare(image) for image in batch], parts=parts)
+                    yield self.finish([prepared], full_size=full_size)[0]
 
     def prepare(self, image: Any) -> Prepared:
         """Read one image and bring it into the network's size."""
@@ -86,39 +97,80 @@ class Predictor:
         inputs = images.prepare(array, self.image_size, self.white)
         return Prepared(path, (array.shape[0], array.shape[1]), inputs)
 
-    def finish(self, batch: Sequence[Prepared], *, parts: bool = False) -> list[Verdict]:
+    def finish(
+        self, batch: Sequence[Prepared], *, parts: bool = False, full_size: bool = False
+    ) -> list[Verdict]:
         """Run prepared images through the graph and decide."""
-        found = self.engine.run(np.stack([each.inputs for each in batch]))
+        found = self.engine.run(np.stack([image.inputs for image in batch]))
         scores = calibrate.image_scores(found["statistics"], self.calibration)
         pieces = self.engine.outputs[2:] if parts else ()
-        return [
-            self.verdict(
-                each,
-                float(scores[row]),
-                found["map"][row],
-                {name: images.resize_map(found[name][row], each.size) for name in pieces},
-            )
-            for row, each in enumerate(batch)
-        ]
+        verdicts = []
+        for row, image in enumerate(batch):
+            maps = {name: found[name][row] for name in pieces}
+            verdict = self.verdict(image, float(scores[row]), found["map"][row], maps)
+            verdicts.append(at_full_size(verdict, image.size) if full_size else verdict)
+        return verdicts
 
     def verdict(
         self, image: Prepared, score: float, anomaly_map: FloatArray, parts: dict[str, FloatArray]
     ) -> Verdict:
-        """Decide on one image by its score and its map at the network's size."""
-        whole = images.resize_map(anomaly_map, image.size)
+        """Decide on one image by its score and its map.
+
+        Regions are found on the map as the network gives it: the pixel threshold was set there, and a larger
+        map has lower peaks.
+        """
+        found = regions(anomaly_map, self.calibration.pixel_threshold)
+        height, width = anomaly_map.shape
         return Verdict(
             path=image.path,
             label=calibrate.verdict_label(score, self.calibration),
             score=score,
             p_value=calibrate.p_value(score, self.calibration),
-            regions=regions(whole, self.calibration.pixel_threshold),
-            map=whole,
+            regions=tuple(in_image(region, (height, width), image.size) for region in found),
+            map=anomaly_map,
             parts=parts,
         )
 
 
+Read = TypeVar("Read")
+
+
+def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Iterator[Future[Read]]:
+    """Read what a feed gives on other threads; give the results to wait for, in order.
+
+    The feed has a thread of its own, so that one that gives its images slowly holds up none that came before,
+    and is asked for at most AHEAD images more than were taken. What it raises is raised here.
+    """
+    room, waiting, left = Semaphore(AHEAD - 1), SimpleQueue[Future[Read] | BaseException | None](), Event()
+
+    def hand_over(_kind: object, error: BaseException | None, _trace: object) -> bool:
+        waiting.put(error)
+        return True
+
+    def ask() -> None:
+        with ExitStack() as ending, ThreadPoolExecutor(READERS) as pool:
+            ending.push(hand_over)
+            for image in feed:
+                waiting.put(pool.submit(read, image))
+                room.acquire()
+                if left.is_set():
+                    return
+
+    # A daemon: a camera that gives no more images must not keep the program from ending.
+    Thread(target=ask, daemon=True).start()
+    try:
+        while isinstance(ready := waiting.get(), Future):
+            room.release()
+            yield ready
+    finally:
+        left.set()
+        room.release()
+    if ready is not None:
+        raise ready
+
+
 def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
-    """List the 8-connected regions of an (H, W) map above a threshold, the highest peak first."""
+    """List the 8-connected regions of a map above a threshold, in its pixels, the highest peak first."""
     above = anomaly_map > threshold
     if not above.any():
         return ()
@@ -140,6 +192,29 @@ def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
             )
         )
     return tuple(sorted(found, key=lambda region: -region.peak))
+
+
+def in_image(region: Region, map_size: tuple[int, int], size: tuple[int, int]) -> Region:
+    """Turn a region in pixels of the map into one in pixels of its image; both sizes are height and width.
+
+    The box covers every pixel of the image that the region touches. The area is scaled and rounded, but is at
+    least 1. The peak is at the image's pixel under the middle of the map's.
+    """
+    (h, w), (height, width) = map_size, size
+    x0, y0, x1, y1 = region.box
+    x, y = region.peak_xy
+    return Region(
+        box=(x0 * width // w, y0 * height // h, -(-x1 * width // w), -(-y1 * height // h)),
+        area=max(1, round(region.area * width * height / (w * h))),
+        peak=region.peak,
+        peak_xy=((2 * x + 1) * width // (2 * w), (2 * y + 1) * height // (2 * h)),
+    )
+
+
+def at_full_size(verdict: Verdict, size: tuple[int, int]) -> Verdict:
+    """Bring a verdict's maps to its image's height and width, bilinearly."""
+    parts = {name: images.resize_map(part, size) for name, part in verdict.parts.items()}
+    return replace(verdict, map=images.resize_map(verdict.map, size), parts=parts)
 
 
 def load(

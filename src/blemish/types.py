@@ -112,11 +112,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Region:
-    """One connected region of a map above the pixel threshold, in pixels of the image."""
+    """One connected region of a map above the pixel threshold, in pixels of the image.
+
+    It is found on the map as the network gives it, whatever the size at which the map is asked for.
+    """
 
     box: tuple[int, int, int, int]
-    """x0, y0, x1, y1; the last two exclusive."""
+    """x0, y0, x1, y1; the last two exclusive. It covers every pixel that the region touches."""
     area: int
+    """In pixels of the image, rounded."""
     peak: float
     """Largest map value in the region."""
     peak_xy: tuple[int, int]
@@ -135,9 +139,10 @@ class Verdict:
     """Share of good parts at least this odd, from the held-out good images."""
     regions: tuple[Region, ...]
     map: FloatArray = field(repr=False, compare=False)
-    """(H, W) at the image's own size, raw."""
+    """Raw. (h, w), the network's input size; where the full size was asked for, the image's own (H, W)."""
     parts: dict[str, FloatArray] = field(default_factory=dict, repr=False, compare=False)
-    """The maps that `map` was joined from, where the method has several and they were asked for."""
+    """The maps that `map` was joined from, where the method has several and they were asked for. As the
+    network gives them, or at the image's own size."""
 
 
 @dataclass(frozen=True)
