@@ -367,7 +367,10 @@ def _pixels(image: Image.Image, name: str) -> AnyArray:
         )
     # By way of alpha: a direct conversion does not exist, or warns of a palette's transparent entries.
     straight = {"La": "LA", "P": "RGBA"}.get(image.mode, image.mode)
-    return np.array(image.convert(straight).convert("RGB"))
+    for mode in (straight, "RGB"):
+        if image.mode != mode:  # Pillow would copy it
+            image = image.convert(mode)
+    return np.array(image)
 
 
 def _array_values(values: AnyArray, white: float) -> AnyArray:
