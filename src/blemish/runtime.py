@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -135,7 +135,7 @@ class Predictor:
 Read = TypeVar("Read")
 
 
-def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Iterator[Future[Read]]:
+def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Future[Read], None, None]:
     """Read what a feed gives on other threads; give the results to wait for, in order.
 
     The feed has a thread of its own, so that one that gives its images slowly holds up none that came before,
