@@ -1,0 +1,73 @@
+// Run a model file in C++ with OpenVINO: judge FOLDER IMAGE.ppm
+//
+// FOLDER is an unzipped model file (unzip F.blemish -d FOLDER). The image is a binary PPM of 8 bits and of the
+// network's size; resize bilinearly with antialias before.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <iterator>
+#include <openvino/openvino.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// Read the number, or the list of numbers, that follows a key of the manifest.
+std::vector<double> numbers(const std::string& manifest, const std::string& key) {
+    const auto place = manifest.find('"' + key + "\":");
+    if (place == std::string::npos) throw std::runtime_error("the manifest has no " + key);
+    std::vector<double> found;
+    const char* at = manifest.c_str() + place + key.size() + 3;
+    for (char* end;; at = end) {
+        at += std::strspn(at, " \n[,");
+        const double value = std::strtod(at, &end);
+        if (end == at) return found;
+        found.push_back(value);
+    }
+}
+
+// Read a PPM into (1, 3, H, W) floats, black 0 and white 1.
+ov::Tensor read_ppm(const std::string& path, size_t height, size_t width) {
+    std::ifstream file(path, std::ios::binary);
+    std::string magic;
+    size_t columns = 0, rows = 0, white = 0;
+    file >> magic >> columns >> rows >> white;
+    file.get();
+    std::vector<char> pixels(3 * height * width);
+    if (magic != "P6" || columns != width || rows != height || white != 255 ||
+        !file.read(pixels.data(), pixels.size()))
+        throw std::runtime_error(path + " is no PPM of " + std::to_string(width) + " x " + std::to_string(height));
+    ov::Tensor images(ov::element::f32, {1, 3, height, width});
+    float* to = images.data<float>();
+    for (size_t i = 0; i < pixels.size(); i++)
+        to[i % 3 * height * width + i / 3] = static_cast<unsigned char>(pixels[i]) / 255.0f;
+    return images;
+}
+
+int main(int count, char** words) try {
+    if (count != 3) throw std::runtime_error("usage: judge FOLDER IMAGE.ppm");
+    const std::string folder = words[1];
+    std::ifstream file(folder + "/manifest.json");
+    const std::string manifest{std::istreambuf_iterator<char>(file), {}};
+    const auto size = numbers(manifest, "image_size"), centers = numbers(manifest, "centers");
+    const auto scales = numbers(manifest, "scales");
+
+    // Left to itself, OpenVINO takes bfloat16 where the processor has it; the thresholds stand on float32.
+    const auto exact = ov::hint::inference_precision(ov::element::f32);
+    auto request = ov::Core().compile_model(folder + "/model.onnx", "CPU", exact).create_infer_request();
+    request.set_input_tensor(read_ppm(words[2], size.at(0), size.at(1)));
+    request.infer();
+
+    const float* statistics = request.get_tensor("statistics").data<float>();
+    double score = (statistics[0] - centers.at(0)) / scales.at(0);
+    for (size_t k = 1; k < centers.size(); k++)
+        score = std::max(score, (statistics[k] - centers[k]) / scales.at(k));
+    const auto review = numbers(manifest, "review_threshold").at(0);
+    const auto defect = numbers(manifest, "defect_threshold").at(0);
+    std::printf("%s\t%.6g\t%s\n", score > defect ? "defect" : score > review ? "review" : "ok", score, words[2]);
+} catch (const std::exception& error) {
+    std::fprintf(stderr, "judge: %s\n", error.what());
+    return 2;
+}

@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Run a model file without Blemish: examples/plain_onnxruntime.py F.blemish IMAGE...
+
+Needs numpy, onnxruntime and pillow. What it shows holds for any language: the graph wants an RGB image of its
+size between 0 and 1, and gives the map and the numbers that the score is made of. For 8-bit images.
+"""
+
+import json
+import sys
+import zipfile
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+path, *images = sys.argv[1:]
+with zipfile.ZipFile(path) as archive:
+    manifest = json.loads(archive.read("manifest.json"))
+    session = onnxruntime.InferenceSession(archive.read("model.onnx"), providers=["CPUExecutionProvider"])
+height, width = manifest["preprocessing"]["image_size"]
+calibration = manifest["calibration"]
+for name in images:
+    with Image.open(name) as opened:
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    resized = np.asarray(upright.resize((width, height), Image.Resampling.BILINEAR))  # with antialias
+    inputs = resized.transpose(2, 0, 1)[None] / np.float32(255)
+    found = dict(zip(manifest["outputs"], session.run(None, {"images": inputs}), strict=True))
+    z_scores = (found["statistics"][0] - np.array(calibration["centers"])) / np.array(calibration["scales"])
+    score = float(z_scores.max())
+    label = "ok"
+    if score > calibration["review_threshold"]:
+        label = "defect" if score > calibration["defect_threshold"] else "review"
+    odd = int((found["map"][0] > calibration["pixel_threshold"]).sum())
+    print(label, f"{score:.6g}", name, f"{odd} pixels of the map over its threshold", sep="\t")
