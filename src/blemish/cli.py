@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blemish._version import __version__
-from blemish.cli_inference import benchmark_arguments, run_benchmark
+from blemish.cli_inference import benchmark_arguments, export_arguments, run_benchmark, run_export
 from blemish.cli_options import (
     METHODS,
     RATE_HELP,
@@ -27,6 +27,11 @@ from blemish.cli_options import (
 )
 from blemish.errors import BlemishError, ConfigError
 
+EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "scipy"), "train") | {
+    "openvino": "openvino"
+}
+"""What installs the packages that some commands need."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; give its exit status."""
@@ -38,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("blemish:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "onnx", "onnxscript", "safetensors", "scipy"):
+        if error.name not in EXTRAS:
             raise
-        print(f"blemish: {error.name} is not installed; training needs blemish[train]", file=sys.stderr)
+        needed = f"this needs blemish[{EXTRAS[error.name]}]"
+        print(f"blemish: {error.name} is not installed; {needed}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("blemish: stopped", file=sys.stderr)
@@ -440,6 +446,7 @@ COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], s
         "judge images: score, label, p-value, regions, maps, overlays",
     ),
     ("calibrate", run_calibrate, calibrate_arguments, "set a model's thresholds anew from good images"),
+    ("export", run_export, export_arguments, "write a model in another format or precision, if it agrees"),
     ("benchmark", run_benchmark, benchmark_arguments, "measure how long models take, side by side"),
     ("weights", run_weights, weights_arguments, "list, add or fetch pretrained weights"),
     ("distill", run_distill, distill_arguments, "make a teacher for EfficientAD from a backbone"),

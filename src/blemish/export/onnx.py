@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from blemish.detectors.base import Detector
 from blemish.engines import Engine
@@ -25,10 +27,14 @@ def graph(detector: Detector) -> bytes:
     return traced(fuse(detector), detector.config.image_size, detector.outputs)
 
 
-def traced(network: nn.Module, image_size: tuple[int, int], outputs: Sequence[str]) -> bytes:
-    """Export a network in evaluation mode."""
+def traced(
+    network: nn.Module, image_size: tuple[int, int], outputs: Sequence[str], *, half: bool = False
+) -> bytes:
+    """Export a network in evaluation mode; half: its layers compute in float16, inputs and outputs stay."""
     height, width = image_size
     example = torch.rand(2, 3, height, width)
+    if half:
+        network = HalfPrecision(network)
     with silence():
         program = torch.onnx.export(
             network,
@@ -51,6 +57,18 @@ def traced(network: nn.Module, image_size: tuple[int, int], outputs: Sequence[st
         node.name = f"{node.op_type}_{number}"
     written: bytes = model.SerializeToString()
     return written
+
+
+class HalfPrecision(nn.Module):
+    """A copy of a network in float16 that takes and gives float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.float() for output in self.network(images.half()))
 
 
 @contextlib.contextmanager

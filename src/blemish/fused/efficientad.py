@@ -59,35 +59,48 @@ class FusedEfficientAD(nn.Module):
             self.autoencoder.encoder[0] = absorb(entrance, detector.normalise)
             self.autoencoder.last = scaled(self.autoencoder.last, gains[1])
 
-    def halves(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Give (B, C, h, w) vectors whose sums of squares are the structural and the logical map."""
-        centred = images - self.mean  # what pads with zeros pads with the mean colour
-        padded = self.first.padding != (0, 0)
-        seen = self.surround(centred if padded else images)
-        if not padded:
-            height, width = (used(length, self.windows) for length in seen.shape[2:])
-            seen = seen[:, :, :height, :width]
-        shallow = self.pool(torch.relu(self.first(seen)))
-        described, imitated = shallow.chunk(2, 1)
-        described, imitated = self.teacher(described), self.student(imitated)
-        structural = self.structural(torch.cat([described, imitated], 1))
-        if self.logical is None or self.autoencoder is None:
-            return (structural,)
-        return structural, self.autoencoder(centred) + self.logical(imitated)
+    @property
+    def trunks(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """Teacher and student without their first and last convolutions."""
+        return self.teacher, self.student
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Algorithm 2."""
-        raw = [half.float().square().sum(1) for half in self.halves(images)]
-        parts = [cells - offset for cells, offset in zip(raw, self.offsets, strict=False)]
-        weight = self.config.logical_weight
-        cells = parts[0] if len(parts) == 1 else (1 - weight) * parts[0] + weight * parts[1]
+        cells, *parts = self.cells(images)
         size = (images.shape[2], images.shape[3])
         padded = functional.pad(cells, (self.margin,) * 4)
         maps = functional.interpolate(padded[:, None], size, mode="bilinear")[:, 0]
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
         joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
         return (maps, joined, *(parts if len(parts) > 1 else ()))
+
+    def cells(self, images: Tensor) -> list[Tensor]:
+        """Give the (B, h, w) map at the networks' resolution, then the halves that it is joined from."""
+        raw = [half.float().square().sum(1) for half in self.halves(images)]
+        parts = [cells - offset for cells, offset in zip(raw, self.offsets, strict=False)]
+        weight = self.config.logical_weight
+        joined = parts[0] if len(parts) == 1 else (1 - weight) * parts[0] + weight * parts[1]
+        return [joined, *parts]
+
+    def halves(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Give (B, C, h, w) vectors whose squared lengths are the structural and the logical map."""
+        described, imitated = self.shallow(images).chunk(2, 1)
+        described, imitated = self.teacher(described), self.student(imitated)
+        structural = self.structural(torch.cat([described, imitated], 1))
+        if self.logical is None or self.autoencoder is None:
+            return (structural,)
+        return structural, self.autoencoder(images - self.mean) + self.logical(imitated)
+
+    def shallow(self, images: Tensor) -> Tensor:
+        """Give what the first convolutions and their pooling make of images, the teacher's half first."""
+        padded = self.first.padding != (0, 0)
+        seen = self.surround(images - self.mean if padded else images)  # zeros stand for the mean colour
+        if not padded:
+            height, width = (used(length, self.windows) for length in seen.shape[2:])
+            seen = seen[:, :, :height, :width]
+        pooled: Tensor = self.pool(torch.relu(self.first(seen)))
+        return pooled
 
 
 def window(layer: nn.Module) -> tuple[int, int]:

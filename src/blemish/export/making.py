@@ -1,0 +1,209 @@
+"""A trained model to one that runs faster elsewhere: rewrite, quantise, compare, calibrate, write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from blemish import bundle, calibrate, data, evaluation, images
+from blemish.bundle import Bundle
+from blemish.data import textures
+from blemish.detectors import restore
+from blemish.engines import Choice, open_graph
+from blemish.errors import ConfigError, DataError
+from blemish.export import formats, gate, onnx, quantise
+from blemish.export.formats import FORMATS
+from blemish.files import check_writable, short_digest
+from blemish.fused import fuse
+from blemish.fused.efficientad import FusedEfficientAD
+from blemish.fused.equalised import ready_for_integers
+from blemish.fused.reduced import Kept, reduce
+from blemish.progress import say
+from blemish.runtime import Predictor
+from blemish.types import Calibration, FloatArray
+
+LOOKED_AT = 12
+"""Good images, and drawn ones, that reduced channels are found by."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make."""
+
+    format: str
+    precision: str
+    out: Path
+    reduced: float = 0.0
+    """Map error that fewer channels may make; 0: all channels stay."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made; raise ConfigError."""
+        if self.format not in FORMATS:
+            raise ConfigError(f"unknown format {self.format!r}; expected {' or '.join(FORMATS)}")
+        endings = (".blemish", FORMATS[self.format].suffix)
+        if self.out.suffix not in endings:
+            raise ConfigError(f"--out {self.out}: expected a name that ends in {' or '.join(endings)}")
+        if not 0 <= self.reduced < 1:
+            raise ConfigError(f"a map error of {self.reduced} for reduced channels: expected 0 to below 1")
+        check_writable(self.out)
+
+    @property
+    def choice(self) -> Choice:
+        """Give the engine that runs it; raises ConfigError for a precision that it does not have."""
+        return Choice(FORMATS[self.format].backend, self.precision)
+
+    @property
+    def bounds(self) -> gate.Limits:
+        """Give the limits that hold."""
+        usual = gate.LIMITS[self.precision]
+        return dataclasses.replace(usual, map_error=usual.map_error + 2 * self.reduced)
+
+
+def export(
+    model: str | Path, root: str | Path, request: Request, *, labelled: str | Path | None = None
+) -> dict[str, gate.Agreement]:
+    """Export a model file and write it, if it agrees with the trained model.
+
+    root: the data set that the model was trained on, where its held-out good images are found by content.
+    labelled: a data set whose test images are compared, too. Returns how the two agree, by set of images.
+    Raises ExportError where they differ beyond the limits; nothing is written then.
+    """
+    opened, choice = bundle.read(Path(model)), request.choice
+    good = held_out(opened, Path(root))
+    detector = restore(opened)
+    trained = gate.Trained(detector)
+    network, kept = rewritten(fuse(detector), good, request)
+    graph = onnx.traced(
+        network, detector.config.image_size, detector.outputs, half=choice.precision == "fp16"
+    )
+    left: list[str] = []
+    if choice.precision == "int8":
+        error = map_error(trained, good[:LOOKED_AT], choice)
+        graph, left = quantise.quantise(graph, good, error, request.bounds.map_error)
+        say(f"in floating point: {', '.join(left) or 'no layer'}")
+    engine = open_graph(graph, detector.outputs, choice)
+    calibration, found = compared(gate.Watched(engine, trained), good, opened.calibration)
+    agreements = {"held-out good images": found}
+    facts: dict[str, Any] = {"engine": asdict(choice), "calibration": asdict(calibration)}
+    made = formats.exported(opened, graph, facts)
+    if labelled is not None:
+        agreements["labelled images"] = judged(opened, made, gate.Watched(engine, trained), Path(labelled))
+    for name, each in agreements.items():
+        say(gate.describe(name, each))
+    for name, each in agreements.items():
+        gate.refuse(name, each, request.bounds)
+    facts["export"] = {
+        "limits": asdict(request.bounds),
+        "agreement": {name: asdict(each) for name, each in agreements.items()},
+        "reduced": [asdict(each) for each in kept],
+        "in floating point": left,
+        "thresholds": "as trained" if calibration == opened.calibration else "set anew on the same images",
+    }
+    formats.write(request.out, formats.exported(opened, graph, facts), request.format)
+    return agreements
+
+
+def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
+    """Find the good images that a model's thresholds stand on in a data set, by content; (3, H, W) each.
+
+    Raises DataError where the data set has none of them.
+    """
+    known = set(opened.manifest["training"].get("files", {}).get("held_out", ()))
+    samples = data.scan(root, "auto")
+    paths = [sample.path for sample in samples if sample.label == 0 and short_digest(sample.path) in known]
+    if not paths:
+        raise DataError(
+            f"found none of the {len(known)} good images in {root} that {opened.path} was calibrated on; "
+            "expected the data set that it was trained on"
+        )
+    if len(paths) < len(known):
+        say(
+            f"{len(paths)} of the {len(known)} good images that {opened.path} was calibrated on are in {root}"
+        )
+    size, white = opened.manifest["preprocessing"]["image_size"], opened.manifest["preprocessing"]["white"]
+    return [images.prepare(images.read(path), tuple(size), white) for path in paths]
+
+
+def rewritten(
+    network: nn.Module, good: Sequence[FloatArray], request: Request
+) -> tuple[nn.Module, list[Kept]]:
+    """Rewrite a fused network for what was asked for; say what was kept of which layer."""
+    if not isinstance(network, FusedEfficientAD):
+        if request.reduced:
+            raise ConfigError("reduced channels: only EfficientAD has them; expected no --reduced")
+        return network, []
+    batches = [torch.from_numpy(image[None]) for image in good]
+    kept: list[Kept] = []
+    if request.reduced:
+        height, width = network.config.image_size
+        drawn = [
+            torch.from_numpy(images.to_input(textures.draw((height, width), seed))[None])
+            for seed in range(LOOKED_AT)
+        ]
+        network, kept = reduce(network, batches[:LOOKED_AT], drawn, request.reduced)
+        for each in kept:
+            say(f"{each.layer}: {each.kept} of {each.of} channels, map error {each.error:.3f}")
+    if request.precision == "int8":
+        network = ready_for_integers(network, batches[: quantise.MOST_RANGED])
+    return network, kept
+
+
+def map_error(trained: gate.Trained, good: Sequence[FloatArray], choice: Choice) -> Callable[[bytes], float]:
+    """Give what measures a graph's map error on images, the trained model being run on them once."""
+    replay = gate.Replay({image.tobytes(): trained.run(image[None]) for image in good}, trained.outputs)
+
+    def error(graph: bytes) -> float:
+        watched = gate.Watched(open_graph(graph, trained.outputs, choice), replay)
+        for image in good:
+            watched.run(image[None])
+        return watched.map_error
+
+    return error
+
+
+def compared(
+    watched: gate.Watched, good: Sequence[FloatArray], calibration: Calibration
+) -> tuple[Calibration, gate.Agreement]:
+    """Run export and model on good images; set the thresholds anew if those are the images they came from.
+
+    On those the model's labels are by thresholds from the same scores, too: an image lies on the threshold.
+    """
+    found = [watched.run(image[None]) for image in good]
+    both = [[*watched.expected], found]
+    statistics = [np.concatenate([each["statistics"] for each in runs]) for runs in both]
+    maxima = [np.array([each["map"].max() for each in runs]) for runs in both]
+    used = [calibration, calibration]
+    if gate.same_images(calibrate.image_scores(statistics[0], calibration).tolist(), calibration):
+        used = [
+            calibrate.calibrate(
+                *measured,
+                calibration.statistics,
+                false_reject_rate=calibration.false_reject_rate,
+                review_rate=calibration.review_rate,
+                confidence=calibration.confidence,
+            )
+            for measured in zip(statistics, maxima, strict=True)
+        ]
+    scores = [calibrate.image_scores(*pair).tolist() for pair in zip(statistics, used, strict=True)]
+    labels = [
+        [calibrate.verdict_label(score, chosen) for score in row]
+        for row, chosen in zip(scores, used, strict=True)
+    ]
+    return used[1], gate.agreement(watched, scores, labels)
+
+
+def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path) -> gate.Agreement:
+    """Compare model file and export on the test images of a labelled data set."""
+    model, export = Predictor(opened), Predictor(made)
+    export.engine = watched
+    results = [evaluation.evaluate(predictor, root, exhibits=0) for predictor in (model, export)]
+    scores = [[image.score for image in result.images] for result in results]
+    labels = [[image.label for image in result.images] for result in results]
+    return gate.with_metrics(gate.agreement(watched, scores, labels), *results)
