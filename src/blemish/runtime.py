@@ -144,6 +144,7 @@ def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Fu
     room, waiting, left = Semaphore(AHEAD - 1), SimpleQueue[Future[Read] | BaseException | None](), Event()
 
     def hand_over(_kind: object, error: BaseException | None, _trace: object) -> bool:
+        """Pass on what ended the feed, None being its end, to where it is raised again."""
         waiting.put(error)
         return True
 
@@ -223,15 +224,16 @@ def load(
     backend: str | None = None,
     precision: str | None = None,
     device: str | None = None,
+    compiled: bool | None = None,
     threads: int = 0,
 ) -> Predictor:
     """Open a model file; raise ModelFileError if it is none.
 
     What is not given is as the file says, which is what its thresholds were set with: backend onnxruntime,
     openvino or torch; precision fp32, fp16 or bf16 (int8 is made by `blemish export`); device cpu, cuda or
-    tensorrt. threads: 0 lets the engine choose. Raises ConfigError for what this machine does not have.
+    tensorrt; compiled, whether torch.compile makes kernels of its own. threads: 0 lets the engine choose. Raises ConfigError for what this machine does not have.
     """
     opened = bundle.read(Path(path))
-    wanted = {"backend": backend, "precision": precision, "device": device}
+    wanted = {"backend": backend, "precision": precision, "device": device, "compiled": compiled}
     given = {name: value for name, value in wanted.items() if value is not None}
     return Predictor(opened, replace(recorded(opened.manifest), **given), threads)
