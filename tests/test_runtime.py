@@ -412,5 +412,5 @@ def test_training_without_torch_says_what_to_install(tmp_path: Path) -> None:
     for words in (["train", data, "--model", "supersimplenet", "--out", out], ["weights", "list"]):
         done = run_base_only(COMMAND_LINE, *words)
         assert done.returncode == 2
-        assert done.stderr == "blemish: torch is not installed; training needs blemish[train]\n"
+        assert done.stderr == "blemish: torch is not installed; this needs blemish[train]\n"
     assert not out.exists()

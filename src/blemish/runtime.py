@@ -231,9 +231,10 @@ def load(
 
     What is not given is as the file says, which is what its thresholds were set with: backend onnxruntime,
     openvino or torch; precision fp32, fp16 or bf16 (int8 is made by `blemish export`); device cpu, cuda or
-    tensorrt; compiled, whether torch.compile makes kernels of its own. threads: 0 lets the engine choose. Raises ConfigError for what this machine does not have.
+    tensorrt; compiled, whether torch.compile makes kernels of its own. threads: 0 lets the engine choose.
+    Raises ConfigError for what this machine does not have.
     """
     opened = bundle.read(Path(path))
     wanted = {"backend": backend, "precision": precision, "device": device, "compiled": compiled}
-    given = {name: value for name, value in wanted.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     return Predictor(opened, replace(recorded(opened.manifest), **given), threads)

@@ -39,6 +39,8 @@ class Choice:
     precision: str = "fp32"
     """What the layers compute in. In int8 it is a property of the graph, not of the engine."""
     device: str = "cpu"
+    compiled: bool = False
+    """Whether torch.compile makes kernels of its own, which takes a minute at the first image."""
 
     def __post_init__(self) -> None:
         """Refuse what no engine has; raise ConfigError."""
@@ -57,6 +59,8 @@ class Choice:
             raise ConfigError(f"device {self.device} with openvino: expected cpu")
         if self.device == "tensorrt" and self.backend == "torch":
             raise ConfigError("device tensorrt with torch: expected cpu or cuda")
+        if self.compiled and self.backend != "torch":
+            raise ConfigError(f"compiled with {self.backend}: expected backend torch")
         if self.precision == "int8" and self.backend == "torch":
             raise ConfigError("precision int8 with torch: expected fp32, fp16 or bf16")
         if self.precision == "bf16" and self.backend == "onnxruntime":

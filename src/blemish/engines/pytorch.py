@@ -9,7 +9,7 @@ from torch import Tensor
 from blemish.bundle import Bundle
 from blemish.detectors import restore
 from blemish.engines import Choice
-from blemish.fused import fuse
+from blemish.fused import Lowered, fuse
 from blemish.hardware import choose_device
 from blemish.types import FloatArray
 
@@ -17,27 +17,23 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class PyTorch:
-    """A model file's fused network in PyTorch; on CUDA each batch size is one recorded CUDA graph.
+    """A model file's fused network in PyTorch; on CUDA each batch size is one recorded CUDA graph."""
 
-    compile: whether torch.compile makes kernels of its own, which takes minutes at the first image.
-    """
-
-    def __init__(self, opened: Bundle, choice: Choice, threads: int = 0, *, compile: bool = False) -> None:
+    def __init__(self, opened: Bundle, choice: Choice, threads: int = 0) -> None:
         self.device = choose_device(choice.device)
-        self.dtype = DTYPES[choice.precision]
         if threads:
             torch.set_num_threads(threads)
         detector = restore(opened)
         self.outputs: tuple[str, ...] = detector.outputs
-        network = fuse(detector).eval().to(self.device)
+        network = Lowered(fuse(detector), DTYPES[choice.precision]).eval().to(self.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.forward = torch.compile(self.network) if compile else self.network
+        self.forward = torch.compile(self.network) if choice.compiled else self.network
         self.recorded: dict[int, Recorded] = {}
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
         """Run (B, 3, H, W) images."""
-        images = torch.from_numpy(inputs)
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: torch.compile stumbles over its tensors (2.13)
+            images = torch.from_numpy(inputs)
             found = self.compute(images) if self.device == "cpu" else self.replay(images)
             return {
                 name: np.asarray(tensor.float().cpu())
@@ -46,9 +42,7 @@ class PyTorch:
 
     def compute(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run images that are on the device."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            found: tuple[Tensor, ...] = self.forward(images)
+        found: tuple[Tensor, ...] = self.forward(images.contiguous(memory_format=torch.channels_last))
         return found
 
     def replay(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,12 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from blemish.detectors.base import Detector
 from blemish.engines import Engine
 from blemish.errors import ExportError
-from blemish.fused import fuse
+from blemish.fused import Lowered, fuse
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -34,7 +32,7 @@ def traced(
     height, width = image_size
     example = torch.rand(2, 3, height, width)
     if half:
-        network = HalfPrecision(network)
+        network = Lowered(network, torch.float16)
     with silence():
         program = torch.onnx.export(
             network,
@@ -57,18 +55,6 @@ def traced(
         node.name = f"{node.op_type}_{number}"
     written: bytes = model.SerializeToString()
     return written
-
-
-class HalfPrecision(nn.Module):
-    """A copy of a network in float16 that takes and gives float32."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network).half()
-
-    @override
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(output.float() for output in self.network(images.half()))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ Exact rewrites of algorithm 2, equal to the plain networks but for rounding:
 - the image's normalisation is in the first convolutions, the teacher's in its last one;
 - what pooling without padding drops at the far edges is not computed;
 - a map needs the difference of two last convolutions: one convolution on both networks' features;
-- the scale of each half of the map is in those convolutions: a half is a sum of squares and an offset.
+- the scale of each half of the map is in those convolutions: a half is a sum of squares and an offset;
+- the map is padded and resized by one product for each axis.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from typing_extensions import override
 
 from blemish import ops
 from blemish.backbones import Normalise
 from blemish.backbones.pdn import CHANNELS
-from blemish.detectors.efficientad import Autoencoder, EfficientAD
+from blemish.detectors.efficientad import CELL, Autoencoder, EfficientAD
+from blemish.fused.maps import enlarge, enlarging
 
 
 class FusedEfficientAD(nn.Module):
@@ -30,10 +31,18 @@ class FusedEfficientAD(nn.Module):
 
     mean: Tensor
     offsets: Tensor
+    down: Tensor
+    across: Tensor
 
     def __init__(self, detector: EfficientAD) -> None:
         super().__init__()
-        self.config, self.margin, self.surround = detector.config, detector.margin, detector.surround
+        self.config, self.surround = detector.config, detector.surround
+        height, width = (
+            enlarging(length // CELL - 2 * detector.margin, length, detector.margin)
+            for length in detector.config.image_size
+        )
+        self.register_buffer("down", height)
+        self.register_buffer("across", width)
         self.register_buffer("mean", detector.normalise.mean.clone())
         teacher, student = list(detector.teacher), list(detector.student)
         first = [absorb(cast(nn.Conv2d, layers[0]), detector.normalise) for layers in (teacher, student)]
@@ -68,9 +77,7 @@ class FusedEfficientAD(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Algorithm 2."""
         cells, *parts = self.cells(images)
-        size = (images.shape[2], images.shape[3])
-        padded = functional.pad(cells, (self.margin,) * 4)
-        maps = functional.interpolate(padded[:, None], size, mode="bilinear")[:, 0]
+        maps = enlarge(cells, self.down, self.across)
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
         joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
         return (maps, joined, *(parts if len(parts) > 1 else ()))

@@ -4,8 +4,8 @@ Exact rewrites, equal to the plain network but for rounding:
 - the batch norms of the backbone are in its convolutions, and the image's deviation in the first of them;
 - the adaptor and the batch norm of the segmentation head are in the head's first layer, which runs on the
   backbone's outputs before they are upscaled and averaged (`detectors.heads`);
-- the adaptor is in the classification head's kernel, and its batch norm, too.
-The map's blur is two passes of one dimension, as in training.
+- the adaptor is in the classification head's kernel, and its batch norm, too;
+- the map is resized and blurred by one product for each axis.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from blemish import ops
 from blemish.backbones import Backbone
 from blemish.detectors.heads import SLOPE, spread, spread_shifted
 from blemish.detectors.supersimplenet import SuperSimpleNet, by_cells
+from blemish.fused.maps import enlarge, enlarging
 
 
 class FusedSuperSimpleNet(nn.Module):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
 
-    kernel: Tensor
+    down: Tensor
+    across: Tensor
     bias: Tensor
     vector: Tensor
 
@@ -37,12 +39,17 @@ class FusedSuperSimpleNet(nn.Module):
         super().__init__()
         self.config, self.feature_size = detector.config, detector.feature_size
         self.backbone = without_norms(detector.backbone)
-        self.register_buffer("kernel", detector.kernel.clone())
+        kernel = detector.kernel if self.config.blur_sigma else None
+        parts = cell_parts(detector)
+        sizes = zip(self.feature_size(parts), self.config.image_size, strict=True)
+        down, across = (enlarging(cells, length, kernel=kernel) for cells, length in sizes)
+        self.register_buffer("down", down)
+        self.register_buffer("across", across)
         head, norm = detector.segmentation, detector.segmentation.norm
         gain, shift = affine(norm)
         weight = gain[:, None] * (head.first.weight @ detector.adaptor.weight)
         bias = gain * functional.linear(detector.adaptor.bias, head.first.weight, head.first.bias) + shift
-        columns = torch.split(weight, sizes(detector), 1)
+        columns = torch.split(weight, [part.shape[3] for part in parts], 1)
         self.hidden = nn.ModuleList([linear(each) for each in columns])
         self.register_buffer("bias", bias.detach().clone())
         self.register_buffer("vector", head.last.weight[0].detach().clone())
@@ -55,10 +62,7 @@ class FusedSuperSimpleNet(nn.Module):
         parts = [layer(x) for x, layer in zip(encoded, self.hidden, strict=True)]
         hidden = spread(parts, self.feature_size(encoded)) + self.bias
         cells = (functional.leaky_relu(hidden, SLOPE) @ self.vector).float()
-        size = (images.shape[2], images.shape[3])
-        maps = functional.interpolate(cells[:, None], size, mode="bilinear")[:, 0]
-        if self.config.blur_sigma:
-            maps = ops.gaussian_blur(maps, self.kernel)
+        maps = enlarge(cells, self.down, self.across)
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
         if self.classification is not None and "head" in self.config.statistics:
             statistics["head"] = self.classification(encoded, cells)
@@ -84,7 +88,8 @@ class FusedClassification(nn.Module):
         constant = features @ adaptor.bias if adapted else features.new_zeros(features.shape[:3])
         rows = (features @ adaptor.weight if adapted else features).flatten(0, 2)
         self.taps, self.feature_size = len(features), detector.feature_size
-        self.layers = nn.ModuleList([linear(each) for each in torch.split(rows, sizes(detector), 1)])
+        channels = [part.shape[3] for part in cell_parts(detector)]
+        self.layers = nn.ModuleList([linear(each) for each in torch.split(rows, channels, 1)])
         self.register_buffer("own", own.detach().clone())
         self.register_buffer("constant", constant.permute(2, 0, 1)[:, None].detach().clone())
         shift = gain * cast(Tensor, head.convolution[0].bias) + shift
@@ -96,7 +101,7 @@ class FusedClassification(nn.Module):
         """Give (B,) logits from (B, h_i, w_i, C_i) and the (B, h, w) segmentation."""
         size, half = self.feature_size(encoded), self.taps // 2
         parts = [layer(x).chunk(self.taps, 3) for x, layer in zip(encoded, self.layers, strict=True)]
-        maps = segmentation[:, None]
+        maps = segmentation[:, None].to(self.own.dtype)
         everywhere = torch.ones(1, 1, *size, device=maps.device, dtype=maps.dtype)
         seen = spread_shifted(parts, size, self.taps).permute(0, 3, 1, 2)
         seen = seen + functional.conv2d(maps, self.own, padding=half)
@@ -109,12 +114,11 @@ class FusedClassification(nn.Module):
         return score[:, 0]
 
 
-def sizes(detector: SuperSimpleNet) -> list[int]:
-    """Give the channels of each part that `by_cells` makes of the backbone's outputs."""
+def cell_parts(detector: SuperSimpleNet) -> tuple[Tensor, ...]:
+    """Give what `by_cells` makes of the backbone's outputs, as (1, h_i, w_i, C_i) tensors without memory."""
     height, width = detector.config.image_size
     with torch.device("meta"):
-        shapes = copy.deepcopy(detector.backbone).to("meta")(torch.empty(1, 3, height, width))
-    return [x.shape[3] for x in by_cells(shapes)]
+        return by_cells(copy.deepcopy(detector.backbone).to("meta")(torch.empty(1, 3, height, width)))
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
