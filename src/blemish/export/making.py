@@ -23,7 +23,7 @@ from blemish.export.formats import FORMATS
 from blemish.files import check_writable, short_digest
 from blemish.fused import fuse
 from blemish.fused.efficientad import FusedEfficientAD
-from blemish.fused.equalised import ready_for_integers
+from blemish.fused.equalised import first_convolution, ready_for_integers, round_evenly
 from blemish.fused.reduced import Kept, reduce
 from blemish.progress import say
 from blemish.runtime import Predictor
@@ -138,6 +138,8 @@ def rewritten(
     if not isinstance(network, FusedEfficientAD):
         if request.reduced:
             raise ConfigError("reduced channels: only EfficientAD has them; expected no --reduced")
+        if request.precision == "int8" and (entrance := first_convolution(network)) is not None:
+            round_evenly(entrance)
         return network, []
     batches = [torch.from_numpy(image[None]) for image in good]
     kept: list[Kept] = []

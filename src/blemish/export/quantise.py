@@ -64,7 +64,7 @@ def quantise(
     """Quantise all layers, then leave out the most sensitive ones until the error is within the limit.
 
     images: (3, H, W) good ones. Returns the graph, and the names of the layers left in floating point. A
-    layer is the more sensitive, the smaller the error is when it alone stays in floating point.
+    layer is the more sensitive, the larger the error is when it alone is quantised.
     """
     prepared = preprocessed(graph)
     ranges = measured(prepared, images[:MOST_RANGED])
@@ -84,13 +84,13 @@ def quantise(
 def by_sensitivity(
     prepared: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str], error: Error
 ) -> list[str]:
-    """Sort layers, the most sensitive first."""
+    """Sort layers, the most sensitive first: by the error that each makes alone."""
     progress = Progress("sensitivity of layers", len(layers), unit="layer")
     found = {}
     for number, name in enumerate(layers):
-        found[name] = error(written(prepared, ranges, [layer for layer in layers if layer != name]))
+        found[name] = error(written(prepared, ranges, [name]))
         progress.show(number + 1)
-    return sorted(layers, key=found.__getitem__)
+    return sorted(layers, key=found.__getitem__, reverse=True)
 
 
 def preprocessed(graph: bytes) -> onnx.ModelProto:

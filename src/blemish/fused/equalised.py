@@ -76,6 +76,11 @@ def divide(layer: nn.Conv2d, ranges: Tensor) -> None:
         layer.bias /= ranges
 
 
+def first_convolution(network: nn.Module) -> nn.Conv2d | None:
+    """Give the convolution that reads the image."""
+    return next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+
+
 def round_evenly(layer: nn.Conv2d, most: int = 127) -> None:
     """Put a convolution's weights on the integers that they are quantised to, their sums kept, in place.
 
