@@ -123,7 +123,7 @@ def test_a_detector_is_exported_before_it_has_seen_an_image(tiny: Tiny) -> None:
 def test_a_calibration_can_be_replaced(small: Path, tmp_path: Path) -> None:
     opened, target = bundle.read(small), tmp_path / "other" / "new.blemish"
     changed = replace(CALIBRATION, defect_threshold=9.0)
-    bundle.recalibrate(opened, changed, target)
+    bundle.recalibrate(opened, changed, target, ["00ff"])
     found = bundle.read(target)
     assert found.calibration == changed
     assert (found.weights, found.graph) == (opened.weights, opened.graph)
@@ -132,9 +132,18 @@ def test_a_calibration_can_be_replaced(small: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_calibration_remembers_its_images_and_those_before(small: Path, tmp_path: Path) -> None:
+    opened = bundle.read(small)
+    files = {"train": ["aa"], "held_out": ["bb"], "before": ["cc"]}
+    known = replace(opened, manifest=opened.manifest | {"training": {"files": files}})
+    bundle.recalibrate(known, CALIBRATION, tmp_path / "new.blemish", ["dd"])
+    found = bundle.read(tmp_path / "new.blemish").manifest["training"]["files"]
+    assert found == {"train": ["aa"], "held_out": ["dd"], "before": ["bb", "cc"]}
+
+
 def test_numbers_survive_to_the_last_bit(small: Path) -> None:
     exact = replace(CALIBRATION, scores=(0.1, 1 / 3, 1e-300, 2.0**60 + 1), defect_threshold=0.1 + 0.2)
-    bundle.recalibrate(bundle.read(small), exact, small)
+    bundle.recalibrate(bundle.read(small), exact, small, [])
     assert bundle.read(small).calibration == exact
 
 

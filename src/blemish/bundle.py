@@ -13,7 +13,7 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,15 @@ def _member(path: Path, archive: zipfile.ZipFile, manifest: dict[str, Any], name
     return data
 
 
-def recalibrate(bundle: Bundle, calibration: Calibration, path: Path) -> None:
-    """Write a model file again with another calibration."""
+def recalibrate(bundle: Bundle, calibration: Calibration, path: Path, used: Sequence[str]) -> None:
+    """Write a model file again with another calibration; used: short digests of the images behind it.
+
+    They are its held-out images from now on. The earlier ones stay known, for no evaluation counts them.
+    """
     manifest = bundle.manifest | {"calibration": dataclasses.asdict(calibration)}
+    training = manifest["training"]
+    if "files" in training:
+        files = training["files"]
+        before = sorted({*files["before"], *files["held_out"]})
+        manifest["training"] = training | {"files": files | {"held_out": list(used), "before": before}}
     write(path, manifest, bundle.weights, bundle.graph)

@@ -304,6 +304,7 @@ def calibrate_arguments(sub: argparse.ArgumentParser) -> None:
 def run_calibrate(options: argparse.Namespace) -> int:
     """Set a model's thresholds anew from good images, without training."""
     from blemish import bundle, calibrate, images
+    from blemish.files import short_digest
     from blemish.predict import measure
     from blemish.runtime import Predictor
 
@@ -312,11 +313,12 @@ def run_calibrate(options: argparse.Namespace) -> int:
     opened = bundle.read(options.model)
     if not options.images.is_dir():
         raise ConfigError(f"no folder {options.images}; expected one of good images")
-    statistics, maxima = measure(Predictor(opened), images.list_images(options.images, recursive=True))
+    paths = images.list_images(options.images, recursive=True)
+    statistics, maxima = measure(Predictor(opened), paths)
     calibration = calibrate.calibrate(
         statistics, maxima, opened.calibration.statistics, false_reject_rate=options.false_reject_rate
     )
-    bundle.recalibrate(opened, calibration, options.out)
+    bundle.recalibrate(opened, calibration, options.out, [short_digest(path) for path in paths])
     print(calibrate.describe(calibration))
     return 0
 
