@@ -222,11 +222,15 @@ def as_json(config: Config) -> dict[str, Any]:
 
 
 def restore(opened: Bundle) -> Detector:
-    """Build the detector of a model file with its weights, in evaluation mode; raise ModelFileError."""
+    """Build the detector of a model file with its weights, in evaluation mode; raise ModelFileError.
+
+    A buffer that an older file lacks, for it came later, keeps the value that it starts with.
+    """
     name = opened.manifest["method"]
     detector = build(name, configure(name, settings=opened.manifest["config"]), seed=0)
+    started = dict(detector.named_buffers())
     try:
-        detector.load_state_dict(load_tensors(opened.weights))
+        detector.load_state_dict(started | load_tensors(opened.weights))
     except RuntimeError as error:
         raise ModelFileError(
             f"the weights in {opened.path} do not fit its method: {str(error).splitlines()[-1].strip()}"
