@@ -45,7 +45,8 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
         for trunk in trunks:
             for before, after in pairwise(trunk):
                 divide(before, seen[after])
-        for trunk, ranges in zip(trunks, seen[network.structural].chunk(2), strict=True):
+        widths = [trunk[-1].out_channels for trunk in trunks]
+        for trunk, ranges in zip(trunks, seen[network.structural].split(widths), strict=True):
             divide(trunk[-1], ranges)
         for layer, ranges in seen.items():
             layer.weight *= ranges[:, None, None]
