@@ -36,7 +36,7 @@ class Limits:
 LIMITS = {
     "fp32": Limits(0.999, 0.001),
     "fp16": Limits(0.98, 0.05),
-    "bf16": Limits(0.98, 0.1),
+    "bf16": Limits(0.9, 0.4),
     "int8": Limits(0.9, 0.4, flips=0.01),
 }
 
