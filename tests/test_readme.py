@@ -18,8 +18,11 @@ from blemish.images import read
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-QUICK = ["--steps", "3", "--image-size", "64x64"]
-"""What the test appends to every training command."""
+QUICK = {
+    "train": ["--steps", "3", "--image-size", "64x64"],
+    "benchmark": ["--seconds", "0.2", "--rounds", "1", "--threads", "1"],
+}
+"""What the test appends to commands that would take long."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -33,7 +36,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def without_program(words: list[str]) -> list[str]:
-    return [*words[1:], *(QUICK if words[1] == "train" else [])]
+    return [*words[1:], *QUICK.get(words[1], [])]
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_command_of_the_readme_runs(images: Path) -> None:
     ours = [without_program(words) for words in commands(README) if words[0] == "blemish"]
-    assert {words[0] for words in ours} == {"check", "train", "evaluate", "predict", "calibrate"}
+    assert {words[0] for words in ours} == {"check", "train", "evaluate", "predict", "calibrate", "export", "benchmark"}
     for words in ours:
         assert cli.main(words) == 0, words
     assert (images / "report.html").stat().st_size > 10_000
