@@ -16,6 +16,7 @@ from blemish import bundle, calibrate, data, evaluation, images
 from blemish.bundle import Bundle
 from blemish.data import textures
 from blemish.detectors import restore
+from blemish.detectors.base import Detector
 from blemish.engines import Choice, open_graph
 from blemish.errors import ConfigError, DataError
 from blemish.export import formats, gate, onnx, quantise
@@ -66,6 +67,16 @@ class Request:
         return dataclasses.replace(usual, map_error=usual.map_error + 2 * self.reduced)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A graph that has not been compared yet."""
+
+    graph: bytes
+    kept: list[Kept]
+    left: list[str]
+    """Layers that stayed in floating point."""
+
+
 def export(
     model: str | Path, root: str | Path, request: Request, *, labelled: str | Path | None = None
 ) -> dict[str, gate.Agreement]:
@@ -75,25 +86,19 @@ def export(
     labelled: a data set whose test images are compared, too. Returns how the two agree, by set of images.
     Raises ExportError where they differ beyond the limits; nothing is written then.
     """
-    opened, choice = bundle.read(Path(model)), request.choice
+    opened = bundle.read(Path(model))
+    if "export" in opened.manifest:
+        raise ConfigError(f"{opened.path} is an export itself; expected the model file that it was made from")
     good = held_out(opened, Path(root))
     detector = restore(opened)
     trained = gate.Trained(detector)
-    network, kept = rewritten(fuse(detector), good, request)
-    graph = onnx.traced(
-        network, detector.config.image_size, detector.outputs, half=choice.precision == "fp16"
-    )
-    left: list[str] = []
-    if choice.precision == "int8":
-        error = map_error(trained, good[:LOOKED_AT], choice)
-        graph, left = quantise.quantise(graph, good, error, request.bounds.map_error)
-        say(f"in floating point: {', '.join(left) or 'no layer'}")
-    engine = open_graph(graph, detector.outputs, choice)
+    draft = drafted(detector, trained, good, request)
+    engine = open_graph(draft.graph, detector.outputs, request.choice)
     calibration, found = compared(gate.Watched(engine, trained), good, opened.calibration)
     agreements = {"held-out good images": found}
-    facts: dict[str, Any] = {"engine": asdict(choice), "calibration": asdict(calibration)}
-    made = formats.exported(opened, graph, facts)
+    facts: dict[str, Any] = {"engine": asdict(request.choice), "calibration": asdict(calibration)}
     if labelled is not None:
+        made = formats.exported(opened, draft.graph, facts)
         agreements["labelled images"] = judged(opened, made, gate.Watched(engine, trained), Path(labelled))
     for name, each in agreements.items():
         say(gate.describe(name, each))
@@ -102,12 +107,25 @@ def export(
     facts["export"] = {
         "limits": asdict(request.bounds),
         "agreement": {name: asdict(each) for name, each in agreements.items()},
-        "reduced": [asdict(each) for each in kept],
-        "in floating point": left,
+        "reduced": [asdict(each) for each in draft.kept],
+        "in floating point": draft.left,
         "thresholds": "as trained" if calibration == opened.calibration else "set anew on the same images",
     }
-    formats.write(request.out, formats.exported(opened, graph, facts), request.format)
+    formats.write(request.out, formats.exported(opened, draft.graph, facts), request.format)
     return agreements
+
+
+def drafted(detector: Detector, trained: gate.Trained, good: Sequence[FloatArray], request: Request) -> Draft:
+    """Rewrite, trace and quantise, as asked for."""
+    network, kept = rewritten(fuse(detector), good, request)
+    half = request.precision == "fp16"
+    graph = onnx.traced(network, detector.config.image_size, detector.outputs, half=half)
+    if request.precision != "int8":
+        return Draft(graph, kept, [])
+    error = map_error(trained, good[:LOOKED_AT], request.choice)
+    graph, left = quantise.quantise(graph, good, error, request.bounds.map_error)
+    say(f"in floating point: {', '.join(left) or 'no layer'}")
+    return Draft(graph, kept, left)
 
 
 def held_out(opened: Bundle, root: Path) -> list[FloatArray]:

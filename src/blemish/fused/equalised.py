@@ -46,7 +46,7 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
             for before, after in pairwise(trunk):
                 divide(before, seen[after])
         widths = [trunk[-1].out_channels for trunk in trunks]
-        for trunk, ranges in zip(trunks, seen[network.structural].split(widths), strict=True):
+        for trunk, ranges in zip(trunks, torch.split(seen[network.structural], widths), strict=True):
             divide(trunk[-1], ranges)
         for layer, ranges in seen.items():
             layer.weight *= ranges[:, None, None]
