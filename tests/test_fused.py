@@ -224,10 +224,9 @@ def test_batch_norms_are_multiplied_into_convolutions(name: str) -> None:
 # --- for eight-bit integers ---
 
 
-@pytest.fixture(scope="module")
-def efficientad(slim: None) -> tuple[FusedEfficientAD, list[Tensor]]:
+def fitted(method: str) -> tuple[FusedEfficientAD, list[Tensor]]:
     """Fuse an EfficientAD whose statistics fit two drawn parts; give both."""
-    detector = build("efficientad-s", configure("efficientad-s"), 0).eval()
+    detector = build(method, configure(method), 0).eval()
     batches = [image[None] for image in parts(2, (256, 256))]
     for layer in detector.modules():
         if isinstance(layer, nn.Conv2d):
@@ -240,17 +239,21 @@ def efficientad(slim: None) -> tuple[FusedEfficientAD, list[Tensor]]:
     return fused, batches
 
 
+@pytest.fixture(scope="module")
+def efficientad(slim: None) -> tuple[FusedEfficientAD, list[Tensor]]:
+    return fitted("efficientad-s")
+
+
 def inner(network: FusedEfficientAD) -> list[nn.Conv2d]:
     """List the convolutions that read teacher's and student's channels."""
     layers = [layer for trunk in network.trunks for layer in trunk if isinstance(layer, nn.Conv2d)]
     return [*layers, network.structural, *([network.logical] if network.logical else [])]
 
 
+@pytest.mark.parametrize("method", ["efficientad-s", "efficientad-m"])
 @torch.no_grad()
-def test_equalised_channels_have_one_range_and_change_nothing(
-    efficientad: tuple[FusedEfficientAD, list[Tensor]],
-) -> None:
-    network, batches = efficientad
+def test_equalised_channels_have_one_range_and_change_nothing(method: str) -> None:
+    network, batches = fitted(method)
     made = copy.deepcopy(network)
     equalise(made, batches)
     for found, wanted in zip(made(batches[0]), network(batches[0]), strict=True):
