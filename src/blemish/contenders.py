@@ -179,6 +179,8 @@ def complete(contender: Contender) -> Contender:
     network = contender.network(detector) if contender.network else fuse(detector)
     plain = roofline.flops(detector, size) if contender.network is None else 0
     flops = roofline.flops(network, size)
+    if contender.network is None and contender.choice.backend != "torch":
+        flops = contender.opened.manifest.get("export", {}).get("flops", flops)  # fewer, with fewer channels
     work = Work(sum(each.numel() for each in detector.parameters()), flops, plain or flops)
     opened = contender.opened
     if traced:

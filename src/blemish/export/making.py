@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from blemish import bundle, calibrate, data, evaluation, images
+from blemish import bundle, calibrate, data, evaluation, images, roofline
 from blemish.bundle import Bundle
 from blemish.data import textures
 from blemish.detectors import restore
@@ -73,6 +73,8 @@ class Draft:
 
     graph: bytes
     kept: list[Kept]
+    flops: int
+    """Of one image, as `benchmark` counts them."""
     left: list[str]
     """Layers that stayed in floating point."""
 
@@ -107,6 +109,7 @@ def export(
     facts["export"] = {
         "limits": asdict(request.bounds),
         "agreement": {name: asdict(each) for name, each in agreements.items()},
+        "flops": draft.flops,
         "reduced": [asdict(each) for each in draft.kept],
         "in floating point": draft.left,
         "thresholds": "as trained" if calibration == opened.calibration else "set anew on the same images",
@@ -118,14 +121,15 @@ def export(
 def drafted(detector: Detector, trained: gate.Trained, good: Sequence[FloatArray], request: Request) -> Draft:
     """Rewrite, trace and quantise, as asked for."""
     network, kept = rewritten(fuse(detector), good, request)
-    half = request.precision == "fp16"
-    graph = onnx.traced(network, detector.config.image_size, detector.outputs, half=half)
+    size, half = detector.config.image_size, request.precision == "fp16"
+    flops = roofline.flops(network, size)
+    graph = onnx.traced(network, size, detector.outputs, half=half)
     if request.precision != "int8":
-        return Draft(graph, kept, [])
+        return Draft(graph, kept, flops, [])
     error = map_error(trained, good[:LOOKED_AT], request.choice)
     graph, left = quantise.quantise(graph, good, error, request.bounds.map_error)
     say(f"in floating point: {', '.join(left) or 'no layer'}")
-    return Draft(graph, kept, left)
+    return Draft(graph, kept, flops, left)
 
 
 def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
