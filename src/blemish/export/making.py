@@ -53,6 +53,7 @@ class Request:
             raise ConfigError(f"--out {self.out}: expected a name that ends in {' or '.join(endings)}")
         if not 0 <= self.reduced < 1:
             raise ConfigError(f"a map error of {self.reduced} for reduced channels: expected 0 to below 1")
+        Choice(FORMATS[self.format].backend, self.precision)  # refuses a precision that the engine lacks
         check_writable(self.out)
 
     @property
