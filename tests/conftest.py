@@ -3,6 +3,7 @@
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,3 +85,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
     )
     torch.set_num_threads(threads)
     return drawn.Tiny(data, weights, file, model)
+
+
+@pytest.fixture(scope="module")
+def folder_of_benchmarks() -> Iterator[None]:
+    """Let a test file import the benchmarks as modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield

@@ -4,7 +4,6 @@ import importlib
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
@@ -25,13 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 SIZE = (256, 256)
 REORDERING = ("channels-last", "topk", "one pass")
 """Gains that change the order of sums and no more."""
-
-
-@pytest.fixture(scope="module")
-def folder_of_benchmarks() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        yield
 
 
 @pytest.fixture(scope="module")

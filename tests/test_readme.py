@@ -53,7 +53,15 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_command_of_the_readme_runs(images: Path) -> None:
     ours = [without_program(words) for words in commands(README) if words[0] == "blemish"]
-    assert {words[0] for words in ours} == {"check", "train", "evaluate", "predict", "calibrate", "export", "benchmark"}
+    assert {words[0] for words in ours} == {
+        "check",
+        "train",
+        "evaluate",
+        "predict",
+        "calibrate",
+        "export",
+        "benchmark",
+    }
     for words in ours:
         assert cli.main(words) == 0, words
     assert (images / "report.html").stat().st_size > 10_000

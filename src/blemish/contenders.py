@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from blemish import bundle
 from blemish.bundle import Bundle
-from blemish.engines import BACKENDS, PRECISIONS, Choice, Engine, open_engine, open_graph, recorded
+from blemish.engines import (
+    BACKENDS,
+    PRECISIONS,
+    Choice,
+    Engine,
+    open_engine,
+    open_graph,
+    recorded,
+    refuse_precision,
+)
 from blemish.errors import ConfigError, ModelFileError
 from blemish.progress import say
 
@@ -123,12 +132,7 @@ def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
     backend = entry.backend or ("torch" if moved else start.backend)
     precision = entry.precision or ("fp16" if moved and backend == "torch" else start.precision)
     made = replace(start, backend=backend, precision=precision, device=device or start.device)
-    held = start.precision if quantised or start.backend == "onnxruntime" else "fp32"
-    if (precision == "int8") != quantised or (backend == "onnxruntime" and precision != held):
-        raise ConfigError(
-            f"precision {precision} of {entry.source}, whose graph is {held}: for {backend} that is the "
-            f"graph's; expected {held}, or a file that was exported in {precision}"
-        )
+    refuse_precision(made, start, entry.source)
     if backend in PACKAGES and find_spec(backend) is None:
         raise ConfigError(
             f"backend {backend} is not installed; expected blemish[{PACKAGES[backend]}], or another backend"

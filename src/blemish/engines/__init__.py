@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from blemish.bundle import Bundle
-from blemish.errors import ConfigError
+from blemish.errors import ConfigError, ModelFileError
 from blemish.types import FloatArray
 
 BACKENDS = ("onnxruntime", "openvino", "torch")
@@ -71,8 +71,26 @@ class Choice:
 
 
 def recorded(manifest: Mapping[str, Any]) -> Choice:
-    """Read the choice that a model file records; one that records none runs on ONNX Runtime as it is."""
-    return Choice(**manifest.get("engine", asdict(Choice())))
+    """Read the choice that a model file records; one that records none runs on ONNX Runtime as it is.
+
+    Raises ModelFileError for one that this version does not know.
+    """
+    try:
+        return Choice(**manifest.get("engine", asdict(Choice())))
+    except (TypeError, ConfigError) as error:
+        raise ModelFileError(f"the model file asks for an engine that is not known here: {error}") from error
+
+
+def refuse_precision(choice: Choice, start: Choice, name: str) -> None:
+    """Refuse a precision that the graph of the file `name`, made for `start`, does not have."""
+    quantised = start.precision == "int8"
+    held = start.precision if quantised or start.backend == "onnxruntime" else "fp32"
+    fixed = choice.backend == "onnxruntime" and choice.precision != held
+    if (choice.precision == "int8") != quantised or fixed:
+        raise ConfigError(
+            f"precision {choice.precision} of {name}, whose graph is {held}: for {choice.backend} that is "
+            f"the graph's; expected {held}, or a file that was exported in {choice.precision}"
+        )
 
 
 def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
@@ -82,14 +100,22 @@ def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
     """
     outputs = tuple(opened.manifest["outputs"])
     if choice.backend == "torch":
+        if "export" in opened.manifest:
+            raise ConfigError(
+                f"backend torch for {opened.path}: an export is its graph; expected onnxruntime or openvino, "
+                "or the model file that it was made from"
+            )
         from blemish.engines.pytorch import PyTorch
 
         return PyTorch(opened, choice, threads)
+    refuse_precision(choice, recorded(opened.manifest), str(opened.path))
     return open_graph(opened.graph, outputs, choice, threads)
 
 
 def open_graph(graph: bytes, outputs: tuple[str, ...], choice: Choice, threads: int = 0) -> Engine:
     """Make an ONNX graph ready to run, as `open_engine` does."""
+    if threads < 0:
+        raise ConfigError(f"{threads} threads: expected 0 or more")
     if choice.backend == "openvino":
         from blemish.engines.openvino import OpenVino
 

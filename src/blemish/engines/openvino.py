@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import openvino
 
 from blemish.engines import Choice
@@ -30,15 +32,17 @@ class OpenVino:
         if found != list(outputs):
             raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
         self.outputs = outputs
+        self.lock = threading.Lock()
+        """A request runs one batch at a time."""
         self.requests: dict[tuple[int, ...], openvino.InferRequest] = {}
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
         """Run (B, 3, H, W) images."""
-        request = self.requests.get(inputs.shape) or self.compile(inputs.shape)
-        request.infer([openvino.Tensor(inputs, shared_memory=True)])
-        return {
-            name: request.get_output_tensor(number).data.copy() for number, name in enumerate(self.outputs)
-        }
+        with self.lock:
+            request = self.requests.get(inputs.shape) or self.compile(inputs.shape)
+            request.infer([openvino.Tensor(inputs, shared_memory=True)])
+            found = [request.get_output_tensor(number).data.copy() for number in range(len(self.outputs))]
+        return dict(zip(self.outputs, found, strict=True))
 
     def compile(self, shape: tuple[int, ...]) -> openvino.InferRequest:
         """Compile the graph for one shape: fixed shapes run faster than open ones."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from blemish.bundle import Bundle
 from blemish.detectors import restore
 from blemish.engines import Choice
+from blemish.errors import ConfigError
 from blemish.fused import Lowered, fuse
 from blemish.hardware import choose_device
 from blemish.types import FloatArray
@@ -21,6 +22,8 @@ class PyTorch:
 
     def __init__(self, opened: Bundle, choice: Choice, threads: int = 0) -> None:
         self.device = choose_device(choice.device)
+        if threads < 0:
+            raise ConfigError(f"{threads} threads: expected 0 or more")
         if threads:
             torch.set_num_threads(threads)
         detector = restore(opened)

@@ -55,16 +55,18 @@ def write_onnx(path: Path, made: Bundle) -> None:
 def write_openvino(path: Path, made: Bundle) -> None:
     """Write NAME.xml and NAME.bin, what it says of itself among its runtime information.
 
-    Weights are stored in half precision where layers compute in no more than that.
+    Weights are stored in half precision where layers compute in it. The old .xml goes first, so that at no
+    moment it stands beside the weights of another.
     """
     import openvino
 
     model = openvino.Core().read_model(made.graph)
     model.set_rt_info(told(made), "blemish")
-    halved = made.manifest["engine"]["precision"] in ("fp16", "bf16")
+    halved = made.manifest["engine"]["precision"] == "fp16"
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / path.name
         openvino.save_model(model, written, compress_to_fp16=halved)
+        path.unlink(missing_ok=True)
         write_whole(path.with_suffix(".bin"), written.with_suffix(".bin").read_bytes())
         write_whole(path, written.read_bytes())
 

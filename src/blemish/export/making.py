@@ -18,7 +18,7 @@ from blemish.data import textures
 from blemish.detectors import restore
 from blemish.detectors.base import Detector
 from blemish.engines import Choice, open_graph
-from blemish.errors import ConfigError, DataError
+from blemish.errors import ConfigError, DataError, ExportError
 from blemish.export import formats, gate, onnx, quantise
 from blemish.export.formats import FORMATS
 from blemish.files import check_writable, short_digest
@@ -55,6 +55,8 @@ class Request:
             raise ConfigError(f"a map error of {self.reduced} for reduced channels: expected 0 to below 1")
         Choice(FORMATS[self.format].backend, self.precision)  # refuses a precision that the engine lacks
         check_writable(self.out)
+        if self.out.suffix == ".xml":
+            check_writable(self.out.with_suffix(".bin"))
 
     @property
     def choice(self) -> Choice:
@@ -90,6 +92,8 @@ def export(
     Raises ExportError where they differ beyond the limits; nothing is written then.
     """
     opened = bundle.read(Path(model))
+    if request.out.resolve() == opened.path.resolve():
+        raise ConfigError(f"--out {request.out} is the model itself; expected another name")
     if "export" in opened.manifest:
         raise ConfigError(f"{opened.path} is an export itself; expected the model file that it was made from")
     good = held_out(opened, Path(root))
@@ -139,17 +143,17 @@ def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
     Raises DataError where the data set has none of them.
     """
     known = set(opened.manifest["training"].get("files", {}).get("held_out", ()))
-    samples = data.scan(root, "auto")
-    paths = [sample.path for sample in samples if sample.label == 0 and short_digest(sample.path) in known]
+    if not known:
+        raise DataError(f"{opened.path} does not say which good images it was calibrated on; train it anew")
+    good = {short_digest(each.path): each.path for each in data.scan(root, "auto") if each.label == 0}
+    paths = [good[digest] for digest in sorted(known & good.keys())]
     if not paths:
         raise DataError(
             f"found none of the {len(known)} good images in {root} that {opened.path} was calibrated on; "
             "expected the data set that it was trained on"
         )
     if len(paths) < len(known):
-        say(
-            f"{len(paths)} of the {len(known)} good images that {opened.path} was calibrated on are in {root}"
-        )
+        say(f"{root} has {len(paths)} of {len(known)} good images behind the thresholds, which stay")
     size, white = opened.manifest["preprocessing"]["image_size"], opened.manifest["preprocessing"]["white"]
     return [images.prepare(images.read(path), tuple(size), white) for path in paths]
 
@@ -198,30 +202,35 @@ def compared(
 ) -> tuple[Calibration, gate.Agreement]:
     """Run export and model on good images; set the thresholds anew if those are the images they came from.
 
-    On those the model's labels are by thresholds from the same scores, too: an image lies on the threshold.
+    Labels are compared by thresholds that each sets from its own scores: an image lies on every threshold,
+    and rounding alone would flip it. Raises ExportError for an export that gives no finite numbers.
     """
     found = [watched.run(image[None]) for image in good]
+    if not all(np.isfinite(each[name]).all() for each in found for name in ("map", "statistics")):
+        raise ExportError("the export gives numbers that are not finite")
     both = [[*watched.expected], found]
     statistics = [np.concatenate([each["statistics"] for each in runs]) for runs in both]
     maxima = [np.array([each["map"].max() for each in runs]) for runs in both]
-    used = [calibration, calibration]
-    if gate.same_images(calibrate.image_scores(statistics[0], calibration).tolist(), calibration):
-        used = [
-            calibrate.calibrate(
-                *measured,
-                calibration.statistics,
-                false_reject_rate=calibration.false_reject_rate,
-                review_rate=calibration.review_rate,
-                confidence=calibration.confidence,
-            )
-            for measured in zip(statistics, maxima, strict=True)
-        ]
-    scores = [calibrate.image_scores(*pair).tolist() for pair in zip(statistics, used, strict=True)]
+    anew = [recalibrated(*measured, calibration) for measured in zip(statistics, maxima, strict=True)]
+    scores = [calibrate.image_scores(*pair).tolist() for pair in zip(statistics, anew, strict=True)]
     labels = [
         [calibrate.verdict_label(score, chosen) for score in row]
-        for row, chosen in zip(scores, used, strict=True)
+        for row, chosen in zip(scores, anew, strict=True)
     ]
-    return used[1], gate.agreement(watched, scores, labels)
+    same = gate.same_images(calibrate.image_scores(statistics[0], calibration).tolist(), calibration)
+    return anew[1] if same else calibration, gate.agreement(watched, scores, labels)
+
+
+def recalibrated(statistics: FloatArray, maxima: FloatArray, calibration: Calibration) -> Calibration:
+    """Set thresholds from other numbers with the same rates and confidence."""
+    return calibrate.calibrate(
+        statistics,
+        maxima,
+        calibration.statistics,
+        false_reject_rate=calibration.false_reject_rate,
+        review_rate=calibration.review_rate,
+        confidence=calibration.confidence,
+    )
 
 
 def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path) -> gate.Agreement:

@@ -33,7 +33,7 @@ class Kept:
     kept: int
     of: int
     error: float
-    """Root mean square of what the map of the good images changes by, in shares of its standard deviation."""
+    """Root mean square change of the good images' map, or of the layer's half of it, in its deviations."""
 
 
 def reduce(
@@ -89,7 +89,7 @@ def narrow(
             squeezed(trunk, into, fewer) for trunk, into in zip(plain, bases, strict=True)
         )
         found = float((maps(network, good) - whole).square().mean().sqrt() / whole.std())
-        if found > tolerance:
+        if not found <= tolerance:
             break
         kept, error = fewer, found
     network.teacher, network.student = (
