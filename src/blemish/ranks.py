@@ -120,12 +120,20 @@ class _Pile:
     def add(self, values: AnyArray) -> None:
         end = self.size + values.size
         if end > self._array.size:
-            self._array.resize(max(end, self._array.size * 5 // 4), refcheck=False)
+            self._grow(max(end, self._array.size * 5 // 4))
         self._array[self.size : end] = values
         self.size = end
 
+    def _grow(self, size: int) -> None:
+        try:
+            self._array.resize(size)
+        except ValueError:  # somebody still looks at it: leave them what they see
+            grown = np.zeros(size, self._array.dtype)
+            grown[: self.size] = self._array[: self.size]
+            self._array = grown
+
     def values(self) -> AnyArray:
-        """Give a view, void after the next `add`."""
+        """Give a view of what is there now; while it is held, growing costs a copy."""
         return self._array[: self.size]
 
 
