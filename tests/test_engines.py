@@ -1,5 +1,7 @@
 """Engines: the same arrays from each, and what none of them can do."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -143,3 +145,27 @@ def test_weights_that_lack_a_parameter_or_do_not_fit_are_refused(tiny: drawn.Tin
     ):
         with pytest.raises(ModelFileError, match=f"do not fit its method: {said}"):
             restore(replace(opened, weights=save(changed)))
+
+
+def test_a_signal_is_survived_when_openvino_has_come_and_gone() -> None:
+    """It moves the stack for signals into its own memory when it compiles."""
+    pytest.importorskip("openvino")
+    program = f"""
+import ctypes
+import numpy as np
+from pathlib import Path
+from blemish.engines.openvino import SignalStack
+import blemish
+
+def stack():
+    found = SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.start, found.size
+
+before = stack()
+model = blemish.load(Path({str(FILES / "format1.blemish")!r}), backend="openvino", threads=1)
+model.predict(np.zeros((64, 64, 3), np.uint8))
+assert stack() == before, (before, stack())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -113,7 +113,7 @@ def of_openvino(choice: Choice, threads: int) -> Iterator[Product]:
     import openvino
     from openvino import opset13 as operations
 
-    from blemish.engines.openvino import HINTS
+    from blemish.engines.openvino import HINTS, same_signal_stack
 
     hints = {
         "INFERENCE_PRECISION_HINT": HINTS[choice.precision],
@@ -134,7 +134,8 @@ def of_openvino(choice: Choice, threads: int) -> Iterator[Product]:
     def compiled(inputs: Any, node: Any) -> Callable[[], object]:
         highest = operations.reduce_max(node, np.array([0, 1]), False)  # so that no result is copied
         model = openvino.Model([highest], [inputs])
-        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+        with same_signal_stack():
+            request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
         tensor = openvino.Tensor(numbers(*inputs.shape))
         return lambda: request.infer([tensor])
 

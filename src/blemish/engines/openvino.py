@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import openvino
 
@@ -12,6 +16,30 @@ from blemish.types import FloatArray
 
 HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
 """What layers compute in that the graph itself does not quantise."""
+
+
+class SignalStack(ctypes.Structure):
+    """What the C library calls stack_t, on Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Give the thread back the stack that its signals are handled on.
+
+    OpenVINO 2026.4 moves it when it compiles, into memory that it frees with its models: a Ctrl-C that comes
+    later then ends the process with a segmentation fault. Elsewhere than on Linux this does nothing.
+    """
+    set_stack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
+    before = SignalStack()
+    if set_stack is not None:
+        set_stack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if set_stack is not None:
+            set_stack(ctypes.byref(before), None)
 
 
 class OpenVino:
@@ -48,6 +76,7 @@ class OpenVino:
         """Compile the graph for one shape: fixed shapes run faster than open ones."""
         fixed = self.model.clone()
         fixed.reshape(list(shape))
-        request = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
+        with same_signal_stack():
+            request = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
         self.requests[shape] = request
         return request
