@@ -213,6 +213,13 @@ def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPa
     assert prepare(Entry(str(MODEL))).work is None  # a PC without torch cannot count
 
 
+def test_fusing_a_network_of_a_useful_size_saves_work() -> None:
+    settings = {"backbone": "resnet18", "image_size": (256, 256)}
+    work = prepare(Entry("supersimplenet", backend="torch"), settings=settings).work
+    assert work is not None
+    assert work.flops < work.plain_flops
+
+
 def test_a_plain_row_runs_the_detectors_own_network() -> None:
     """Its graph has the layers that the fused one multiplied into others, and gives the same numbers."""
     inputs = np.random.default_rng(0).random((2, 3, 64, 64), np.float32)

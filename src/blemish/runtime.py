@@ -16,7 +16,7 @@ import cc3d
 import numpy as np
 
 from blemish import bundle, calibrate, images
-from blemish.engines import Choice, open_engine, recorded
+from blemish.engines import Choice, Engine, open_engine, recorded
 from blemish.errors import ImageError
 from blemish.types import Calibration, FloatArray, Region, Verdict
 
@@ -44,7 +44,14 @@ class Predictor:
     predict takes a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array.
     """
 
-    def __init__(self, opened: bundle.Bundle, choice: Choice | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        opened: bundle.Bundle,
+        choice: Choice | None = None,
+        threads: int = 0,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
         manifest = opened.manifest
         self.path = opened.path
         self.manifest: dict[str, Any] = manifest
@@ -52,7 +59,7 @@ class Predictor:
         self.image_size: tuple[int, int] = tuple(manifest["preprocessing"]["image_size"])
         self.white = float(manifest["preprocessing"]["white"])
         self.choice = choice or recorded(manifest)
-        self.engine = open_engine(opened, self.choice, threads)
+        self.engine = engine or open_engine(opened, self.choice, threads)
 
     def predict(self, image: Any, *, parts: bool = False, full_size: bool = False) -> Verdict:
         """Judge one image; with parts, the maps that the map was joined from come along.

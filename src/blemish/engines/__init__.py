@@ -98,6 +98,8 @@ def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
 
     Raises ConfigError for what this machine does not have, ModelFileError for a graph that cannot run.
     """
+    if threads < 0:
+        raise ConfigError(f"{threads} threads: expected 0 or more")
     outputs = tuple(opened.manifest["outputs"])
     if choice.backend == "torch":
         if "export" in opened.manifest:
@@ -114,8 +116,6 @@ def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
 
 def open_graph(graph: bytes, outputs: tuple[str, ...], choice: Choice, threads: int = 0) -> Engine:
     """Make an ONNX graph ready to run, as `open_engine` does."""
-    if threads < 0:
-        raise ConfigError(f"{threads} threads: expected 0 or more")
     if choice.backend == "openvino":
         from blemish.engines.openvino import OpenVino
 

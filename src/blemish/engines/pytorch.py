@@ -9,7 +9,6 @@ from torch import Tensor
 from blemish.bundle import Bundle
 from blemish.detectors import restore
 from blemish.engines import Choice
-from blemish.errors import ConfigError
 from blemish.fused import Lowered, fuse
 from blemish.hardware import choose_device
 from blemish.types import FloatArray
@@ -22,8 +21,6 @@ class PyTorch:
 
     def __init__(self, opened: Bundle, choice: Choice, threads: int = 0) -> None:
         self.device = choose_device(choice.device)
-        if threads < 0:
-            raise ConfigError(f"{threads} threads: expected 0 or more")
         if threads:
             torch.set_num_threads(threads)
         detector = restore(opened)
@@ -38,10 +35,7 @@ class PyTorch:
         with torch.no_grad():  # not inference_mode: torch.compile stumbles over its tensors (2.13)
             images = torch.from_numpy(inputs)
             found = self.compute(images) if self.device == "cpu" else self.replay(images)
-            return {
-                name: np.asarray(tensor.float().cpu())
-                for name, tensor in zip(self.outputs, found, strict=True)
-            }
+            return {name: np.asarray(tensor.cpu()) for name, tensor in zip(self.outputs, found, strict=True)}
 
     def compute(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run images that are on the device."""

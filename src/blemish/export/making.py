@@ -53,7 +53,7 @@ class Request:
             raise ConfigError(f"--out {self.out}: expected a name that ends in {' or '.join(endings)}")
         if not 0 <= self.reduced < 1:
             raise ConfigError(f"a map error of {self.reduced} for reduced channels: expected 0 to below 1")
-        Choice(FORMATS[self.format].backend, self.precision)  # refuses a precision that the engine lacks
+        _ = self.choice  # refuses a precision that the engine lacks
         check_writable(self.out)
         if self.out.suffix == ".xml":
             check_writable(self.out.with_suffix(".bin"))
@@ -235,8 +235,7 @@ def recalibrated(statistics: FloatArray, maxima: FloatArray, calibration: Calibr
 
 def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path) -> gate.Agreement:
     """Compare model file and export on the test images of a labelled data set."""
-    model, export = Predictor(opened), Predictor(made)
-    export.engine = watched
+    model, export = Predictor(opened), Predictor(made, engine=watched)
     results = [evaluation.evaluate(predictor, root, exhibits=0) for predictor in (model, export)]
     scores = [[image.score for image in result.images] for result in results]
     labels = [[image.label for image in result.images] for result in results]

@@ -59,7 +59,7 @@ def traced(
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep back what the exporter warns and logs of its own internals; a wrong graph fails in `compare`."""
+    """Keep back what exporter and quantiser say of their internals; a wrong graph fails its comparison."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

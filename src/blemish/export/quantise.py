@@ -8,10 +8,8 @@ graph, with QuantizeLinear and DequantizeLinear around each operation, which eve
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -21,23 +19,15 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
 
+from blemish.export.onnx import silence
 from blemish.progress import Progress
 from blemish.types import FloatArray
 
 LAYERS: tuple[str, ...] = ("Conv", "MatMul", "Gemm")
 BETWEEN: tuple[str, ...] = (
-    "AveragePool",
-    "MaxPool",
-    "Relu",
-    "Clip",
-    "LeakyRelu",
-    "Add",
-    "Concat",
-    "Split",
-    "Slice",
-    "Reshape",
+    *("AveragePool", "MaxPool", "Relu", "Clip", "LeakyRelu", "Add"),
+    *("Concat", "Split", "Slice", "Reshape", "Transpose"),
 )
-BETWEEN += ("Transpose",)
 """Operations that pass eight-bit integers on."""
 MOST_RANGED = 64
 """Good images that are looked at for ranges: more of them change little."""
@@ -98,7 +88,7 @@ def preprocessed(graph: bytes) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(graph)
-        with quiet():
+        with silence():
             quant_pre_process(before, after, skip_symbolic_shape=True)
         model: onnx.ModelProto = onnx.load(after)
     for number, node in enumerate(model.graph.node):
@@ -108,7 +98,7 @@ def preprocessed(graph: bytes) -> onnx.ModelProto:
 
 def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsData:
     """Measure the range of every tensor on images."""
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, silence():
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         calibrator = create_calibrator(
@@ -125,7 +115,7 @@ def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsDat
 def weighted(model: onnx.ModelProto) -> list[str]:
     """Name the layers: convolutions and products with constant weights, to more than one output channel.
 
-    The blur of the map has one, and stays as it is.
+    The smoothing that gives a statistic has one, and stays as it is.
     """
     constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     found = []
@@ -153,7 +143,7 @@ def written(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) 
         op_types_to_quantize=[*LAYERS, *BETWEEN],
         extra_options={"ForceQuantizeNoInputCheck": True},
     )
-    with quiet():
+    with silence():
         quantiser.quantize_model()
     data: bytes = quantiser.model.model.SerializeToString()
     return data
@@ -171,14 +161,3 @@ def between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
             found[maker.name] = None
             waiting.extend(maker.input)
     return list(found)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what the quantiser logs of its own internals."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
