@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from blemish import ops
-from blemish.data.loading import Batches
+from blemish import seeding
+from blemish.data.loading.batches import Batches
 from blemish.detectors.efficientad import EfficientAD
-from blemish.loop import Run
+from blemish.training.loop import Run
 
 CHANNELS = 384
 GAINS = (
@@ -69,7 +69,7 @@ class Transcription:
             (known,) = batches.encoded.batch(batches.entries(step))
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4 if step < 0.95 * run.steps else 1e-5
-        draw = ops.generator(run.seed, "step", step)
+        draw = seeding.generator(run.seed, "step", step)
         with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in self.gains):
             terms = self.losses(image, cast(Tensor, photograph), draw, known)
         total = torch.stack(list(terms.values())).sum()

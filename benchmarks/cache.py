@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from blemish import demo, images, loop
+from blemish import demo, images
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train once in this process, timing steps; give seconds and the peak of resident memory."""
-    from blemish import loop, training
+    from blemish.training import loop, run
 
     times: list[float] = []
     plain = loop.one_step
@@ -40,7 +40,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     loop.one_step = timed
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        model = training.train(
+        model = run.train(
             options.data,
             model="supersimplenet",
             out=Path(folder) / "model.blemish",

@@ -46,13 +46,14 @@ from safetensors.torch import save_file
 from torch import nn
 from typing_extensions import override
 
-from blemish import demo, images, loop, ops, training
-from blemish.data.cache import Memory
-from blemish.data.loading import Batches, Photographs
-from blemish.detectors import build, configure
+from blemish import demo, images, seeding
+from blemish.data.loading.batches import Batches, Photographs
+from blemish.data.loading.cache import Memory
 from blemish.detectors.efficientad import EfficientAD
+from blemish.detectors.registry import build, configure
 from blemish.files import write_whole
-from blemish.loop import Run
+from blemish.training import loop, run
+from blemish.training.loop import Run
 
 TERMS = ("hard", "penalty", "autoencoder", "student_autoencoder", "loss")
 IN_LOSS = ("topk", "one pass")
@@ -127,10 +128,10 @@ def begin(job: Job) -> Run:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(loop, "loop", hand_over))
         if "kept memory" not in gains:
-            stack.enter_context(mock.patch.object(training, "keep_freed_memory"))
+            stack.enter_context(mock.patch.object(run, "keep_freed_memory"))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         try:
-            training.train(
+            run.train(
                 job.data,
                 model=job.model,
                 out=Path(folder) / "model.blemish",
@@ -227,7 +228,7 @@ def lay_out(options: argparse.Namespace, folder: Path) -> Job:
 def draw_teacher(path: Path, model: str) -> Path:
     """Draw a teacher as He et al. start a network: what it describes changes no time."""
     teacher = cast(EfficientAD, build(model, configure(model), 0)).teacher
-    draw = ops.generator(0, "teacher")
+    draw = seeding.generator(0, "teacher")
     for parameter in teacher.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, generator=draw)

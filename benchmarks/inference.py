@@ -20,10 +20,11 @@ from pathlib import Path
 
 from plain_supersimplenet import plain
 
-from blemish import benchmark, scoreboard
-from blemish.benchmark import Benchmark, Plan
-from blemish.cli_options import settings
-from blemish.contenders import Contender, Entry, complete, prepare
+from blemish.benchmark import run as benchmark
+from blemish.benchmark import tables
+from blemish.benchmark.entries import Contender, Entry, complete, prepare
+from blemish.benchmark.run import Benchmark, Plan
+from blemish.cli.options import settings
 
 PLAIN = (("torch", False), ("torch", True), ("onnxruntime", False), ("openvino", False))
 """Engine, and whether channels lie last."""
@@ -59,11 +60,11 @@ def against_best(found: Benchmark) -> list[str]:
     peers = [row for row in found.rows if row.contender.network is not None]
     if not peers:
         return []
-    best = min(peers, key=lambda row: scoreboard.figures(row, 1)["median_ms"])
+    best = min(peers, key=lambda row: tables.figures(row, 1)["median_ms"])
     lines = [f"Times as fast as the best plain row, {best.contender.name} (over rounds):"]
     for row in found.rows:
         if row.contender.network is None:
-            middle, least, most = scoreboard.ratio(best, row)
+            middle, least, most = tables.ratio(best, row)
             lines.append(f"  {row.contender.name:32} {middle:.2f} ({least:.2f} to {most:.2f})")
     return lines
 
@@ -82,10 +83,10 @@ def main() -> None:
     contenders = rows(options.source, options.exports, settings(options.set), options.only)
     plan = Plan(options.threads, rounds=options.rounds, seconds=options.seconds, batch=1)
     found = benchmark.run(contenders, plan)
-    print(scoreboard.table(found))
+    print(tables.table(found))
     print("", *against_best(found), sep="\n")
     if options.json:
-        scoreboard.write_json(found, options.json)
+        tables.write_json(found, options.json)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from blemish import ranks
-from blemish.metrics import PixelScores
+from blemish.evaluation import score_store
+from blemish.evaluation.metrics import PixelScores
 from blemish.types import AnyArray, BoolArray, FloatArray
 
 SETS = ((83, 256), (40, 1024))
@@ -167,7 +167,7 @@ def main() -> None:
     if options.one_by_one:
         print(json.dumps(one_by_one(*options.one_by_one)))
         return
-    figures: dict[str, Any] = {"threads": ranks.THREADS, "numpy": np.__version__}
+    figures: dict[str, Any] = {"threads": score_store.THREADS, "numpy": np.__version__}
     figures["in_memory"] = [in_memory(*each, options.rounds) for each in SETS] if options.rounds else []
     stream = (options.images, options.size, int(options.budget * 2**30))
     figures["one_by_one"] = [streamed(*stream)] if options.images else []

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from blemish import ops
+from blemish.detectors import ops
 from blemish.detectors.base import Detector
-from blemish.detectors.heads import SLOPE
 from blemish.detectors.supersimplenet import SuperSimpleNet
+from blemish.detectors.supersimplenet.heads import SLOPE
 
 
 class PlainSuperSimpleNet(nn.Module):

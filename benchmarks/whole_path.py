@@ -21,10 +21,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from blemish import calibrate, images, machine
-from blemish.engines import BACKENDS, PRECISIONS
+from blemish import images
+from blemish.benchmark import machine
 from blemish.errors import ImageError
-from blemish.runtime import Predictor, Prepared, load
+from blemish.inference.calibration import image_scores
+from blemish.inference.engines import BACKENDS, PRECISIONS
+from blemish.inference.predictor import Predictor, Prepared, load
 
 One = TypeVar("One")
 Made = TypeVar("Made")
@@ -91,7 +93,7 @@ def by_stage(model: Predictor, paths: Sequence[Path]) -> tuple[Timed, list[Prepa
     timed("map resize", lambda pair: images.resize_map(pair[1]["map"][0], pair[0].size), pairs)
 
     def decide(pair: tuple[Prepared, dict[str, np.ndarray]]) -> None:
-        score = float(calibrate.image_scores(pair[1]["statistics"], model.calibration)[0])
+        score = float(image_scores(pair[1]["statistics"], model.calibration)[0])
         model.verdict(pair[0], score, pair[1]["map"][0], {})
 
     timed("decide", decide, pairs)

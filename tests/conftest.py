@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import drawn
-from blemish import training
+from blemish.training import run
 
 
 def refuse_remote(address: Any) -> None:
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
     weights = drawn.tiny_weights(folder / "lite0.safetensors")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = training.train(
+    model = run.train(
         data,
         model="supersimplenet",
         out=file,

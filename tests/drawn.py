@@ -11,7 +11,7 @@ from torch import nn
 
 from blemish import images
 from blemish.backbones import BACKBONES
-from blemish.runtime import Predictor
+from blemish.inference.predictor import Predictor
 from blemish.types import AnyArray, BoolArray
 
 KIND = "spot"

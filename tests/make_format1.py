@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import drawn
-from blemish import training
+from blemish.training import run
 
 FILES = Path(__file__).parent / "files"
 GOOD, BAD = range(5000, 5004), range(6000, 6004)
@@ -21,7 +21,7 @@ GOOD, BAD = range(5000, 5004), range(6000, 6004)
 def make() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = training.train(
+        model = run.train(
             drawn.data_set(folder / "drawn", train=16),
             model="supersimplenet",
             out=FILES / "format1.blemish",

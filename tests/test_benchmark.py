@@ -20,15 +20,19 @@ from safetensors.torch import save
 from torch import nn
 
 import drawn
-from blemish import benchmark, bundle, cli, contenders, images, machine, roofline, scoreboard
-from blemish.benchmark import Benchmark, Burst, Plan, Row, Stream, Timings
-from blemish.contenders import Contender, Entry, Work, prepare, read_entry
-from blemish.detectors import build, configure
-from blemish.engines import Choice
+from blemish import images
+from blemish.benchmark import entries, machine, roofline, run as benchmark, tables
+from blemish.cli import main
+from blemish.detectors import fusing
+from blemish.inference import bundle
+from blemish.benchmark.run import Benchmark, Burst, Plan, Row, Stream, Timings
+from blemish.benchmark.entries import Contender, Entry, Work, prepare, read_entry
+from blemish.detectors.registry import build, configure
+from blemish.inference.engines import Choice
 from blemish.errors import ConfigError, ImageError, ModelFileError, StoppedError
-from blemish.fused import fuse
-from blemish.machine import Machine
-from blemish.roofline import Rate
+from blemish.detectors.registry import fuse
+from blemish.benchmark.machine import Machine
+from blemish.benchmark.roofline import Rate
 from blemish.types import FloatArray
 from drawn import Tiny
 from make_format1 import FILES
@@ -195,8 +199,8 @@ def test_a_graph_whose_weights_fit_no_detector_runs_uncounted(
 
 
 def test_a_gpu_has_half_precision_unless_told() -> None:
-    opened = contenders.untrained("supersimplenet", SMALL)
-    choose = contenders.choose
+    opened = entries.untrained("supersimplenet", SMALL)
+    choose = entries.choose
     assert choose(Entry("supersimplenet"), "cuda", opened) == Choice("torch", "fp16", "cuda")
     assert choose(Entry("supersimplenet"), "tensorrt", opened) == Choice("onnxruntime", "fp32", "tensorrt")
     assert choose(Entry("supersimplenet", precision="bf16"), "cuda", opened).precision == "bf16"
@@ -207,7 +211,7 @@ def test_a_gpu_has_half_precision_unless_told() -> None:
 
 
 def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "find_spec", lambda name: None)
+    monkeypatch.setattr(entries, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"openvino is not installed; expected blemish\[openvino\]"):
         prepare(Entry(str(MODEL), backend="openvino"))
     assert prepare(Entry(str(MODEL))).work is None  # a PC without torch cannot count
@@ -227,17 +231,17 @@ def test_a_plain_row_runs_the_detectors_own_network() -> None:
         prepare(Entry("supersimplenet", plain, backend), settings=SMALL)
         for plain, backend in ((False, "onnxruntime"), (True, "onnxruntime"), (True, "torch"))
     )
-    expected = contenders.open_contender(fused, 1).run(inputs)
+    expected = entries.open_contender(fused, 1).run(inputs)
     assert fused.work is not None
     for row in plain:
         assert row.work is not None
         assert row.work.flops == row.work.plain_flops == fused.work.plain_flops != fused.work.flops
-        found = contenders.open_contender(row, 1).run(inputs)
+        found = entries.open_contender(row, 1).run(inputs)
         for name, values in expected.items():
             np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4)
     assert plain[0].opened.graph != fused.opened.graph
     last = replace(plain[1], channels_last=True)
-    found = contenders.open_contender(last, 1).run(inputs)
+    found = entries.open_contender(last, 1).run(inputs)
     np.testing.assert_allclose(found["map"], expected["map"], rtol=1e-3, atol=1e-4)
 
 
@@ -249,9 +253,9 @@ def test_efficientad_computes_what_was_published(method: str, parameters: int, b
     """The paper's supplement has 8 and 21 million parameters, 76 and 235 GFLOP."""
     detector = build(method, configure(method), 0)
     assert sum(each.numel() for each in detector.parameters()) == parameters
-    plain = roofline.flops(detector, (256, 256))
+    plain = fusing.flops(detector, (256, 256))
     assert plain / 1e9 == pytest.approx(billions, abs=0.05)
-    assert 0.98 < roofline.flops(fuse(detector), (256, 256)) / plain < 1
+    assert 0.98 < fusing.flops(fuse(detector), (256, 256)) / plain < 1
 
 
 # --- the roofline ---
@@ -306,7 +310,7 @@ def found(*, batch: int = 4) -> Benchmark:
 
 
 def test_figures_sum_up_runs_and_rounds() -> None:
-    first, second = (scoreboard.figures(row, 4) for row in found().rows)
+    first, second = (tables.figures(row, 4) for row in found().rows)
     assert first["mean_ms"] == pytest.approx(30)  # of 20 and 40
     assert first["deviation_ms"] == pytest.approx(200**0.5)
     assert first["median_ms"] == pytest.approx(30)  # of 10, 30 and 40
@@ -322,13 +326,13 @@ def test_figures_sum_up_runs_and_rounds() -> None:
 
 def test_a_ratio_is_taken_within_a_round() -> None:
     first, second = found().rows
-    assert scoreboard.ratio(first, second) == pytest.approx((4.0, 4.0, 4.0))
+    assert tables.ratio(first, second) == pytest.approx((4.0, 4.0, 4.0))
     slower = replace(second, timings=Timings([[0.010], [0.080]]))
-    assert scoreboard.ratio(first, slower) == pytest.approx((1.25, 0.5, 2.0))
+    assert tables.ratio(first, slower) == pytest.approx((1.25, 0.5, 2.0))
 
 
 def test_the_table_says_on_what_how_and_beside_what() -> None:
-    text = scoreboard.table(found())
+    text = tables.table(found())
     lines = text.splitlines()
     assert lines[0] == "A processor: avx2"
     assert lines[1] == "4 cores, 2 threads used, 8 GB memory, GPU: none"
@@ -353,19 +357,19 @@ def test_the_table_says_on_what_how_and_beside_what() -> None:
     assert lines[-16].split()[:2] == ["method", "A6000"]
     assert "OTHER MACHINES" in lines[-18]
     assert lines[-15].split() == ["EfficientAD-S", "2.2", "614", "-", "-"]
-    assert "images/s at" not in scoreboard.table(found(batch=1))
+    assert "images/s at" not in tables.table(found(batch=1))
 
 
 def test_one_row_has_no_ratio() -> None:
     one = found()
     one = replace(one, rows=one.rows[:1])
-    assert "times as fast" not in scoreboard.table(one)
-    assert "taking turns" not in scoreboard.table(one)
+    assert "times as fast" not in tables.table(one)
+    assert "taking turns" not in tables.table(one)
 
 
 def test_the_json_has_every_run(tmp_path: Path) -> None:
     path = tmp_path / "b.json"
-    scoreboard.write_json(replace(found(), plan=Plan(2)), path)
+    tables.write_json(replace(found(), plan=Plan(2)), path)
     record = json.loads(path.read_text())
     assert record["plan"]["seconds"] is None
     assert record["machine"]["cores"] == 4
@@ -402,7 +406,7 @@ def test_the_peak_of_memory_is_that_since_it_was_asked_for() -> None:
 
 def run(*words: Any) -> int:
     try:
-        return cli.main(["benchmark", *map(str, words)])
+        return main.main(["benchmark", *map(str, words)])
     except SystemExit as stopped:
         return int(stopped.code or 0)
 
@@ -496,7 +500,7 @@ def test_refusals(words: list[Any], sentence: str, capsys: pytest.CaptureFixture
 
 
 def test_images_are_judged_by_trained_models_only() -> None:
-    for row in (contender(trained=False), contender(network=contenders.unchanged)):
+    for row in (contender(trained=False), contender(network=entries.unchanged)):
         with pytest.raises(ConfigError, match="which judges no images; expected a model file"):
             benchmark.run([row], Plan(1), [Path("a.png")])
 
@@ -550,8 +554,8 @@ def test_ours_is_compared_with_the_best_plain_row(inference: ModuleType) -> None
     benchmarked = found()
     slow, fast = benchmarked.rows
     plain = [
-        replace(slow, contender=replace(slow.contender, name="torch", network=contenders.unchanged)),
-        replace(fast, contender=replace(fast.contender, name="best", network=contenders.unchanged)),
+        replace(slow, contender=replace(slow.contender, name="torch", network=entries.unchanged)),
+        replace(fast, contender=replace(fast.contender, name="best", network=entries.unchanged)),
     ]
     ours = replace(fast, timings=Timings([[0.002], [0.005]]))
     title, line = inference.against_best(replace(benchmarked, rows=(*plain, ours)))

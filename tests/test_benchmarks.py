@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import drawn
-from blemish import loop, ops
+from blemish import seeding
+from blemish.training import loop
 from blemish.backbones.pdn import CHANNELS, PDNS
-from blemish.detectors import build, configure
+from blemish.detectors.registry import build, configure
 from blemish.detectors.efficientad import EfficientAD, jitter, sometimes_grey
 from blemish.types import Batch
 
@@ -60,15 +61,15 @@ def detector() -> EfficientAD:
     """Build the paper's, with statistics of its teacher that are not neutral."""
     built = build("efficientad-s", configure("efficientad-s", "paper"), 0)
     assert isinstance(built, EfficientAD)
-    built.teacher_mean.copy_(0.1 * torch.randn(CHANNELS, 1, 1, generator=ops.generator(0)))
-    built.teacher_std.copy_(0.05 + 0.1 * torch.rand(CHANNELS, 1, 1, generator=ops.generator(1)))
+    built.teacher_mean.copy_(0.1 * torch.randn(CHANNELS, 1, 1, generator=seeding.generator(0)))
+    built.teacher_std.copy_(0.05 + 0.1 * torch.rand(CHANNELS, 1, 1, generator=seeding.generator(1)))
     return built
 
 
 def pictures(seed: int) -> tuple[Tensor, Tensor]:
     """Draw an image and a photograph."""
     part = torch.from_numpy(drawn.part(seed, SIZE).copy()).permute(2, 0, 1)[None] / 255
-    return part, torch.rand(1, 3, *SIZE, generator=ops.generator(seed, "photograph"))
+    return part, torch.rand(1, 3, *SIZE, generator=seeding.generator(seed, "photograph"))
 
 
 @pytest.mark.parametrize("gains", [(), REORDERING], ids=["plain", "reordered"])
@@ -79,8 +80,8 @@ def test_the_transcription_minimises_what_we_do(algorithm1: ModuleType, gains: t
         image, photograph = pictures(seed)
         with torch.no_grad():
             batch = Batch(image, ours.encode(image), torch.zeros(1), torch.ones(1) > 0, natural=photograph)
-        expected = ours.loss(batch, ops.generator(seed, "step"))
-        found = plain.losses(image, photograph, ops.generator(seed, "step"))
+        expected = ours.loss(batch, seeding.generator(seed, "step"))
+        found = plain.losses(image, photograph, seeding.generator(seed, "step"))
         assert list(found) == list(expected) == ["hard", "penalty", "autoencoder", "student_autoencoder"]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
         for one, two in zip(gradients(found, plain), gradients(expected, ours), strict=True):
@@ -97,10 +98,10 @@ def test_the_transcription_changes_images_as_ours(algorithm1: ModuleType) -> Non
     image, photograph = pictures(0)
     greys = 0
     for seed in range(12):
-        found = algorithm1.change(image, ops.generator(seed))
-        torch.testing.assert_close(found, jitter(image, ops.generator(seed)), rtol=0, atol=1e-6)
-        found = algorithm1.sometimes_grey(photograph, ops.generator(seed))
-        expected = sometimes_grey(photograph, 0.3, ops.generator(seed))
+        found = algorithm1.change(image, seeding.generator(seed))
+        torch.testing.assert_close(found, jitter(image, seeding.generator(seed)), rtol=0, atol=1e-6)
+        found = algorithm1.sometimes_grey(photograph, seeding.generator(seed))
+        expected = sometimes_grey(photograph, 0.3, seeding.generator(seed))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         greys += not torch.equal(found, photograph)
     assert 0 < greys < 12

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import drawn
-from blemish import images, loop, training
-from blemish.data.cache import Encoded, FeatureCache, Memory
-from blemish.data.loading import EncodedStore, ImageStore
+from blemish import images
+from blemish.training import loop, run
+from blemish.data.loading.cache import Encoded, FeatureCache, Memory
+from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.detectors.supersimplenet import SuperSimpleNet
 from blemish.errors import OutputError, StoppedError
 
@@ -264,7 +265,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Runs"]:
         found.states.append({key: value.clone() for key, value in detector.state_dict().items()})
 
     monkeypatch.setattr(SuperSimpleNet, "encode", counted)
-    monkeypatch.setattr(training, "seal", keep)
+    monkeypatch.setattr(run, "seal", keep)
     return found
 
 
@@ -285,7 +286,7 @@ class Runs:
         """Train; give how many images were encoded, but for the one that tries the settings out."""
         self.calls = 0
         given: dict[str, Any] = {"settings": SMALL, "weights_file": self.weights, "memory": 0}
-        training.train(
+        run.train(
             self.data,
             model="supersimplenet",
             out=self.out,

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from blemish.calibrate import (
+from blemish.inference.calibration import (
     calibrate,
     describe,
     image_scores,

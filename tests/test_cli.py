@@ -18,11 +18,13 @@ from PIL import Image
 
 import blemish
 import drawn
-from blemish import bundle, cli, images
-from blemish import loop as room
+from blemish import images
+from blemish.cli import main
+from blemish.inference import bundle
+from blemish.training import loop as room
 from blemish.backbones import weights
 from blemish.backbones.pdn import pdn_small
-from blemish.bundle import GRAPH, MANIFEST, WEIGHTS
+from blemish.inference.bundle import GRAPH, MANIFEST, WEIGHTS
 from drawn import Tiny
 from make_format1 import FILES
 
@@ -44,7 +46,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def run(words: Words) -> int:
     """Run a command in this process; give its exit status."""
     try:
-        return cli.main([str(word) for word in words])
+        return main.main([str(word) for word in words])
     except SystemExit as stopped:  # argparse leaves this way
         return int(stopped.code or 0)
 

@@ -17,16 +17,19 @@ from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 import drawn
-from blemish import bundle, loop, ops, seal, training
+from blemish import seeding
+from blemish.inference import bundle
+from blemish.training import loop, run
 from blemish.backbones import BACKBONES, choose_layers
 from blemish.backbones.pdn import CHANNELS, PDNS
-from blemish.detectors import METHODS, as_json, build, configure
+from blemish.detectors.registry import METHODS, build, configure
+from blemish.detectors.settings import as_json
 from blemish.detectors.base import Config, Detector
-from blemish.engines import Choice, open_graph
-from blemish.export import onnx
-from blemish.images import to_input
-from blemish.runtime import Predictor
-from blemish.runtime import load as load_model
+from blemish.inference.engines import Choice, open_graph
+from blemish.training import finalise
+from blemish.images.resizing import to_input
+from blemish.inference.predictor import Predictor
+from blemish.inference.predictor import load as load_model
 from blemish.types import Batch, FloatArray, Supervision
 
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
@@ -138,7 +141,7 @@ class Case:
             "precision": "fp32",
             "device": "cpu",
         }
-        return training.train(self.data, out=out, **given | changes)
+        return run.train(self.data, out=out, **given | changes)
 
 
 def draw_weights(path: Path, method: str, config: Config) -> Path:
@@ -292,13 +295,13 @@ def test_a_saved_model_scores_as_its_source(case: Case) -> None:
     # The weights in the file are the detector's: with them it gives what the graph gives.
     graph = open_graph(bundle.read(case.file).graph, case.trained().outputs, Choice())
     images = inputs(case)
-    assert onnx.compare(case.trained(), graph, [images[:1], images]) <= onnx.TOLERANCE
+    assert finalise.compare(case.trained(), graph, [images[:1], images]) <= finalise.TOLERANCE
 
 
 def test_the_comparison_refuses_another_model(case: Case) -> None:
     graph = open_graph(bundle.read(case.file).graph, case.trained().outputs, Choice())
     with pytest.raises(onnx.ExportError, match="differs from the trained model"):
-        onnx.compare(case.detector(seed=5), graph, [inputs(case)])
+        finalise.compare(case.detector(seed=5), graph, [inputs(case)])
 
 
 def test_quantities_of_the_file_are_those_asked_for(case: Case) -> None:
@@ -339,7 +342,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
             raise InterruptedError
         return one_step(run, step)
 
-    monkeypatch.setattr(training, "seal", lambda path, detector, *rest: found.append(detector.state_dict()))
+    monkeypatch.setattr(run, "seal", lambda path, detector, *rest: found.append(detector.state_dict()))
     case.train(tmp_path / "whole.blemish", steps=4)
     monkeypatch.setattr(loop, "one_step", stop)
     with pytest.raises(InterruptedError):
@@ -358,7 +361,7 @@ def test_another_seed_gives_another_model(
     def keep(path: Path, detector: Detector, *arguments: Any) -> None:
         found.append(detector)
 
-    monkeypatch.setattr(training, "seal", keep)
+    monkeypatch.setattr(run, "seal", keep)
     case.train(tmp_path / "other.blemish", seed=1, steps=1)
     case.train(tmp_path / "other.blemish", seed=2, steps=1)
     assert not (tmp_path / "other.blemish.checkpoint").exists()
@@ -375,7 +378,7 @@ def test_frozen_weights_refuse_gradients_and_do_not_move(case: Case) -> None:
     optimised = {id(value) for group in detector.optimizer().param_groups for value in group["params"]}
     assert optimised == {id(value) for value in detector.parameters() if value.requires_grad}
     detector.train()
-    terms = detector.loss(labelled_batch(case, detector, 3), ops.generator(0))
+    terms = detector.loss(labelled_batch(case, detector, 3), seeding.generator(0))
     torch.stack(list(terms.values())).sum().backward()
     for name, value in detector.named_parameters():
         assert (value.grad is None) == (name in frozen), name
@@ -394,7 +397,7 @@ def falls(detector: Detector, batch: Batch) -> None:
     optimizer, totals = detector.optimizer(), []
     detector.prepare([batch.encoded])
     for _ in range(2 + detector.config.batch_size):
-        terms = detector.loss(batch, ops.generator(0))
+        terms = detector.loss(batch, seeding.generator(0))
         total = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad()
         total.backward()
@@ -455,7 +458,7 @@ def figures(method: str, config: Config, file: Path) -> tuple[Tensor, Tensor]:
     batch = batch_of(detector, images)
     detector.prepare([batch.encoded])
     with torch.no_grad():
-        loss = torch.stack(list(detector.train().loss(batch, ops.generator(0)).values())).sum()
+        loss = torch.stack(list(detector.train().loss(batch, seeding.generator(0)).values())).sum()
         detector.eval().finish([images])
         return loss, detector(images)[0]
 
@@ -468,9 +471,9 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
         images = torch.from_numpy(to_input(drawn.part(1, config.image_size)))[None]
         batch = batch_of(detector, images)
         detector.prepare([batch.encoded])
-        exact = detector.loss(batch, ops.generator(0))
+        exact = detector.loss(batch, seeding.generator(0))
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = detector.loss(batch, ops.generator(0))
+            rounded = detector.loss(batch, seeding.generator(0))
         for name, term in rounded.items():
             assert term.dtype == torch.float32
             torch.testing.assert_close(term, exact[name], rtol=0.05, atol=1e-3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blemish.data import LAYOUTS, recognise, scan
+from blemish.data.layouts import LAYOUTS, recognise, scan
 from blemish.data.check import Report, check, format
 from blemish.data.split import choose_test, relative_path, split
 from blemish.errors import ConfigError, DataError

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blemish import demo, flange, images
+from blemish import demo, images
+from blemish.demo import dataset as demo
+from blemish.demo.part import BORE, draw_scene, pose
 from blemish.errors import ConfigError
 
 SIZE = demo.SMALLEST
@@ -83,12 +85,12 @@ def test_a_mask_covers_what_the_defect_changes(kind: str) -> None:
 def test_a_defect_lies_on_the_part(kind: str) -> None:
     for i in range(20):
         image, mask = demo.draw_part((1, i), kind, SIZE)
-        part = flange.pose(flange.draw_scene(np.random.default_rng((1, i, 0))), SIZE)
+        part = pose(draw_scene(np.random.default_rng((1, i, 0))), SIZE)
         assert image.shape == (SIZE, SIZE, 3)
         assert image.dtype == np.uint8
         assert mask.any()
         assert (part.outline[mask] < part.pixel).all()
-        assert (part.radius[mask] > flange.BORE - part.pixel).all()
+        assert (part.radius[mask] > BORE - part.pixel).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import drawn
-from blemish import ops
-from blemish.detectors import build, configure
+from blemish.detectors import ops
+from blemish.detectors.registry import build, configure
 from blemish.detectors.efficientad import EfficientAD, jitter, luma, quantile, sometimes_grey
-from blemish.detectors.heads import axis_matrices
+from blemish.detectors.supersimplenet.heads import axis_matrices
 from blemish.detectors.supersimplenet import SuperSimpleNet, focal, round_up
 from blemish.types import Batch
 

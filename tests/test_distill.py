@@ -24,16 +24,21 @@ from torch import Tensor
 from torch.nn import functional
 
 import drawn
-from blemish import checkpoint, cli, distill, images, loop, ops, processes
+from blemish import images, seeding
+from blemish.cli import main, training
+from blemish.detectors import ops
+from blemish.training import checkpoint, distributed, loop
+from blemish.training.distillation import run as distill
 from blemish.backbones import BACKBONES, weights
 from blemish.backbones.pdn import PDNS
-from blemish.data.cache import FeatureCache, Memory
-from blemish.data.loading import EncodedStore, ImageStore
-from blemish.detectors import as_json, build
-from blemish.detectors import configure as configure_method
-from blemish.detectors.distillation import Distillation, DistillationConfig, Source, pooling
+from blemish.data.loading.cache import FeatureCache, Memory
+from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.detectors.registry import build
+from blemish.detectors.settings import as_json
+from blemish.detectors.registry import configure as configure_method
+from blemish.training.distillation.teacher import Distillation, DistillationConfig, Source, pooling
 from blemish.errors import ConfigError, DataError, ModelFileError
-from blemish.preflight import digest_all
+from blemish.training.fingerprint import digest_all
 from blemish.types import AnyArray, Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,18 +169,18 @@ def test_a_square_of_the_image_has_its_part_of_the_target(size: str) -> None:
     detector = Distillation(distill.configure("default", size, "efficientnet_lite0", settings))
     shown = torch.rand((3, 3, 64, 96), generator=torch.Generator().manual_seed(1))
     target = detector.network(shown)
-    square, part = detector.cropped(shown, target, ops.generator(0, "step", 1))
+    square, part = detector.cropped(shown, target, seeding.generator(0, "step", 1))
     assert square.shape == (3, 3, 44, 44)
     assert part.shape == (3, 384, 3, 3)
     torch.testing.assert_close(detector.network(square), part)
-    assert not torch.equal(detector.cropped(shown, target, ops.generator(0, "step", 2))[0], square)
+    assert not torch.equal(detector.cropped(shown, target, seeding.generator(0, "step", 2))[0], square)
 
 
 def test_squares_are_drawn_from_all_over_the_image() -> None:
     detector = Distillation(configured(image_size="64x72", crop="40"))
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(10.0), indexing="ij")
     target, shown = torch.stack([rows, columns]).repeat(400, 1, 1, 1), torch.zeros(400, 3, 64, 72)
-    part = detector.cropped(shown, target, ops.generator(0))[1]
+    part = detector.cropped(shown, target, seeding.generator(0))[1]
     counts = Counter((int(down), int(across)) for down, across in part[:, :, 0, 0].tolist())
     assert set(counts) == set(itertools.product(range(7), range(9)))
 
@@ -252,12 +257,12 @@ def test_processes_share_a_step(photos: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def step() -> tuple[Tensor, Tensor]:
         batch = pairs.at(1)
-        return detector.cropped(batch.images, batch.encoded[0], ops.generator(0))
+        return detector.cropped(batch.images, batch.encoded[0], seeding.generator(0))
 
     alone, parts = step(), []
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         parts.append(step())
     for number, both in enumerate(zip(*parts, strict=True)):
         assert torch.equal(torch.stack(both, 1).flatten(0, 1), alone[number])
@@ -448,7 +453,7 @@ def test_the_file_says_how_it_was_made(photos: Path, whole: Path) -> None:
     assert told["run"]["pretrained"] == digest_all([weights.find("efficientnet_lite0")])
     program, *rest = shlex.split(told["command"])
     assert program == "blemish"
-    options = cli.parser().parse_args([*rest, "--out", "x.safetensors"])
+    options = main.parser().parse_args([*rest, "--out", "x.safetensors"])
     assert options.images == Path(photos.name)
     assert (options.steps, options.seed, options.precision) == (STEPS, 0, "fp32")
     again = distill.configure(options.preset, options.size, options.source, cli.settings(options.set))
@@ -470,7 +475,7 @@ def test_the_command_prints_what_is_explained(
     photos: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "t.safetensors"
-    assert cli.main(words(photos, out, "--memory", "0")) == 0
+    assert main.main(words(photos, out, "--memory", "0")) == 0
     share = 100 * facts(out)["explained_variance"]
     assert capsys.readouterr().out == (
         f"{out}: explains {share:.1f} % of the target's variance on 4 held-out images\n"
@@ -528,7 +533,7 @@ def shown(value: object) -> str:
 
 def test_the_command_for_torchrun_exists() -> None:
     (line,) = re.findall(r"^torchrun --nproc-per-node 4 -m blemish.cli (.+)$", PAGE.read_text(), re.M)
-    assert cli.parser().parse_args(shlex.split(line)).command is cli.run_distill
+    assert main.parser().parse_args(shlex.split(line)).command is training.run_distill
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
@@ -579,7 +584,7 @@ def refused(
     """Check that a command says one line, ends with status 2 and writes nothing."""
     monkeypatch.chdir(here)
     before = sorted(here.rglob("*"))
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     out, said = capsys.readouterr()
     assert out == ""
     assert said.count("\n") == 1
@@ -606,7 +611,7 @@ def test_images_and_weights_that_will_not_do_are_refused(
 
 def test_only_one_length_is_taken(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        cli.main(words(photos, tmp_path / "t.safetensors", "--budget", "10m"))
+        main.main(words(photos, tmp_path / "t.safetensors", "--budget", "10m"))
     assert "--budget: not allowed with argument --steps" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="steps and budget were both given; expected one of them"):
         run(photos, tmp_path / "t.safetensors", steps=1, budget="10m")
@@ -615,8 +620,8 @@ def test_only_one_length_is_taken(photos: Path, tmp_path: Path, capsys: pytest.C
 def test_processes_that_do_not_share_evenly_are_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "count", lambda: 3)
-    monkeypatch.setattr(processes, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
     with pytest.raises(ConfigError, match="batch size 4 for 3 processes; expected a multiple of that"):
         run(photos, tmp_path / "t.safetensors")
     with pytest.raises(DataError, match=r"found 40 readable images in .*; expected at least 60"):
@@ -631,7 +636,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         pytest.raises(
             ConfigError, match="found 2 processes on this machine; expected at most 1, one for each GPU"
         ),
-        processes.joined("cuda"),
+        distributed.joined("cuda"),
     ):
         pass
 
@@ -640,11 +645,11 @@ def test_a_loss_that_is_none_is_refused_by_every_process(monkeypatch: pytest.Mon
     """The number that is looked at is that of all processes, so that none waits for one that is gone."""
     detector, none = Distillation(configured(crop="0")), torch.zeros(1)
     batch = Batch(torch.rand(1, 3, 64, 64), (torch.zeros(1, 384, 8, 8),), none, none > 0)
-    alone = detector.loss(batch, ops.generator(0))["distance"]
-    monkeypatch.setattr(processes, "gathered", lambda part: torch.stack([part, torch.full((), math.nan)]))
-    assert detector.loss(batch, ops.generator(0))["distance"].isnan()
-    monkeypatch.setattr(processes, "gathered", lambda part: torch.stack([part, 3 * part]))
-    together = detector.loss(batch, ops.generator(0))["distance"]
+    alone = detector.loss(batch, seeding.generator(0))["distance"]
+    monkeypatch.setattr(distributed, "gathered", lambda part: torch.stack([part, torch.full((), math.nan)]))
+    assert detector.loss(batch, seeding.generator(0))["distance"].isnan()
+    monkeypatch.setattr(distributed, "gathered", lambda part: torch.stack([part, 3 * part]))
+    together = detector.loss(batch, seeding.generator(0))["distance"]
     torch.testing.assert_close(together, 2 * alone)
     weight = next(detector.parameters())
     (gradient,), (expected,) = torch.autograd.grad(together, weight), torch.autograd.grad(alone, weight)

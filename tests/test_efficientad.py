@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import drawn
-from blemish import bundle, ops, training
+from blemish import seeding
+from blemish.inference import bundle
+from blemish.training import run
 from blemish.backbones import IMAGENET
 from blemish.backbones.pdn import CHANNELS, PDNS, pdn_small
 from blemish.cli import main
-from blemish.detectors import build, configure, efficientad
+from blemish.detectors import efficientad
+from blemish.detectors.registry import build, configure
 from blemish.detectors.efficientad import EfficientAD, EfficientADConfig
-from blemish.engines import Choice, open_graph
+from blemish.inference.engines import Choice, open_graph
 from blemish.errors import ConfigError
 from blemish.files import short_digest
-from blemish.images import read, to_input
-from blemish.optimisers import Muon
+from blemish.images.reading import read
+from blemish.images.resizing import to_input
+from blemish.detectors.muon import Muon
 from blemish.types import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
@@ -111,7 +115,7 @@ def losses(d: EfficientAD, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]
     good = torch.zeros(1)
     with torch.no_grad():
         batch = Batch(parts(1), d.encode(parts(1)), good, good == 0, natural=parts(2))
-        return d.loss(batch, ops.generator(0))
+        return d.loss(batch, seeding.generator(0))
 
 
 # --- the rows of the ablation ---
@@ -144,7 +148,7 @@ def test_quantiles_of_an_earlier_model_do_not_return_where_maps_are_left_raw(tmp
     earlier["quantiles"] += 1
     manifest = {"training": {"run": {"pretrained": ""}}}
     d = detector(map_normalisation=False)
-    training.fill(d, bundle.Bundle(tmp_path / "old.blemish", manifest, save(earlier), b""), None)
+    run.fill(d, bundle.Bundle(tmp_path / "old.blemish", manifest, save(earlier), b""), None)
     assert torch.equal(d.teacher_mean, earlier["teacher_mean"])
     assert d.quantiles.tolist() == pytest.approx([0, 0.1, 0, 0.1])
 
@@ -275,7 +279,7 @@ def test_every_term_of_the_loss_sees_as_scoring_does(
 
 @pytest.mark.parametrize("edges", ["blind", "reflect"])
 def test_squares_are_drawn_from_all_over_an_image_and_no_further(edges: str) -> None:
-    d, draw = detector(edges=edges, crop=64), ops.generator(0)
+    d, draw = detector(edges=edges, crop=64), seeding.generator(0)
     seen = d.surround(torch.zeros(500, 3, *SIZE))
     places = d.draw_places(seen, draw)
     for axis, length in enumerate(seen.shape[2:]):
@@ -434,7 +438,7 @@ def test_the_options_are_settings(
     words: list[str], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(training, "train", lambda data, **more: given.update(more))
+    monkeypatch.setattr(run, "train", lambda data, **more: given.update(more))
     assert main(["train", str(tmp_path), "--model", "efficientad-m", "--out", "m.blemish", *words]) == 0
     assert given["settings"] == settings
     configure("efficientad-m", settings=settings)

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load, save
 
 import drawn
-from blemish import bundle
-from blemish.detectors import restore
-from blemish.engines import BACKENDS, Choice, open_engine, open_graph, recorded
-from blemish.engines.plain import PlainTorch
+from blemish.inference import bundle
+from blemish.detectors.registry import restore
+from blemish.inference.engines import BACKENDS, Choice, open_engine, open_graph, recorded
+from blemish.inference.engines.plain import PlainTorch
 from blemish.errors import ConfigError, ModelFileError
-from blemish.images import to_input
+from blemish.images.resizing import to_input
 from blemish.types import FloatArray
 from make_format1 import FILES
 
@@ -50,7 +50,7 @@ def test_engines_agree_with_the_trained_network(backend: str, tiny: drawn.Tiny) 
 
 def test_openvino_compiles_each_batch_size_once_and_gives_arrays_of_its_own(tiny: drawn.Tiny) -> None:
     pytest.importorskip("openvino")
-    from blemish.engines.openvino import OpenVino
+    from blemish.inference.engines.openvino import OpenVino
 
     engine = open_engine(bundle.read(tiny.file), Choice("openvino"), threads=1)
     assert isinstance(engine, OpenVino)

@@ -13,10 +13,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import blemish
 import drawn
-from blemish import images, predict
+from blemish import images
+from blemish.inference import bulk
+from blemish.inference.bulk import Outputs, gather, run
+from blemish.inference.measure import measure
 from blemish.errors import DataError, ImageError
-from blemish.evaluation import choose_exhibits, evaluate, table
-from blemish.runtime import Predictor
+from blemish.evaluation.run import choose_exhibits, evaluate, table
+from blemish.inference.predictor import Predictor
 from blemish.types import BoolArray, Evaluation, FloatArray, ImageResult, Sample, Verdict
 from make_format1 import FILES
 
@@ -328,17 +331,17 @@ def test_images_are_gathered_with_the_names_of_their_results(tmp_path: Path) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     (tmp_path / "d/notes.txt").write_text("none")
-    files = predict.gather([tmp_path / "single.png", tmp_path / "d"])
+    files = gather([tmp_path / "single.png", tmp_path / "d"])
     assert [(file.path.name, file.name.as_posix()) for file in files] == [
         ("single.png", "single.png"),
         ("b.png", "b.png"),
         ("a.PNG", "sub/a.PNG"),
     ]
     # One image twice is one result; two images of one name are not.
-    assert len(predict.gather([tmp_path / "single.png"] * 2)) == 2
+    assert len(gather([tmp_path / "single.png"] * 2)) == 2
     (tmp_path / "d/b.jpg").write_bytes(b"")
     with pytest.raises(DataError, match="would share the name"):
-        predict.gather([tmp_path / "d"])
+        gather([tmp_path / "d"])
 
 
 def test_a_run_that_fails_leaves_no_half_file(
@@ -350,15 +353,15 @@ def test_a_run_that_fails_leaves_no_half_file(
         if next(calls) == 2:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(predict, "write_pictures", fail_at_last)
+    monkeypatch.setattr(bulk, "write_pictures", fail_at_last)
     with pytest.raises(ZeroDivisionError):
-        predict.run(model, predict.gather([data / "test"]), predict.Outputs(tmp_path / "lines.jsonl"))
+        run(model, gather([data / "test"]), Outputs(tmp_path / "lines.jsonl"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_counts_labels(model: Predictor, data: Path, tmp_path: Path) -> None:
-    files = predict.gather([data / "test"])
-    counts = predict.run(model, files, predict.Outputs(tmp_path / "lines.jsonl"))
+    files = gather([data / "test"])
+    counts = run(model, files, Outputs(tmp_path / "lines.jsonl"))
     labels = [model.predict(file.path).label for file in files]
     assert counts == {name: labels.count(name) for name in ("ok", "review", "defect")} | {"unreadable": 0}
     records = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
@@ -377,16 +380,16 @@ def test_a_run_counts_labels(model: Predictor, data: Path, tmp_path: Path) -> No
 
 def test_measuring_gives_what_calibration_wants(model: Predictor, data: Path, tmp_path: Path) -> None:
     paths = images.list_images(data / "test" / "good")
-    statistics, maxima = predict.measure(model, paths)
+    statistics, maxima = measure(model, paths)
     assert statistics.shape == (6, 3)
     for path, row, peak in zip(paths, statistics, maxima, strict=True):
         found = model.engine.run(model.prepare(path).inputs[None])
         assert np.array_equal(row, found["statistics"][0])
         assert peak == found["map"].max()
-    assert predict.measure(model, [])[0].shape == (0, 3)
+    assert measure(model, [])[0].shape == (0, 3)
     (tmp_path / "none.png").write_bytes(b"none")
     with pytest.raises(ImageError, match=r"none\.png"):
-        predict.measure(model, [*paths, tmp_path / "none.png"])
+        measure(model, [*paths, tmp_path / "none.png"])
 
 
 def test_a_model_that_scores_by_one_statistic_is_evaluated_raw(model: Predictor, data: Path) -> None:

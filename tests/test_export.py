@@ -19,14 +19,19 @@ from torch import Tensor, nn
 
 import blemish
 import drawn
-from blemish import bundle, calibrate, cli, data, images, training
+from blemish import data, images
+from blemish.cli import main
+from blemish.inference import bundle
+from blemish.inference.calibration import calibrate
+from blemish.training import run
 from blemish.backbones.pdn import PDNS
-from blemish.detectors import restore
-from blemish.engines import Choice, Engine, open_engine, open_graph
+from blemish.detectors.registry import restore
+from blemish.inference.engines import Choice, Engine, open_engine, open_graph
 from blemish.errors import ConfigError, DataError, ExportError
-from blemish.export import gate, making, onnx, quantise
-from blemish.export.gate import LIMITS, Agreement, Limits, Trained, Watched
-from blemish.export.making import Request, export
+from blemish.detectors import onnx_graph
+from blemish.exporting import gate, pipeline, quantise
+from blemish.exporting.gate import Agreement, LIMITS, Limits, Trained, Watched
+from blemish.exporting.pipeline import Request, export
 from blemish.files import short_digest
 from blemish.types import FloatArray
 from test_fused import slimmer
@@ -58,12 +63,12 @@ def traced(tiny: drawn.Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[Chang
 
 def command(*words: Any) -> int:
     """Run `blemish export`."""
-    return cli.main(["export", *map(str, words)])
+    return main.main(["export", *map(str, words)])
 
 
 def good_inputs(tiny: drawn.Tiny) -> list[FloatArray]:
     """Read the held-out good images as the network sees them."""
-    return making.held_out(bundle.read(tiny.file), tiny.data)
+    return pipeline.held_out(bundle.read(tiny.file), tiny.data)
 
 
 def unseen() -> list[Any]:
@@ -113,7 +118,7 @@ def makers(graph: bytes) -> tuple[onnx_format.ModelProto, dict[str, str]]:
 
 def test_exactly_the_sensitive_layer_stays_in_floating_point() -> None:
     torch.manual_seed(0)
-    graph = onnx.traced(Outlier().eval(), (16, 16), ("map", "statistics"))
+    graph = onnx_graph.traced(Outlier().eval(), (16, 16), ("map", "statistics"))
     batch = np.random.default_rng(0).random((6, 3, 16, 16), np.float32)
     error = off_by(graph, batch)
     made, left = quantise.quantise(graph, list(batch), error, 0.1)
@@ -340,7 +345,7 @@ def test_thresholds_are_set_anew_from_the_exports_own_scores(tiny: drawn.Tiny, t
     ]
     statistics = np.concatenate([run["statistics"] for run in runs])
     maxima = np.array([run["map"].max() for run in runs])
-    assert opened.calibration == calibrate.calibrate(
+    assert opened.calibration == calibrate(
         statistics,
         maxima,
         old.statistics,
@@ -513,7 +518,7 @@ def efficientad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
     root = drawn.data_set(folder / "parts", train=6, good=1, bad=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PDNS, "pdn_small", slimmer(PDNS["pdn_small"], 2))
-        training.train(
+        run.train(
             root,
             model="efficientad-s",
             out=folder / "a.blemish",
@@ -531,7 +536,7 @@ def test_reduced_channels_in_integers(
     efficientad: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, root = efficientad
-    monkeypatch.setattr(making, "LOOKED_AT", 2)
+    monkeypatch.setattr(pipeline, "LOOKED_AT", 2)
     found = export(file, root, Request("onnx", "int8", tmp_path / "a.blemish", reduced=0.05))
     opened = bundle.read(tmp_path / "a.blemish")
     kept = opened.manifest["export"]["reduced"]
@@ -593,7 +598,7 @@ def test_what_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delitem(sys.modules, "blemish.engines.openvino", raising=False)
+    monkeypatch.delitem(sys.modules, "blemish.inference.engines.openvino", raising=False)
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert command(tiny.file, "--format", "openvino", "--out", tmp_path / "a.xml", "--data", tiny.data) == 2
     said = capsys.readouterr().err.splitlines()[-1]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import drawn
-from blemish.backbones import BACKBONES, IMAGENET, Backbone, Normalise
+from blemish.backbones import BACKBONES, Backbone, IMAGENET, Normalise
 from blemish.backbones.pdn import CHANNELS, PDNS
-from blemish.detectors import build, configure
+from blemish.detectors.registry import build, configure
 from blemish.detectors.base import Detector
-from blemish.fused import fuse
-from blemish.fused.efficientad import (
+from blemish.detectors.registry import fuse
+from blemish.detectors.efficientad.fused import (
     FusedEfficientAD,
     absorb,
     difference,
@@ -25,10 +25,16 @@ from blemish.fused.efficientad import (
     used,
     window,
 )
-from blemish.fused.equalised import convolved, equalise, largest, ready_for_integers, round_evenly
-from blemish.fused.reduced import Kept, narrow, reduce, turn
-from blemish.fused.supersimplenet import FusedSuperSimpleNet, without_norms
-from blemish.images import to_input
+from blemish.detectors.efficientad.integers import (
+    convolved,
+    equalise,
+    largest,
+    ready_for_integers,
+    round_evenly,
+)
+from blemish.detectors.efficientad.channels import Kept, narrow, reduce, turn
+from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet, without_norms
+from blemish.images.resizing import to_input
 
 pytestmark = pytest.mark.usefixtures("one_thread", "slim")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import blemish
-from blemish import cli, detectors
+from blemish.detectors import registry
 
 SOURCE = Path(blemish.__file__).parent
 TIERS = (
@@ -193,7 +193,7 @@ def test_other_names_are_not_there() -> None:
 
 
 def test_the_command_line_lists_the_methods_that_exist() -> None:
-    assert tuple(detectors.METHODS) == cli.METHODS
+    assert tuple(registry.METHODS) == cli.METHODS
 
 
 # --- safety and failure ---

@@ -15,19 +15,8 @@ from PIL import Image, ImageFile
 
 from blemish import images
 from blemish.errors import DataError, ImageError
-from blemish.images import (
-    as_image,
-    describe,
-    list_images,
-    mask_is_empty,
-    prepare,
-    read,
-    read_mask,
-    resize,
-    resize_map,
-    to_input,
-    white_level,
-)
+from blemish.images.reading import as_image, describe, list_images, mask_is_empty, read, read_mask
+from blemish.images.resizing import prepare, resize, resize_map, to_input, white_level
 
 ORDERS = {"<": b"II*\x00", ">": b"MM\x00*"}
 

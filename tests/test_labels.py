@@ -16,14 +16,17 @@ from torch import Tensor
 
 import blemish
 import drawn
-from blemish import evaluation, images, preflight, training
-from blemish.bundle import read
-from blemish.data import scan
-from blemish.data.cache import FeatureCache, Memory
+from blemish import images
+from blemish.evaluation.run import evaluate
+from blemish.training import fingerprint, plan, run
+from blemish.inference.bundle import read
+from blemish.data.layouts import scan
+from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.labels import amount, choose_defects, keep_masks, recognise, supervise
-from blemish.data.loading import Batches, EncodedStore, ImageStore
-from blemish.data.masks import Mask, distance_weights, read_masks
-from blemish.data.sampling import epoch_entries, epoch_length, fewest_turns, flipped
+from blemish.data.loading.batches import Batches
+from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.data.loading.masks import Mask, distance_weights, read_masks
+from blemish.data.loading.sampling import epoch_entries, epoch_length, fewest_turns, flipped
 from blemish.data.split import Split, split
 from blemish.errors import BlemishError, ConfigError, DataError
 from blemish.files import short_digest
@@ -172,7 +175,7 @@ def parts(*, waiting: int = 8, training: int = 0, masked: int | None = None) -> 
     test = [sample(f"test/{kind}/{n}.png") for kind in ("dent", "hole") for n in range(waiting // 2)]
     test += [sample(f"test/good/{number}.png") for number in range(2)]
     known = training if masked is None else masked
-    defects = [sample(f"train/dent/{number}.png", masked=number < known) for number in range(training)]
+    defects = [sample(f"train/dent/{number}.png", masked=number < known) for number in range(run)]
     return Split(tuple(good[:2]), tuple(good[2:]), tuple(test), tuple(defects))
 
 
@@ -524,7 +527,7 @@ def test_no_test_image_trains_and_no_training_image_is_tested(
     tiny: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = drawn.data_set(tmp_path / "parts", bad=6)
-    model = training.train(
+    model = run.train(
         root,
         model="supersimplenet",
         out=tmp_path / "m.blemish",
@@ -550,7 +553,7 @@ def test_no_test_image_trains_and_no_training_image_is_tested(
     # What trained comes back under a third name: it is known by its content.
     copy = root / f"test/{drawn.KIND}/copy.png"
     copy.write_bytes((root / f"test/{drawn.KIND}" / min(drawn_)).read_bytes())
-    found = evaluation.evaluate(blemish.load(model.path), root, exhibits=0)
+    found = evaluate(blemish.load(model.path), root, exhibits=0)
     tested = {result.path for result in found.images if result.truth == 1}
     assert tested == {f"test/{drawn.KIND}/{name}" for name in set(bad) - drawn_}
     assert (found.rows[0].good, found.rows[0].defective) == (4, 3)
@@ -568,7 +571,7 @@ def test_a_copy_of_a_held_out_image_does_not_train(
     root = drawn.data_set(tmp_path / "parts")
     for path in sorted((root / "train/good").iterdir()):
         shutil.copy(path, path.with_name(f"copy_{path.name}"))
-    parts = preflight.settle(root, model="supersimplenet").parts
+    parts = plan.settle(root, model="supersimplenet").parts
     trained = {sample.path.read_bytes() for sample in parts.train}
     assert trained
     assert not trained & {sample.path.read_bytes() for sample in parts.held_out}
@@ -579,14 +582,14 @@ def test_masks_that_are_all_empty_leave_image_labels(tmp_path: Path) -> None:
     root = drawn.data_set(tmp_path / "parts", train_bad=2)
     for number in (100, 101):
         images.write_png(root / f"ground_truth/{drawn.KIND}/{number}_mask.png", np.zeros((64, 64), np.uint8))
-    assert preflight.settle(root, model="supersimplenet").supervision == "weak"
+    assert plan.settle(root, model="supersimplenet").supervision == "weak"
     with pytest.raises(DataError, match="0 of them with masks; supervision full expects"):
-        preflight.settle(root, model="supersimplenet", labels=preflight.Labels("full"))
+        plan.settle(root, model="supersimplenet", labels=plan.Labels("full"))
 
 
 def test_a_digest_tells_labels_and_masks_apart(tmp_path: Path) -> None:
     root = drawn.data_set(tmp_path / "parts", train_bad=2)
-    samples = preflight.settle(root, model="supersimplenet").samples
+    samples = plan.settle(root, model="supersimplenet").samples
     other = [dataclasses.replace(samples[0], label=1), *samples[1:]]
     unmasked = [*samples[:-1], dataclasses.replace(samples[-1], masks=())]
-    assert len({preflight.digest_samples(each) for each in (samples, other, unmasked)}) == 3
+    assert len({fingerprint.digest_samples(each) for each in (samples, other, unmasked)}) == 3

@@ -16,9 +16,9 @@ import pytest
 
 from blemish import images
 from blemish.cli import main
-from blemish.data import recognise, scan
+from blemish.data.layouts import recognise, scan
 from blemish.data.check import check
-from blemish.data.saturation import read_config, regions
+from blemish.data.layouts.saturation import read_config, regions
 from blemish.data.split import choose_test
 from blemish.errors import DataError, ImageError
 from blemish.types import Sample, Saturation

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 from sklearn import metrics as sklearn_metrics
 
-from blemish import metrics, ranks
+from blemish.evaluation import metrics, score_store
 from blemish.errors import ConfigError, MetricError
-from blemish.metrics import PixelScores
+from blemish.evaluation.metrics import PixelScores
 from blemish.types import AnyArray, BoolArray, FloatArray
 
 FILES = Path(__file__).parent / "files"
@@ -249,22 +249,22 @@ def test_what_others_gathered_counts_as_well() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("levels", [1, 20, 2**24])
 def test_sorting_on_threads_is_sorting(threads: int, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "WORTH_A_THREAD", 100)
+    monkeypatch.setattr(score_store, "WORTH_A_THREAD", 100)
     scores = np.random.default_rng(threads).integers(0, levels, 10_001).astype(np.float32)
     expected = np.sort(scores)
-    ranks.sort(scores, threads)
+    score_store.sort(scores, threads)
     np.testing.assert_array_equal(scores, expected)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 60, 10**6])
 @pytest.mark.parametrize("chunk", [1, 7, 2**14])
 def test_ranks_are_those_of_one_search(levels: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "CHUNK", chunk)
+    monkeypatch.setattr(score_store, "CHUNK", chunk)
     draw = np.random.default_rng(levels)
     parts = [np.sort(draw.integers(0, levels, size).astype(np.float32)) for size in (300, 0, 1, 41)]
     scores = np.unique(draw.integers(-5, levels + 5, 200)).astype(np.float32)
     together = np.sort(np.concatenate(parts))
-    below, at_or_below = ranks.ranks(parts, scores)
+    below, at_or_below = score_store.ranks(parts, scores)
     np.testing.assert_array_equal(below, np.searchsorted(together, scores, "left"))
     np.testing.assert_array_equal(at_or_below, np.searchsorted(together, scores, "right"))
 
@@ -368,7 +368,7 @@ def test_histogram_keeps_what_came_before_it_and_between_answers() -> None:
     held = pixels._scores.histogram
     assert held is not None
     assert held.normals.sum() + held.anomalous.sum() == 20 * 512 * 1024
-    assert held.scores.size < 3 * metrics.SMALLEST_BUDGET / ranks.BYTES_PER_BIN
+    assert held.scores.size < 3 * metrics.SMALLEST_BUDGET / score_store.BYTES_PER_BIN
     assert (np.diff(held.scores) > 0).all()
 
 
@@ -376,12 +376,12 @@ def test_many_joins_move_scores_neither_up_nor_down() -> None:
     """A hundred times the scores of the first histogram, a tenth of them tied, in few bins."""
     draw = np.random.default_rng(0)
     bins, every = 256, []
-    held: list[ranks.Histogram] = []
+    held: list[score_store.Histogram] = []
     for _ in range(100):
         scores = np.sort(draw.random(2000))
         scores[(scores > 0.4) & (scores < 0.5)] = 0.45
         every.append(scores)
-        held = [ranks.joined([*held, ranks.normal_histogram(scores, bins)], bins)]
+        held = [score_store.joined([*held, score_store.normal_histogram(scores, bins)], bins)]
     middle_ranks = np.cumsum(held[0].normals) - held[0].normals / 2
     scores = np.sort(np.concatenate(every))
     expected = (

@@ -17,20 +17,23 @@ from safetensors.torch import load
 
 import blemish
 import drawn
-from blemish import bundle, calibrate, files
-from blemish.bundle import FORMAT, GRAPH, MANIFEST, WEIGHTS
-from blemish.detectors import build, configure
-from blemish.engines import Choice, open_graph
+from blemish import files
+from blemish.inference import bundle
+from blemish.inference.calibration import calibrate
+from blemish.inference.bundle import FORMAT, GRAPH, MANIFEST, WEIGHTS
+from blemish.detectors.registry import build, configure
+from blemish.inference.engines import Choice, open_graph
 from blemish.errors import ModelFileError
-from blemish.export import onnx
-from blemish.images import to_input
+from blemish.detectors import onnx_graph
+from blemish.training import finalise
+from blemish.images.resizing import to_input
 from blemish.types import Calibration
 from drawn import Tiny
 from make_format1 import BAD, FILES, GOOD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CALIBRATION = calibrate.calibrate([[1.0], [2.0], [4.0]], [3.0, 5.0, 6.0], ("maximum",))
+CALIBRATION = calibrate([[1.0], [2.0], [4.0]], [3.0, 5.0, 6.0], ("maximum",))
 
 
 def manifest() -> dict[str, Any]:
@@ -105,7 +108,7 @@ def test_a_graph_is_exported_to_the_same_bytes_and_tells_nothing_of_this_machine
     detector = build("supersimplenet", configure("supersimplenet", settings=drawn.TINY), 7)
     detector.load_state_dict(load(opened.weights))
     detector.to(memory_format=torch.channels_last)  # as in training
-    assert onnx.graph(detector) == opened.graph
+    assert onnx_graph.graph(detector) == opened.graph
     stored = tiny.file.read_bytes()
     for path in (Path(blemish.__file__).parent, tiny.data.parent, Path.home(), Path(sys.prefix)):
         assert str(path).encode() not in stored
@@ -115,9 +118,9 @@ def test_a_detector_is_exported_before_it_has_seen_an_image(tiny: Tiny) -> None:
     """What is computed while torch traces must not be kept: it has no values."""
     settings = drawn.TINY | {"image_size": (64, 88)}  # a size that no other test has
     detector = build("supersimplenet", configure("supersimplenet", settings=settings), 0).eval()
-    graph = open_graph(onnx.graph(detector), detector.outputs, Choice())
+    graph = open_graph(onnx_graph.graph(detector), detector.outputs, Choice())
     images = torch.from_numpy(to_input(drawn.part(1, (64, 88))))[None]
-    assert onnx.compare(detector, graph, [images]) <= onnx.TOLERANCE
+    assert finalise.compare(detector, graph, [images]) <= finalise.TOLERANCE
 
 
 def test_a_calibration_can_be_replaced(small: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from blemish import checkpoint
-from blemish.optimisers import ROWS, Muon, orthogonalised
+from blemish.training import checkpoint
+from blemish.detectors.muon import Muon, ROWS, orthogonalised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from blemish import ops
+from blemish import seeding
+from blemish.detectors import ops
 from blemish.backbones import Backbone
-from blemish.detectors import configure, efficientad
+from blemish.detectors import efficientad
+from blemish.detectors.registry import configure
 from blemish.detectors.efficientad import EfficientAD
 from blemish.detectors.supersimplenet import SuperSimpleNet, SuperSimpleNetConfig
-from blemish.hardware import keep_freed_memory
+from blemish.devices import keep_freed_memory
 from blemish.types import Batch
 
 FILES = Path(__file__).parent / "files"
@@ -146,7 +148,7 @@ def test_efficientad_steps(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(case.x, case.described, torch.zeros(1), torch.ones(1) > 0, natural=rand(3, 1, 3, 256, 256))
     optimizer, losses = case.detector.optimizer(), []
     for step in range(3):
-        terms = case.detector.loss(batch, ops.generator(0))
+        terms = case.detector.loss(batch, seeding.generator(0))
         assert list(terms) == ["hard", "penalty", "autoencoder", "student_autoencoder"]
         losses.append([float(term.detach()) for term in terms.values()])
         if step < 2:  # the recording has the losses before each of three steps

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import blemish
-from blemish import cli, demo
-from blemish.detectors import METHODS, configure
-from blemish.images import read
+from blemish import demo
+from blemish.cli import main
+from blemish.demo import dataset as demo
+from blemish.detectors.registry import METHODS, configure
+from blemish.images.reading import read
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -63,7 +65,7 @@ def test_every_command_of_the_readme_runs(images: Path) -> None:
         "benchmark",
     }
     for words in ours:
-        assert cli.main(words) == 0, words
+        assert main.main(words) == 0, words
     assert (images / "report.html").stat().st_size > 10_000
     assert len(list((images / "overlays").rglob("*.png"))) == 1 + len(demo.DEFECTS)
     tuned, mine = blemish.load("tuned.blemish"), blemish.load("mine.blemish")
@@ -109,7 +111,7 @@ def test_every_command_exists(page: Path) -> None:
     for words in commands(page):
         program, *rest = words
         if program == "blemish":
-            options = cli.parser().parse_args(rest)
+            options = main.parser().parse_args(rest)
             if rest[0] == "train":
                 given = dict(text.split("=", 1) for text in options.set)
                 configure(options.model or "supersimplenet", options.preset, given)

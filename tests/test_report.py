@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blemish import charts, report
-from blemish.calibrate import calibrate, verdict_label
+from blemish.evaluation import charts, report
+from blemish.inference.calibration import calibrate, verdict_label
 from blemish.types import Calibration, Evaluation, Exhibit, ImageResult, MetricRow
 
 NASTY = "<b>\"scratch\" & 'dent'</b>"

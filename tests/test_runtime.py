@@ -16,9 +16,12 @@ from PIL import Image
 
 import blemish
 import drawn
-from blemish import calibrate, cli, images, runtime
+from blemish import images
+from blemish.cli import main
+from blemish.inference import predictor
+from blemish.inference.calibration import image_scores, p_value
 from blemish.errors import ImageError
-from blemish.runtime import Predictor, in_image, regions
+from blemish.inference.predictor import Predictor, in_image, regions
 from blemish.types import AnyArray, FloatArray, Region, Verdict
 from make_format1 import BAD, FILES, GOOD
 
@@ -95,7 +98,7 @@ def test_an_image_of_the_networks_size_is_not_resized(model: Predictor) -> None:
     found = model.engine.run(images.to_input(array)[None])
     verdict = model.predict(array)
     assert np.array_equal(verdict.map, found["map"][0])
-    assert verdict.score == calibrate.image_scores(found["statistics"], model.calibration)[0]
+    assert verdict.score == image_scores(found["statistics"], model.calibration)[0]
 
 
 @pytest.mark.parametrize("image", [None, 3, b"bytes", [[1, 2]], np.zeros((2, 2, 2), np.uint8), np.zeros(3)])
@@ -146,7 +149,7 @@ def test_a_stream_reads_a_bounded_number_of_images_ahead(model: Predictor) -> No
     stream = model.predict_stream(endless())
     for taken in range(1, 5):
         next(stream)
-        assert len(asked) <= taken + runtime.AHEAD
+        assert len(asked) <= taken + predictor.AHEAD
     stream.close()
     assert list(model.predict_stream([])) == []
 
@@ -216,9 +219,9 @@ def test_the_p_value_is_a_rank_among_held_out_good_parts(model: Predictor) -> No
     held_out = model.calibration.scores
     for score in (*held_out, -1e9, 1e9, 0.5):
         expected = (1 + sum(other >= score for other in held_out)) / (1 + len(held_out))
-        assert calibrate.p_value(score, model.calibration) == expected
+        assert p_value(score, model.calibration) == expected
     verdict = model.predict(drawn.part(10))
-    assert verdict.p_value == calibrate.p_value(verdict.score, model.calibration)
+    assert verdict.p_value == p_value(verdict.score, model.calibration)
 
 
 def test_labels_follow_the_thresholds(model: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +391,7 @@ def test_evaluating_predicting_and_calibrating_need_no_torch(tmp_path: Path) -> 
         "--csv", tmp_path / "e.csv",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert cli.main(["evaluate", str(MODEL), str(data), "--json", str(tmp_path / "here.json")]) == 0
+    assert main.main(["evaluate", str(MODEL), str(data), "--json", str(tmp_path / "here.json")]) == 0
     found, here = (json.loads((tmp_path / name).read_text()) for name in ("e.json", "here.json"))
     assert found["images"] == here["images"]
     assert found["rows"][0]["image_auroc"] == 1.0

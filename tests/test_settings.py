@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from blemish.detectors import METHODS, SCHEDULE, build, configure, with_schedule
+from blemish.detectors.registry import METHODS, build, configure, with_schedule
+from blemish.detectors.settings import SCHEDULE
 from blemish.detectors.base import Config
 from blemish.detectors.efficientad import EfficientADConfig
 from blemish.errors import ConfigError

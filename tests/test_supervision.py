@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import drawn
-from blemish import images, loop, ops, training
-from blemish.detectors import build, configure, heads
+from blemish import images
+from blemish.detectors import ops
+from blemish.training import loop, run
+from blemish.detectors.registry import build, configure
+from blemish.detectors.supersimplenet import heads
 from blemish.detectors.base import SCHEDULES
-from blemish.detectors.heads import SegmentationHead, scatter_rows, spread_shifted
+from blemish.detectors.supersimplenet.heads import SegmentationHead, scatter_rows, spread_shifted
 from blemish.detectors.supersimplenet import SuperSimpleNet, SuperSimpleNetConfig
 from blemish.errors import BlemishError, ConfigError, DataError
-from blemish.preflight import Labels, settle
+from blemish.training.plan import Labels, settle
 from blemish.types import Batch, LabelRules, Supervision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -675,7 +678,7 @@ class Runs:
             self.facts = facts
 
         patch.setattr(SuperSimpleNet, "loss", noted)
-        patch.setattr(training, "seal", keep)
+        patch.setattr(run, "seal", keep)
 
     def train(self, root: Path, settings: dict[str, Any] | None = None, **changes: Any) -> list[int]:
         """Train for two epochs; give the sizes of the batches."""
@@ -683,7 +686,7 @@ class Runs:
         given = {"model": "supersimplenet", "epochs": 2, "precision": "fp32", "device": "cpu"} | changes
         chosen = SMALL | {"batch_size": 7} | (settings or {})
         out = self.folder / "out" / "m.blemish"
-        training.train(root, out=out, weights_file=self.weights, settings=chosen, **given)
+        run.train(root, out=out, weights_file=self.weights, settings=chosen, **given)
         assert list(out.parent.iterdir()) == []
         return list(self.batches)
 

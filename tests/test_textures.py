@@ -14,15 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 import drawn
-from blemish import images, training
+from blemish import images
+from blemish.training import run
 from blemish.backbones.pdn import pdn_small
-from blemish.data.cache import FeatureCache, Memory
-from blemish.data.loading import Batches, EncodedStore, ImageStore
-from blemish.data.textures import PATTERNS, SHAPES, Textures, draw
-from blemish.detectors import build, configure
+from blemish.data.loading.cache import FeatureCache, Memory
+from blemish.data.loading.batches import Batches
+from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.data.loading.textures import PATTERNS, SHAPES, Textures, draw
+from blemish.detectors.registry import build, configure
 from blemish.detectors.base import Detector
 from blemish.errors import ConfigError
-from blemish.preflight import open_natural, settle
+from blemish.training.plan import open_natural, settle
 from blemish.types import AnyArray, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -225,14 +227,12 @@ def test_training_draws_unless_told_otherwise(
         chosen.append(choice)
         raise InterruptedError
 
-    monkeypatch.setattr(training, "open_natural", stop)
+    monkeypatch.setattr(run, "open_natural", stop)
     file = drawn.weights(tmp_path / "w.safetensors", pdn_small())
     changes: tuple[dict[str, Any], ...] = ({}, {"natural_images": "none"})
     for more in changes:
         with pytest.raises(InterruptedError):
-            training.train(
-                parts, out=tmp_path / "m.blemish", model="efficientad-s", weights_file=file, **more
-            )
+            run.train(parts, out=tmp_path / "m.blemish", model="efficientad-s", weights_file=file, **more)
     assert chosen == ["drawn", "none"]
 
 
@@ -240,7 +240,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(parts: Path) -> None:
     settled, wanting = settle(parts, model="efficientad-s"), detector("efficientad-s")
     folders = ("drawn", "none", parts / "train/good", parts / "test/good")
     said = [
-        training.fingerprint(settled, open_natural(folder, wanting, Memory(0), 0))["natural_images"]
+        run.fingerprint(settled, open_natural(folder, wanting, Memory(0), 0))["natural_images"]
         for folder in folders
     ]
     assert said[:2] == ["drawn", "none"]

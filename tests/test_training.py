@@ -18,13 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import drawn
-from blemish import bundle, checkpoint, images, loop, ops, training
-from blemish.data.cache import FeatureCache, Memory
-from blemish.data.loading import Batches, EncodedStore, ImageStore, Photographs, readable
+from blemish import images, seeding
+from blemish.inference import bundle
+from blemish.training import checkpoint, loop, run
+from blemish.data.loading.cache import FeatureCache, Memory
+from blemish.data.loading.batches import Batches, Photographs, readable
+from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.detectors.base import SCHEDULES
 from blemish.detectors.supersimplenet import SuperSimpleNet
 from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
-from blemish.preflight import Length, check_length, seconds
+from blemish.training.length import Length, check_length, seconds
 from blemish.types import Batch, Sample
 from drawn import Tiny
 
@@ -86,7 +89,7 @@ def train(tiny: Tiny, out: Path, **changes: Any) -> bundle.Bundle:
     }
     if not {"steps", "epochs", "budget"} & set(changes):
         given["steps"] = STEPS
-    training.train(tiny.data, out=out, **given | changes)
+    run.train(tiny.data, out=out, **given | changes)
     return bundle.read(out)
 
 
@@ -99,7 +102,7 @@ def unsealed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
         path.write_bytes(b"trained")
         found.append({key: value.clone() for key, value in detector.state_dict().items()})
 
-    monkeypatch.setattr(training, "seal", keep)
+    monkeypatch.setattr(run, "seal", keep)
     monkeypatch.setattr(bundle, "read", lambda path: None)
     return found
 
@@ -454,7 +457,7 @@ def test_every_step_draws_anew(
 
 def test_a_generator_is_of_its_purpose_alone() -> None:
     def number(*arguments: Any) -> float:
-        return float(torch.rand(1, generator=ops.generator(*arguments)))
+        return float(torch.rand(1, generator=seeding.generator(*arguments)))
 
     labels: list[tuple[Any, ...]] = [
         (0,),

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 import drawn
-from blemish import training, trials
+from blemish.sweeps import local, repeats
+from blemish.training import run
 from blemish.data.folds import Fold
 from blemish.errors import ConfigError, DataError, ModelFileError, OutputError, StoppedError
-from blemish.trials import Spread, Trial, plan, run, summarise, table, write_json
+from blemish.sweeps.repeats import plan, run
+from blemish.sweeps.summary import Spread, summarise, table, write_json
+from blemish.sweeps.trial import Trial
 from blemish.types import Calibration, Evaluation, MetricRow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,7 +98,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*arguments: Any, **given: Any) -> None:
         raise RuntimeError("trained")
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(run, "train", train)
 
 
 def test_seeds_are_trained_and_evaluated(series: Series, tiny: drawn.Tiny) -> None:
@@ -231,7 +234,7 @@ Use = Callable[..., Trainer]
 def trainer(tiny: drawn.Tiny, monkeypatch: pytest.MonkeyPatch) -> Use:
     def use(fail_at: int = -1) -> Trainer:
         made = Trainer(tiny.file, fail_at)
-        monkeypatch.setattr(training, "train", made)
+        monkeypatch.setattr(run, "train", made)
         return made
 
     return use
@@ -278,8 +281,8 @@ def test_an_error_stops_the_rest_and_what_has_ended_stays(
 
 @pytest.mark.parametrize(("count", "jobs"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (64, 16)])
 def test_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch, count: int, jobs: int) -> None:
-    monkeypatch.setattr(trials, "cores", lambda: count)
-    assert trials.room("cpu") == jobs
+    monkeypatch.setattr(repeats, "cores", lambda: count)
+    assert local.room("cpu") == jobs
 
 
 def test_cores_are_those_that_may_be_used() -> None:
@@ -288,8 +291,8 @@ def test_cores_are_those_that_may_be_used() -> None:
 
 def test_a_gpu_runs_one_trial_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(trials, "cores", lambda: 64)
-    assert (trials.room("auto"), trials.room("cuda"), trials.room("cpu")) == (1, 1, 16)
+    monkeypatch.setattr(repeats, "cores", lambda: 64)
+    assert (local.room("auto"), local.room("cuda"), local.room("cpu")) == (1, 1, 16)
 
 
 # --- summing up ---

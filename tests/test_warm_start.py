@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import load
 
 import drawn
-from blemish import bundle, evaluation, images, training
+from blemish import images
+from blemish.evaluation.run import evaluate
+from blemish.inference import bundle
+from blemish.training import run
 from blemish.backbones import weights
 from blemish.cli import main
-from blemish.detectors import build, configure, own_settings
+from blemish.detectors.registry import build, configure, own_settings
 from blemish.errors import BlemishError, ConfigError, ModelFileError, WeightsError
 from blemish.files import short_digest
-from blemish.preflight import settle
-from blemish.runtime import Predictor
+from blemish.training.plan import settle
+from blemish.inference.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +30,7 @@ TOLERANCE = 0.02
 
 def go_on(data: Path, out: Path, start: Path, **changes: Any) -> Predictor:
     given: dict[str, Any] = {"start": start, "precision": "fp32", "device": "cpu"}
-    return training.train(data, out=out, **given | changes)
+    return run.train(data, out=out, **given | changes)
 
 
 def grown(root: Path, *, train: int = 18) -> Path:
@@ -43,7 +46,7 @@ def dented(number: int) -> Any:
 
 
 def image_auroc(model: Predictor, data: Path) -> float:
-    found = evaluation.evaluate(model, data, exhibits=0).rows[0].image_auroc
+    found = evaluate(model, data, exhibits=0).rows[0].image_auroc
     assert found is not None
     return found
 
@@ -55,7 +58,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
     data, file = drawn.data_set(folder / "parts"), folder / "old.blemish"
     given = drawn.tiny_weights(folder / "lite0.safetensors", layers=("stage2",))
     settings = drawn.TINY | {"layers": ("stage2",)}
-    model = training.train(
+    model = run.train(
         data,
         model="supersimplenet",
         out=file,
@@ -100,7 +103,7 @@ def test_the_old_weights_are_where_training_begins(old: drawn.Tiny) -> None:
     drawn_head = {
         key: value.clone() for key, value in detector.state_dict().items() if "classification" in key
     }
-    training.fill(detector, opened, None)
+    run.fill(detector, opened, None)
     state, before = detector.state_dict(), load(opened.weights)
     assert drawn_head.keys() == state.keys() - before.keys() != set()
     for key, value in state.items():
@@ -143,7 +146,7 @@ def test_no_test_comes_from_an_image_that_any_earlier_model_saw(
     assert set(third.manifest["training"]["files"]["before"]) == set(first["train"]) | set(files["train"])
     for path in (old.data / "train/good").iterdir():
         shutil.copy(path, tmp_path / "parts/test/good" / f"again_{path.name}")
-    found = evaluation.evaluate(third, tmp_path / "parts", exhibits=0)
+    found = evaluate(third, tmp_path / "parts", exhibits=0)
     kept = {image.path for image in found.images}
     assert not {f"test/good/again_{n:03}.png" for n in range(12) if known(old, n)} & kept
 
@@ -174,7 +177,7 @@ def test_settings_follow_what_is_given_anew(old: drawn.Tiny, tmp_path: Path) -> 
     settings = own_settings("supersimplenet", "default", "none", opened.manifest["config"])
     changed = settings | {"noise": 7.0, "blur_sigma": 2.0}
     detector = build("supersimplenet", configure("supersimplenet", "default", changed), 0)
-    training.fill(detector, opened, None)
+    run.fill(detector, opened, None)
     assert float(detector.state_dict()["noise_std"]) == 7.0
     assert len(detector.state_dict()["kernel"]) == 13
 

@@ -17,9 +17,9 @@ from blemish._version import __version__
 
 if TYPE_CHECKING:
     from blemish.errors import BlemishError
-    from blemish.evaluation import evaluate
-    from blemish.runtime import Predictor, load
-    from blemish.training import train
+    from blemish.evaluation.run import evaluate
+    from blemish.inference.predictor import Predictor, load
+    from blemish.training.run import train
     from blemish.types import Calibration, Evaluation, Region, Verdict
 
 __all__ = [
@@ -39,12 +39,12 @@ _ROOMS = {
     "BlemishError": "errors",
     "Calibration": "types",
     "Evaluation": "types",
-    "Predictor": "runtime",
+    "Predictor": "inference.predictor",
     "Region": "types",
     "Verdict": "types",
-    "evaluate": "evaluation",
-    "load": "runtime",
-    "train": "training",
+    "evaluate": "evaluation.run",
+    "load": "inference.predictor",
+    "train": "training.run",
 }
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from blemish import images
-from blemish.data import LAYOUTS, recognise, scan
-from blemish.data.folder import GOOD
-from blemish.data.saturation import regions
+from blemish.data.layouts import LAYOUTS, recognise, scan
+from blemish.data.layouts.folder import GOOD
+from blemish.data.layouts.saturation import regions
 from blemish.errors import BlemishError, ImageError
-from blemish.images import ImageInfo
+from blemish.images.reading import ImageInfo
 from blemish.types import Sample, SplitName
 
 FEWEST_GOOD = 10

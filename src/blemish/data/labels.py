@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from blemish import ops
+from blemish import seeding
 from blemish.data.split import Split, relative_path
 from blemish.errors import ConfigError, DataError
 from blemish.types import Sample, Supervision
@@ -40,7 +40,7 @@ def amount(text: str | float, of: int, name: str) -> int:
 def draw(samples: Sequence[Sample], root: Path, count: int, seed: int, purpose: str) -> tuple[Sample, ...]:
     """Draw samples by the seed alone; what is drawn for a count is among what is drawn for a larger one."""
     by_path = sorted(samples, key=lambda sample: relative_path(sample.path, root))
-    order = torch.randperm(len(by_path), generator=ops.generator(seed, purpose))[:count]
+    order = torch.randperm(len(by_path), generator=seeding.generator(seed, purpose))[:count]
     return tuple(by_path[place] for place in sorted(order.tolist()))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from blemish.ops import STATISTICS
+from blemish.detectors.ops import STATISTICS
 from blemish.types import Batch, LabelRules
 
 

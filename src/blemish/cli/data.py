@@ -1,0 +1,59 @@
+"""Commands about data: check, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from blemish.cli.options import (
+    add_layout,
+)
+
+
+def check_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `check` takes."""
+    sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest of a data set")
+    add_layout(sub)
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Say what is in a folder and what is wrong with it; 1 if anything is."""
+    from blemish.data import check
+
+    report = check.check(options.data, options.layout)
+    print(check.format(report))
+    return int(not report.passed)
+
+
+def demo_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `demo` takes."""
+    sub.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (demo)"
+    )
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing and the training (0)")
+    sub.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Draw parts, train, evaluate, write a report, and say where everything is."""
+    from blemish import demo
+    from blemish.evaluation import report
+    from blemish.evaluation.run import evaluate, table
+    from blemish.training.run import train
+
+    parts, file, page = options.out / "parts", options.out / "demo.blemish", options.out / "report.html"
+    print(f"drawing parts into {parts}", file=sys.stderr)
+    demo.draw(parts, options.seed)
+    model = train(parts, model="supersimplenet", out=file, seed=options.seed, steps=options.steps)
+    found = evaluate(model, parts)
+    report.write_html(found, page)
+    print(table(found))
+    print(
+        f"\nparts   {parts}\nmodel   {file}\nreport  {page}\n\n"
+        "With your own images, a folder of good ones to begin with:\n"
+        "  blemish check MY_IMAGES\n"
+        "  blemish train MY_IMAGES --model supersimplenet --out mine.blemish\n"
+        "  blemish predict mine.blemish NEW_IMAGES --overlays overlays"
+    )
+    return 0

@@ -1,0 +1,160 @@
+"""Commands of the command line for inference: make it faster, and measure how long it takes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from blemish.cli.options import METHODS, refuse_outputs, settings
+from blemish.errors import ConfigError, DataError
+
+REDUCED = 0.03
+"""Map error of each cut of `--reduced`, in standard deviations of the good images' maps."""
+
+
+def export_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `export` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument("--format", required=True, metavar="FORMAT", help="onnx or openvino")
+    sub.add_argument("--precision", default="fp32", metavar="P", help="fp32, fp16, bf16 or int8 (fp32)")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a model file, NAME.blemish, or a bare graph: NAME.onnx, or NAME.xml for OpenVINO",
+    )
+    sub.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DATA",
+        help="what the model was trained on, for its held-out good images",
+    )
+    sub.add_argument("--evaluation", type=Path, metavar="DATA", help="compare on labelled images, too")
+    sub.add_argument(
+        "--reduced",
+        type=float,
+        nargs="?",
+        const=REDUCED,
+        default=0.0,
+        metavar="ERROR",
+        help=f"fewer channels, each cut changing the map by at most this much ({REDUCED})",
+    )
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """Write a model in another format or precision; 1 if it differs too much from the trained model."""
+    from blemish.errors import ExportError
+    from blemish.exporting.pipeline import Request, export
+
+    request = Request(options.format, options.precision, options.out, options.reduced)
+    try:
+        export(options.model, options.data, request, labelled=options.evaluation)
+    except ExportError as error:
+        print(f"blemish: {error}", file=sys.stderr)
+        return 1
+    print(options.out)
+    return 0
+
+
+def benchmark_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `benchmark` takes."""
+    who = sub.add_mutually_exclusive_group(required=True)
+    who.add_argument("file", nargs="?", metavar="F.blemish", help="a model file, run as it says unless told")
+    who.add_argument("--model", metavar="M", help=f"an untrained detector: {', '.join(METHODS)}")
+    who.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="ENTRY",
+        help="several side by side: [plain:]F.blemish or METHOD[:BACKEND[:PRECISION]]",
+    )
+    sub.add_argument("--backend", default="", metavar="B", help="onnxruntime, openvino or torch")
+    sub.add_argument("--precision", default="", metavar="P", help="fp32, fp16 or bf16 (fp16 on a GPU)")
+    sub.add_argument("--device", default="", metavar="D", help="cpu, cuda or tensorrt (as the file says)")
+    sub.add_argument("--plain", action="store_true", help="the method's own network, not the fused one")
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="of a processor (all its cores)")
+    sub.add_argument("--batch", type=int, default=16, metavar="N", help="for the throughput (16); 1: none")
+    sub.add_argument("--seconds", type=float, metavar="S", help="for each row (10; no limit on a GPU)")
+    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="in which rows take turns (5)")
+    sub.add_argument("--image-size", metavar="HxW", help="of an untrained detector's input (256x256)")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of an untrained detector"
+    )
+    sub.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="measure reading and judging these files, too"
+    )
+    sub.add_argument("--json", type=Path, metavar="F", help="write every figure")
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    """Measure how long a model takes, or several side by side."""
+    from blemish.benchmark import run as benchmark
+    from blemish.benchmark import tables
+    from blemish.benchmark.entries import prepare
+
+    refuse_outputs(options.json)
+    entries = asked(options)
+    plan = planned(options)
+    paths = listed(options.images)
+    chosen: dict[str, Any] = settings(options.set)
+    if options.image_size:
+        chosen["image_size"] = options.image_size
+    contenders = [prepare(entry, options.device, chosen) for entry in entries]
+    found = benchmark.run(contenders, plan, paths)
+    print(tables.table(found))
+    if options.json is not None:
+        tables.write_json(found, options.json)
+    return 0
+
+
+def asked(options: argparse.Namespace) -> list[Any]:
+    """Read who is to run, with what the other options say of those that say nothing themselves."""
+    from dataclasses import replace
+
+    from blemish.benchmark.entries import Entry, read_entry
+
+    if options.compare is None:
+        return [Entry(options.model or options.file, options.plain, options.backend, options.precision)]
+    if options.plain:
+        raise ConfigError("--plain beside --compare; expected plain:ENTRY for each that is to be plain")
+    entries = [read_entry(text) for text in options.compare]
+    return [
+        replace(
+            entry,
+            backend=entry.backend or options.backend,
+            precision=entry.precision or options.precision,
+        )
+        for entry in entries
+    ]
+
+
+def planned(options: argparse.Namespace) -> Any:
+    """Settle how often what is run; raise ConfigError for numbers that cannot be."""
+    from blemish.benchmark.run import Plan
+    from blemish.devices import cores
+
+    for name, least in (("threads", 0), ("batch", 1), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} {getattr(options, name)}: expected at least {least}")
+    limit = options.seconds
+    if limit is None:
+        limit = 10.0 if options.device in ("", "cpu") else math.inf
+    if not limit > 0:
+        raise ConfigError(f"--seconds {limit:g}: expected more than 0")
+    return Plan(options.threads or cores(), rounds=options.rounds, seconds=limit, batch=options.batch)
+
+
+def listed(folder: Path | None) -> list[Path]:
+    """List the images of a folder, to its depth; raise DataError where there are none."""
+    if folder is None:
+        return []
+    from blemish.images.reading import list_images
+
+    paths = list_images(folder, recursive=True) if folder.is_dir() else []
+    if not paths:
+        raise DataError(f"no images in {folder}; expected a folder with some")
+    return paths

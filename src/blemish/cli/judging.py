@@ -1,0 +1,113 @@
+"""Commands that judge images: evaluate, predict, calibrate."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from blemish.cli.options import (
+    RATE_HELP,
+    add_layout,
+    gigabytes,
+    refuse_outputs,
+)
+from blemish.errors import ConfigError
+
+
+def evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `evaluate` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with labelled test images")
+    sub.add_argument("--json", type=Path, metavar="F", help="write every figure")
+    sub.add_argument("--csv", type=Path, metavar="F", help="write one row per image")
+    sub.add_argument("--report", type=Path, metavar="F.html", help="write one self-contained page")
+    sub.add_argument(
+        "--memory", type=float, default=2.0, metavar="GB", help="for the scores of all pixels (2)"
+    )
+    add_layout(sub)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Measure a model on a labelled data set; 2 if some images could not be read."""
+    from blemish.evaluation import report
+    from blemish.evaluation.run import evaluate, table
+    from blemish.inference.predictor import load
+
+    refuse_outputs(options.json, options.csv, options.report)
+    found = evaluate(
+        load(options.model),
+        options.data,
+        layout=options.layout,
+        memory=gigabytes(options.memory),
+        exhibits=4 if options.report else 0,
+    )
+    print(table(found))
+    for write, path in (
+        (report.write_json, options.json),
+        (report.write_csv, options.csv),
+        (report.write_html, options.report),
+    ):
+        if path is not None:
+            write(found, path)
+    if found.skipped:
+        print(f"blemish: {len(found.skipped)} images could not be read, the others count", file=sys.stderr)
+    return 2 if found.skipped else 0
+
+
+def predict_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `predict` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders of them"
+    )
+    sub.add_argument("--jsonl", type=Path, metavar="F", help="write the lines here, not to standard output")
+    sub.add_argument("--maps", type=Path, metavar="DIR", help="write the raw anomaly maps")
+    sub.add_argument("--map-format", choices=("tiff", "npy"), default="tiff", help="32-bit TIFF, or NPY")
+    sub.add_argument("--overlays", type=Path, metavar="DIR", help="write images with what is odd in colour")
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="for one image (all cores)")
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Judge images, one JSON line each; 2 if some could not be read."""
+    from blemish.inference.bulk import Outputs, gather, run
+    from blemish.inference.predictor import load
+
+    refuse_outputs(options.jsonl, folders=(options.maps, options.overlays))
+    outputs = Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
+    files = gather(options.images)
+    counts = run(load(options.model, threads=options.threads), files, outputs)
+    print(", ".join(f"{count} {label}" for label, count in counts.items()), file=sys.stderr)
+    return 2 if counts["unreadable"] else 0
+
+
+def calibrate_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `calibrate` takes."""
+    sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
+    sub.add_argument("images", type=Path, metavar="GOOD_IMAGES", help="folder of good images, not trained on")
+    sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
+    sub.add_argument("--out", type=Path, required=True, metavar="F2.blemish", help="the model file to write")
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    """Set a model's thresholds anew from good images, without training."""
+    from blemish import images
+    from blemish.files import short_digest
+    from blemish.inference import bundle
+    from blemish.inference.calibration import calibrate, check_shares, describe
+    from blemish.inference.measure import measure
+    from blemish.inference.predictor import Predictor
+
+    check_shares(false_reject_rate=options.false_reject_rate)
+    refuse_outputs(options.out)
+    opened = bundle.read(options.model)
+    if not options.images.is_dir():
+        raise ConfigError(f"no folder {options.images}; expected one of good images")
+    paths = images.list_images(options.images, recursive=True)
+    statistics, maxima = measure(Predictor(opened), paths)
+    calibration = calibrate(
+        statistics, maxima, opened.calibration.statistics, false_reject_rate=options.false_reject_rate
+    )
+    bundle.recalibrate(opened, calibration, options.out, [short_digest(path) for path in paths])
+    print(describe(calibration))
+    return 0

@@ -1,0 +1,1 @@
+"""What a training step reads. Empty, so that nothing pulls in torch."""

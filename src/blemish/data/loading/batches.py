@@ -1,0 +1,137 @@
+"""The batch of every step of a run, every random draw from the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blemish import images, seeding
+from blemish.data.loading.masks import Mask
+from blemish.data.loading.sampling import FLIPS, Entry, epoch_entries, epoch_length, flipped
+from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.errors import DataError, ImageError
+from blemish.types import Batch, Sample
+
+
+class NaturalImages(Protocol):
+    """Images of all the world but the product, for EfficientAD's pretraining penalty."""
+
+    @property
+    def digest(self) -> str:
+        """Tell a run with these from one with others."""
+
+    def batch(self, step: int, count: int) -> Tensor:
+        """Give a step's (count, 3, H, W) float32 images in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Natural images drawn from a store, those that cannot be read left out."""
+
+    store: ImageStore
+    seed: int
+    digest: str
+    """Of the files."""
+
+    def batch(self, step: int, count: int) -> Tensor:
+        """Give a step's (count, 3, H, W) float32 images in [0, 1]; raise DataError if none can be read."""
+        draw = seeding.generator(self.seed, "natural", step)
+        picks = torch.randint(len(self.store.paths), (count,), generator=draw).tolist()
+        return self.store.batch([readable(self.store, pick) for pick in picks], images.FULL_SCALE)
+
+
+class Batches:
+    """The batch of every step of a run, as a pure function of the seed and the step's number.
+
+    Images of the next step, natural ones too, are prepared on another thread while a step runs.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        store: ImageStore,
+        encoded: EncodedStore,
+        *,
+        batch_size: int,
+        seed: int,
+        with_images: bool = True,
+        natural: NaturalImages | None = None,
+        masks: Mapping[int, Mask] | None = None,
+        flips: int = FLIPS,
+    ) -> None:
+        self.samples, self.store, self.encoded, self.natural = samples, store, encoded, natural
+        self.with_images, self.masks, self.flips = with_images, masks or {}, flips
+        self.labels = [sample.label for sample in samples]
+        length = epoch_length(self.labels, flips)
+        self.batch_size, self.seed = min(batch_size, length), seed
+        self.per_epoch = -(-length // self.batch_size)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future[tuple[Tensor, Tensor | None]]] | None = None
+
+    def entries(self, step: int) -> list[Entry]:
+        """Give the samples and flips of a step."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = epoch_entries(self.labels, self.seed, epoch, self.flips)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def read(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Read a step's images, and natural ones where the run has them."""
+        chosen = [index for index, _ in self.entries(step)]
+        natural = self.natural.batch(step, len(chosen)) if self.natural is not None else None
+        images_ = self.store.batch(chosen, self.encoded.white) if self.with_images else torch.empty(0)
+        return images_, natural
+
+    def at(self, step: int) -> Batch:
+        """Give a step's batch on the device."""
+        if self.ahead is not None and self.ahead[0] == step:
+            images_, natural = self.ahead[1].result()
+        else:
+            images_, natural = self.read(step)
+        self.ahead = (step + 1, self.pool.submit(self.read, step + 1))
+        entries, device = self.entries(step), self.encoded.device
+        masks, weights = self.labelled_pixels(entries)
+        known = [self.labels[index] == 0 or index in self.masks for index, _ in entries]
+        return Batch(
+            images_.to(device),
+            self.encoded.batch(entries),
+            torch.tensor([float(self.labels[index]) for index, _ in entries], device=device),
+            torch.tensor(known, device=device),
+            masks.to(device) if masks is not None else None,
+            weights.to(device) if weights is not None else None,
+            natural.to(device) if natural is not None else None,
+        )
+
+    def labelled_pixels(self, entries: Sequence[Entry]) -> tuple[Tensor | None, Tensor | None]:
+        """Give the (B, H, W) masks and weights of a step, None where the run has none."""
+        if not self.masks:
+            return None, None
+        masks = torch.zeros(len(entries), *self.store.size)
+        weights = torch.ones(len(entries), *self.store.size)
+        weighted = False
+        for row, (index, flip) in enumerate(entries):
+            if index in self.masks:
+                mask = self.masks[index]
+                masks[row] = torch.from_numpy(flipped(mask.defective, flip))
+                if mask.weights is not None:
+                    weights[row], weighted = torch.from_numpy(flipped(mask.weights, flip)), True
+        return masks, weights if weighted else None
+
+
+def readable(store: ImageStore, pick: int) -> int:
+    """Give the first image from `pick` on that can be read, for a purpose that any image serves.
+
+    Raises DataError if there is none.
+    """
+    for offset in range(len(store.paths)):
+        index = (pick + offset) % len(store.paths)
+        try:
+            store.resized(index)
+        except ImageError:
+            continue
+        return index
+    raise DataError(f"none of the {len(store.paths)} photographs beside {store.paths[0]} can be read")

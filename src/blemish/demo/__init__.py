@@ -1,0 +1,6 @@
+"""Rendered parts with planted defects, so that everything runs with no download."""
+
+from blemish.demo.dataset import draw, draw_part
+from blemish.demo.defects import DEFECTS
+
+__all__ = ["DEFECTS", "draw", "draw_part"]

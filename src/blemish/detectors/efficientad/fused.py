@@ -1,0 +1,181 @@
+"""EfficientAD for inference: teacher, student and autoencoder as one network that ends in their difference.
+
+Exact rewrites of algorithm 2, equal to the plain networks but for rounding:
+- teacher and student read the image through one first convolution with the kernels of both;
+- the image's normalisation is in the first convolutions, the teacher's in its last one;
+- what pooling without padding drops at the far edges is not computed;
+- a map needs the difference of two last convolutions: one convolution on both networks' features;
+- the scale of each half of the map is in those convolutions: a half is a sum of squares and an offset;
+- the map is padded and resized by one product for each axis.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from blemish.backbones import Normalise
+from blemish.backbones.pdn import CHANNELS
+from blemish.detectors import ops
+from blemish.detectors.efficientad import CELL, Autoencoder, EfficientAD
+from blemish.detectors.fusing import enlarge, enlarging
+
+
+class FusedEfficientAD(nn.Module):
+    """Map (B, 3, H, W) images in [0, 1] to the outputs of `EfficientAD.forward`."""
+
+    mean: Tensor
+    offsets: Tensor
+    down: Tensor
+    across: Tensor
+
+    def __init__(self, detector: EfficientAD) -> None:
+        super().__init__()
+        self.config, self.surround = detector.config, detector.surround
+        height, width = (
+            enlarging(length // CELL - 2 * detector.margin, length, detector.margin)
+            for length in detector.config.image_size
+        )
+        self.register_buffer("down", height)
+        self.register_buffer("across", width)
+        self.register_buffer("mean", detector.normalise.mean.clone())
+        teacher, student = list(detector.teacher), list(detector.student)
+        first = [absorb(cast(nn.Conv2d, layers[0]), detector.normalise) for layers in (teacher, student)]
+        self.windows = [window(layer) for layer in teacher if not isinstance(layer, nn.ReLU)]
+        self.first = stacked(first)
+        self.pool = teacher[2]
+        self.teacher = nn.Sequential(*copy.deepcopy(teacher[3:-1]))
+        self.student = nn.Sequential(*copy.deepcopy(student[3:-1]))
+        low, high = detector.quantiles.view(2, 2).unbind(1)
+        gains = (0.1 / (CHANNELS * (high - low))).sqrt()
+        self.register_buffer("offsets", 0.1 * low / (high - low))
+        last = cast(nn.Conv2d, student[-1])
+        described = normalised(cast(nn.Conv2d, teacher[-1]), detector.teacher_mean, detector.teacher_std)
+        imitated = convolution(last.weight[:CHANNELS], cast(Tensor, last.bias)[:CHANNELS])
+        self.structural = scaled(difference(described, imitated), gains[0])
+        self.logical: nn.Conv2d | None = None
+        self.autoencoder: Autoencoder | None = None
+        if detector.autoencoder is not None:
+            rebuilt = convolution(last.weight[CHANNELS:], cast(Tensor, last.bias)[CHANNELS:])
+            self.logical = scaled(rebuilt, -gains[1])
+            self.autoencoder = copy.deepcopy(detector.autoencoder)
+            entrance = cast(nn.Conv2d, self.autoencoder.encoder[0])
+            self.autoencoder.encoder[0] = absorb(entrance, detector.normalise)
+            self.autoencoder.last = scaled(self.autoencoder.last, gains[1])
+
+    @property
+    def trunks(self) -> tuple[nn.Sequential, nn.Sequential]:
+        """Teacher and student without their first and last convolutions."""
+        return self.teacher, self.student
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Algorithm 2."""
+        cells, *parts = self.cells(images)
+        maps = enlarge(cells, self.down, self.across)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
+        return (maps, joined, *(parts if len(parts) > 1 else ()))
+
+    def cells(self, images: Tensor) -> list[Tensor]:
+        """Give the (B, h, w) map at the networks' resolution, then the halves that it is joined from."""
+        raw = [half.float().square().sum(1) for half in self.halves(images)]
+        parts = [cells - offset for cells, offset in zip(raw, self.offsets, strict=False)]
+        weight = self.config.logical_weight
+        joined = parts[0] if len(parts) == 1 else (1 - weight) * parts[0] + weight * parts[1]
+        return [joined, *parts]
+
+    def halves(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Give (B, C, h, w) vectors whose squared lengths are the structural and the logical map."""
+        described, imitated = self.shallow(images).chunk(2, 1)
+        described, imitated = self.teacher(described), self.student(imitated)
+        structural = self.structural(torch.cat([described, imitated], 1))
+        if self.logical is None or self.autoencoder is None:
+            return (structural,)
+        return structural, self.autoencoder(images - self.mean) + self.logical(imitated)
+
+    def shallow(self, images: Tensor) -> Tensor:
+        """Give what the first convolutions and their pooling make of images, the teacher's half first."""
+        padded = self.first.padding != (0, 0)
+        seen = self.surround(images - self.mean if padded else images)  # zeros stand for the mean colour
+        if not padded:
+            height, width = (used(length, self.windows) for length in seen.shape[2:])
+            seen = seen[:, :, :height, :width]
+        pooled: Tensor = self.pool(torch.relu(self.first(seen)))
+        return pooled
+
+
+def window(layer: nn.Module) -> tuple[int, int]:
+    """Give the side and the stride of a square convolution or pooling."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size[0], 1
+    return 2, 2
+
+
+def used(length: int, windows: Sequence[tuple[int, int]]) -> int:
+    """Say how many of `length` pixels unpadded layers with these sides and strides look at.
+
+    >>> used(256, [(4, 1), (2, 2), (4, 1), (2, 2), (3, 1), (4, 1)])
+    253
+    """
+    for side, stride in windows:
+        length = (length - side) // stride + 1
+    for side, stride in reversed(windows):
+        length = (length - 1) * stride + side
+    return length
+
+
+def convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d | None = None) -> nn.Conv2d:
+    """Make a convolution with a copy of these weights, and the stride and padding of another."""
+    stride, padding = (like.stride, like.padding) if like else ((1, 1), (0, 0))
+    made = nn.Conv2d(
+        weight.shape[1],
+        weight.shape[0],
+        (weight.shape[2], weight.shape[3]),
+        stride=stride,  # type: ignore[arg-type]
+        padding=padding,  # type: ignore[arg-type]
+        bias=bias is not None,
+    )
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made
+
+
+def absorb(entrance: nn.Conv2d, normalise: Normalise) -> nn.Conv2d:
+    """Take the normalisation of the image into the convolution that reads it.
+
+    Of one that pads, only the division: its zeros stand for the mean colour, so it reads centred images.
+    """
+    weight, bias = entrance.weight / normalise.std, cast(Tensor, entrance.bias)
+    if entrance.padding == (0, 0):
+        bias = bias - (weight * normalise.mean).sum((1, 2, 3))
+    return convolution(weight, bias, entrance)
+
+
+def stacked(layers: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """Join convolutions of one input, whose outputs come one after the other."""
+    weights, biases = zip(*((layer.weight, cast(Tensor, layer.bias)) for layer in layers), strict=True)
+    return convolution(torch.cat(weights), torch.cat(biases), layers[0])
+
+
+def normalised(last: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
+    """Subtract a mean from a convolution's outputs and divide them by a deviation, both (C, 1, 1)."""
+    bias = (cast(Tensor, last.bias) - mean.flatten()) / std.flatten()
+    return convolution(last.weight / std[..., None], bias, last)
+
+
+def difference(minuend: nn.Conv2d, subtrahend: nn.Conv2d) -> nn.Conv2d:
+    """Subtract one convolution from another: one of the inputs of both, joined in this order."""
+    weight = torch.cat([minuend.weight, -subtrahend.weight], 1)
+    return convolution(weight, cast(Tensor, minuend.bias) - cast(Tensor, subtrahend.bias), minuend)
+
+
+def scaled(layer: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
+    """Multiply a convolution's outputs with a number."""
+    return convolution(layer.weight * gain, cast(Tensor, layer.bias) * gain, layer)

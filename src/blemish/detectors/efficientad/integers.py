@@ -1,0 +1,110 @@
+"""A fused EfficientAD that loses less in eight-bit integers: three rewrites, the first and the last exact.
+
+- An even range for every channel, so that one scale for a whole tensor quantises each of them well. Between
+  two layers with weights, where only ReLU and pooling lie, a channel may be divided by a number before and
+  multiplied with it behind (Nagel et al., ICCV 2019, section 4.1, here for activations instead of weights).
+- The first convolution's weights on the integers that they will be, chosen so that each kernel keeps its sum.
+- Pooling as a convolution: its output then has a scale of its own, and ONNX Runtime, whose average of bytes
+  takes a fifth of the time of the whole network, is fast at it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from blemish.detectors.efficientad.fused import FusedEfficientAD
+
+
+def ready_for_integers(network: FusedEfficientAD, batches: Sequence[Tensor]) -> FusedEfficientAD:
+    """Make the copy of a network that quantisation starts from; batches are (B, 3, H, W) good images."""
+    made = copy.deepcopy(network)
+    equalise(made, batches)
+    round_evenly(made.first)
+    made.pool = convolved(made.pool, made.first.out_channels)
+    for trunk in made.trunks:
+        channels = 0
+        for number, layer in enumerate(trunk):
+            if isinstance(layer, nn.Conv2d):
+                channels = layer.out_channels
+            trunk[number] = convolved(layer, channels)
+    return made
+
+
+def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
+    """Give the channels between all convolutions of teacher and student one range, in place."""
+    trunks = [[layer for layer in trunk if isinstance(layer, nn.Conv2d)] for trunk in network.trunks]
+    last = [layer for layer in (network.structural, network.logical) if layer is not None]
+    seen = largest(network, [layer for trunk in trunks for layer in trunk] + last, batches)
+    with torch.no_grad():
+        divide(network.first, torch.cat([seen[trunk[0]] for trunk in trunks]))
+        for trunk in trunks:
+            for before, after in pairwise(trunk):
+                divide(before, seen[after])
+        widths = [trunk[-1].out_channels for trunk in trunks]
+        for trunk, ranges in zip(trunks, torch.split(seen[network.structural], widths), strict=True):
+            divide(trunk[-1], ranges)
+        for layer, ranges in seen.items():
+            layer.weight *= ranges[:, None, None]
+
+
+def largest(
+    network: nn.Module, layers: Sequence[nn.Conv2d], batches: Sequence[Tensor]
+) -> dict[nn.Conv2d, Tensor]:
+    """Give the largest size of each input channel of some layers; 1 where a channel is always zero."""
+    found = {layer: torch.zeros(layer.in_channels) for layer in layers}
+
+    def note(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
+        found[layer] = torch.maximum(found[layer], inputs[0].abs().amax((0, 2, 3)))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    with torch.no_grad():
+        for batch in batches:
+            network(batch)
+    for hook in hooks:
+        hook.remove()
+    return {layer: torch.where(ranges > 0, ranges, 1.0).clone() for layer, ranges in found.items()}
+
+
+def divide(layer: nn.Conv2d, ranges: Tensor) -> None:
+    """Divide a convolution's outputs by a number for each channel."""
+    layer.weight /= ranges[:, None, None, None]
+    if layer.bias is not None:
+        layer.bias /= ranges
+
+
+def first_convolution(network: nn.Module) -> nn.Conv2d | None:
+    """Give the convolution that reads the image."""
+    return next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+
+
+def round_evenly(layer: nn.Conv2d, most: int = 127) -> None:
+    """Put a convolution's weights on the integers that they are quantised to, their sums kept, in place.
+
+    Rounding each weight to the nearest integer lets a kernel's errors add up wherever an image is smooth,
+    which is nearly everywhere. Here those that were rounded by most go to the other side, until the sum of
+    each kernel is right to half an integer. On bottle this makes a third of the error of nearest integers.
+    """
+    with torch.no_grad():
+        scale = layer.weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / most
+        exact = (layer.weight / scale).flatten(2)
+        rounded = exact.round()
+        error = rounded - exact
+        excess = error.sum(2, keepdim=True).round()
+        order = (error * -excess.sign()).argsort(2).argsort(2)
+        rounded -= torch.where(order < excess.abs(), excess.sign(), 0.0)
+        layer.weight.copy_(rounded.clamp(-most, most).view_as(layer.weight) * scale)
+
+
+def convolved(layer: nn.Module, channels: int) -> nn.Module:
+    """Write an average pooling without padding as a convolution of each channel; give others back."""
+    if not isinstance(layer, nn.AvgPool2d) or layer.padding not in (0, (0, 0)):
+        return layer
+    side = int(layer.kernel_size)  # type: ignore[arg-type]
+    made = nn.Conv2d(channels, channels, side, stride=side, groups=channels, bias=False)
+    made.weight = nn.Parameter(torch.full_like(made.weight, 1 / side**2), requires_grad=False)
+    return made

@@ -1,0 +1,68 @@
+"""A network as one ONNX graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from blemish.detectors.base import Detector
+from blemish.detectors.fusing import Lowered
+from blemish.detectors.registry import fuse
+from blemish.errors import ExportError
+
+OPSET = 20
+
+
+def graph(detector: Detector) -> bytes:
+    """Export a detector's fused network for any batch size at its image size: input `images`."""
+    return traced(fuse(detector), detector.config.image_size, detector.outputs)
+
+
+def traced(
+    network: nn.Module, image_size: tuple[int, int], outputs: Sequence[str], *, half: bool = False
+) -> bytes:
+    """Export a network in evaluation mode; half: its layers compute in float16, inputs and outputs stay."""
+    height, width = image_size
+    example = torch.rand(2, 3, height, width)
+    if half:
+        network = Lowered(network, torch.float16)
+    with silence():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            input_names=["images"],
+            output_names=list(outputs),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=4096)}},
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch's exporter gave no graph")
+    model = program.model_proto
+    # The exporter notes on every node where in this machine's source files it came from, and numbers nodes on
+    # from one export to the next.
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        part.ClearField("metadata_props")
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    written: bytes = model.SerializeToString()
+    return written
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep back what exporter and quantiser say of their internals; a wrong graph fails its comparison."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,150 @@
+"""SuperSimpleNet for inference: what lies behind one another and is linear is multiplied beforehand.
+
+Exact rewrites, equal to the plain network but for rounding:
+- the batch norms of the backbone are in its convolutions, and the image's deviation in the first of them;
+- the adaptor and the batch norm of the segmentation head are in the head's first layer, which runs on the
+  backbone's outputs before they are upscaled and averaged (`detectors.heads`);
+- the adaptor is in the classification head's kernel, and its batch norm, too;
+- the map is resized and blurred by one product for each axis.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from typing_extensions import override
+
+from blemish.backbones import Backbone
+from blemish.detectors import ops
+from blemish.detectors.fusing import enlarge, enlarging
+from blemish.detectors.supersimplenet import SuperSimpleNet, by_cells
+from blemish.detectors.supersimplenet.heads import SLOPE, spread, spread_shifted
+
+
+class FusedSuperSimpleNet(nn.Module):
+    """Map (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
+
+    down: Tensor
+    across: Tensor
+    bias: Tensor
+    vector: Tensor
+
+    def __init__(self, detector: SuperSimpleNet) -> None:
+        super().__init__()
+        self.config, self.feature_size = detector.config, detector.feature_size
+        self.backbone = without_norms(detector.backbone)
+        kernel = detector.kernel if self.config.blur_sigma else None
+        parts = cell_parts(detector)
+        sizes = zip(self.feature_size(parts), self.config.image_size, strict=True)
+        down, across = (enlarging(cells, length, kernel=kernel) for cells, length in sizes)
+        self.register_buffer("down", down)
+        self.register_buffer("across", across)
+        head, norm = detector.segmentation, detector.segmentation.norm
+        gain, shift = affine(norm)
+        weight = gain[:, None] * (head.first.weight @ detector.adaptor.weight)
+        bias = gain * functional.linear(detector.adaptor.bias, head.first.weight, head.first.bias) + shift
+        columns = torch.split(weight, [part.shape[3] for part in parts], 1)
+        self.hidden = nn.ModuleList([linear(each) for each in columns])
+        self.register_buffer("bias", bias.detach().clone())
+        self.register_buffer("vector", head.last.weight[0].detach().clone())
+        self.classification = None if detector.classification is None else FusedClassification(detector)
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Section 3.4: the logits, resized and blurred, are the map."""
+        encoded = by_cells(self.backbone(images))
+        parts = [layer(x) for x, layer in zip(encoded, self.hidden, strict=True)]
+        hidden = spread(parts, self.feature_size(encoded)) + self.bias
+        cells = (functional.leaky_relu(hidden, SLOPE) @ self.vector).float()
+        maps = enlarge(cells, self.down, self.across)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        if self.classification is not None and "head" in self.config.statistics:
+            statistics["head"] = self.classification(encoded, cells)
+        return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+
+
+class FusedClassification(nn.Module):
+    """Score images by the classification head, without its batch norm and with the adaptor in its kernel."""
+
+    own: Tensor
+    constant: Tensor
+    shift: Tensor
+
+    def __init__(self, detector: SuperSimpleNet) -> None:
+        super().__init__()
+        head, adaptor = detector.classification, detector.adaptor
+        if head is None:
+            raise ValueError("no classification head")
+        gain, shift = affine(head.convolution[1])
+        features, own = head.weights()
+        features, own = features * gain[:, None], own * gain[:, None, None, None]
+        adapted = detector.config.adapt_classification_features
+        constant = features @ adaptor.bias if adapted else features.new_zeros(features.shape[:3])
+        rows = (features @ adaptor.weight if adapted else features).flatten(0, 2)
+        self.taps, self.feature_size = len(features), detector.feature_size
+        channels = [part.shape[3] for part in cell_parts(detector)]
+        self.layers = nn.ModuleList([linear(each) for each in torch.split(rows, channels, 1)])
+        self.register_buffer("own", own.detach().clone())
+        self.register_buffer("constant", constant.permute(2, 0, 1)[:, None].detach().clone())
+        shift = gain * cast(Tensor, head.convolution[0].bias) + shift
+        self.register_buffer("shift", shift.detach().clone())
+        self.linear = copy.deepcopy(head.linear)
+
+    @override
+    def forward(self, encoded: tuple[Tensor, ...], segmentation: Tensor) -> Tensor:
+        """Give (B,) logits from (B, h_i, w_i, C_i) and the (B, h, w) segmentation."""
+        size, half = self.feature_size(encoded), self.taps // 2
+        parts = [layer(x).chunk(self.taps, 3) for x, layer in zip(encoded, self.layers, strict=True)]
+        maps = segmentation[:, None].to(self.own.dtype)
+        everywhere = torch.ones(1, 1, *size, device=maps.device, dtype=maps.dtype)
+        seen = spread_shifted(parts, size, self.taps).permute(0, 3, 1, 2)
+        seen = seen + functional.conv2d(maps, self.own, padding=half)
+        # of no image at all: every runtime computes it once, when it loads the graph
+        seen = seen + functional.conv2d(everywhere, self.constant, self.shift, padding=half)
+        seen = torch.relu(seen)
+        pooled = [x.amax((2, 3)) for x in (seen, maps)], [x.mean((2, 3)) for x in (seen, maps)]
+        (highest, peak), (mean, level) = pooled
+        score: Tensor = self.linear(torch.cat([highest, mean, peak, level], 1))
+        return score[:, 0]
+
+
+def cell_parts(detector: SuperSimpleNet) -> tuple[Tensor, ...]:
+    """Give what `by_cells` makes of the backbone's outputs, as (1, h_i, w_i, C_i) tensors without memory."""
+    height, width = detector.config.image_size
+    with torch.device("meta"):
+        return by_cells(copy.deepcopy(detector.backbone).to("meta")(torch.empty(1, 3, height, width)))
+
+
+def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Give the (C,) gain and shift that a batch norm in evaluation mode is."""
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
+        raise ValueError(f"{norm} has no running statistics")
+    gain: Tensor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return gain, norm.bias - gain * cast(Tensor, norm.running_mean)
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """Make a linear layer without bias of a copy of (outputs, inputs) weights."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return layer
+
+
+def without_norms(backbone: Backbone) -> Backbone:
+    """Copy a backbone with its batch norms, and the image's deviation, multiplied into its convolutions."""
+    made = copy.deepcopy(backbone)
+    for module in list(made.modules()):
+        for (before, layer), (name, norm) in pairwise(list(module.named_children())):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, before, fuse_conv_bn_eval(layer, norm))
+                setattr(module, name, nn.Identity())
+    entrance = next(layer for layer in made.modules() if isinstance(layer, nn.Conv2d))
+    entrance.weight.data /= made.normalise.std
+    made.normalise.std.fill_(1.0)
+    return made

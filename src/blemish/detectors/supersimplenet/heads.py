@@ -1,0 +1,291 @@
+"""SuperSimpleNet's heads and their losses, computed where that is cheap: before any upscaling.
+
+Joining, upscaling and averaging the backbone's outputs is linear, and so are the adaptor and the first
+convolution of each head. So those convolutions run on the outputs as they are, on a quarter and a sixteenth
+of the positions, with the adaptor multiplied into their weights; upscaling and averaging are one product with
+a matrix per axis, which also holds the shifts of a convolution wider than one cell. Noise is added behind, on
+the cells that have any. The same numbers, several times faster.
+
+Cells lie as rows: tensors are (B, h, w, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+from typing_extensions import override
+
+from blemish.types import FloatArray
+
+SLOPE = 0.2
+"""Of the leaky ReLU below 0."""
+
+CHUNK = 1024
+"""Rows that are worked on at a time, for their elements to stay in the processor's cache."""
+
+TAPS = 5
+"""Height and width of the classification head's kernel."""
+
+
+class SegmentationHead(nn.Module):
+    """Map the first layer's output of any number of cells, (cells, hidden), to (cells,) logits.
+
+    `first` is applied by the detector, which knows how to do so on few positions. A row that stands for
+    several equal cells comes once, with their number: in training it counts so often in the batch norm.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(channels, hidden)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.last = nn.Linear(hidden, 1, bias=False)
+
+    @override
+    def forward(self, rows: Tensor, counts: Tensor | None = None) -> Tensor:
+        if not self.training:
+            logits: Tensor = self.last(functional.leaky_relu(self.norm(rows), SLOPE))
+            return logits[:, 0]
+        if counts is None:
+            counts = torch.ones(len(rows), device=rows.device)
+        with torch.autocast(rows.device.type, enabled=False):  # sums over all cells need float32
+            return self.forward_counted(rows, counts)
+
+    def forward_counted(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Normalise by the moments of rows that count several times, and move the running ones."""
+        norm = self.norm
+        with torch.no_grad():
+            total, mean, variance = counted_moments(rows, counts)
+            if norm.running_mean is not None and norm.running_var is not None:
+                norm.running_mean.lerp_(mean, norm.momentum or 0.0)
+                norm.running_var.lerp_(variance * total / (total - 1), norm.momentum or 0.0)
+        scale, shares = (variance + norm.eps).rsqrt(), counts / total
+        weights = norm.weight, norm.bias, self.last.weight[0]
+        found: Tensor = NormalisedDot.apply(rows, *weights, mean, scale, shares)  # type: ignore[no-untyped-call]
+        return found
+
+
+def counted_moments(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the number of cells, and the mean and biased variance of (n, H) rows that count several times."""
+    total = counts.sum()
+    first = rows[0].float()  # sums of squares around a value of the data do not cancel
+    sums, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for part, count in zip(torch.split(rows, CHUNK), torch.split(counts, CHUNK), strict=True):
+        moved = part.float() - first
+        sums += count @ moved
+        squares += count @ moved.square()
+    mean = sums / total
+    return total, mean + first, squares / total - mean.square()
+
+
+class NormalisedDot(torch.autograd.Function):
+    """Batch norm, leaky ReLU and product with a vector of (n, H) rows: (n,), by chunks that fit the cache.
+
+    Nothing of the rows' size is kept for the backward pass but the rows themselves, and each pass reads them
+    once, where three layers one by one read and write them a dozen times. shares: of each row in the batch's
+    moments, their sum is 1.
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: FunctionCtx,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        vector: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shares: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, vector, mean, scale, shares)
+        gain = weight * scale
+        offset = bias - gain * mean
+        return torch.cat(
+            [
+                functional.leaky_relu(torch.addcmul(offset, part.float(), gain), SLOPE) @ vector
+                for part in torch.split(rows, CHUNK)
+            ]
+        )
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias, vector, mean, scale, shares = ctx.saved_tensors
+        gain = weight * scale
+        offset = bias - gain * mean
+        # Of sum_i g_i m_ih and sum_i g_i m_ih x_ih, m the slope at each element, all other sums are made.
+        slopes, products = torch.zeros_like(weight), torch.zeros_like(weight)
+        for part, grad in zip(torch.split(rows, CHUNK), torch.split(gradient, CHUNK), strict=True):
+            values = part.float()
+            slope = slope_of(torch.addcmul(offset, values, gain))
+            slopes += grad @ slope
+            products += grad @ slope.mul_(values)
+        of_bias = vector * slopes
+        of_weight = scale * (vector * products - mean * of_bias)
+        of_vector = gain * products + offset * slopes
+        # gain (g m v - share (of_bias + (x - mean) scale of_weight)), as a line in x for each column
+        line = -gain * scale * of_weight
+        level = -gain * (of_bias - mean * scale * of_weight)
+        of_rows = torch.empty_like(rows)
+        chunks = (torch.split(tensor, CHUNK) for tensor in (rows, gradient, shares, of_rows))
+        for part, grad, share, out in zip(*chunks, strict=True):
+            values = part.float()
+            slope = slope_of(torch.addcmul(offset, values, gain)).mul_(gain * vector).mul_(grad[:, None])
+            out.copy_(slope.addcmul_(torch.addcmul(level, values, line), share[:, None]))
+        return of_rows, of_weight, of_bias, of_vector, None, None, None
+
+
+def slope_of(values: Tensor) -> Tensor:
+    """Give the leaky ReLU's slope at each value, in the values' place."""
+    return values.gt_(0).mul_(1 - SLOPE).add_(SLOPE)
+
+
+class ClassificationHead(nn.Module):
+    """Map features, their noise and a segmentation to (N,) score logits.
+
+    The convolution reads the features' channels, then the segmentation's one.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Sequential(
+            nn.Conv2d(channels + 1, 128, TAPS, padding="same"), nn.BatchNorm2d(128), nn.ReLU()
+        )
+        self.linear = nn.Linear(2 * 128 + 2, 1)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Split the kernel: (5, 5, 128, C) for the features, (128, 1, 5, 5) for the segmentation."""
+        weight: Tensor = self.convolution[0].weight  # type: ignore[assignment]
+        return weight[:, :-1].permute(2, 3, 0, 1), weight[:, -1:]
+
+    @override
+    def forward(self, seen: Tensor, constant: Tensor | None, segmentation: Tensor) -> Tensor:
+        """Finish the convolution of (N, h, w, 128), add the (N, h, w) segmentation's part, pool, and score.
+
+        constant: (C,) that is added to the features everywhere but beyond the borders, or None.
+        """
+        features, own = self.weights()
+        planes, kernels = segmentation[:, None], own
+        if constant is not None:
+            planes = torch.cat([planes, torch.ones_like(planes)], 1)
+            kernels = torch.cat([own, (features @ constant).permute(2, 0, 1)[:, None]], 1)
+        planes = planes.contiguous(memory_format=torch.channels_last)
+        more = functional.conv2d(planes, kernels, self.convolution[0].bias, padding=TAPS // 2)  # type: ignore[arg-type]
+        seen = seen.permute(0, 3, 1, 2) + more
+        seen = self.convolution[2](self.convolution[1](seen))
+        # amax would share its gradient out among equals, and takes nine times as long
+        pooled = [functional.adaptive_max_pool2d(seen, 1).flatten(1), seen.mean((2, 3))]
+        maps = segmentation[:, None]
+        pooled += [functional.adaptive_max_pool2d(maps, 1).flatten(1), maps.mean((2, 3))]
+        score: Tensor = self.linear(torch.cat(pooled, 1))
+        return score[:, 0]
+
+
+def spread(parts: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Resize (B, h_i, w_i, C) parts to (h, w), average over 3x3 cells, and sum: (B, h, w, C)."""
+    return spread_shifted([[part] for part in parts], size, 1)
+
+
+def spread_shifted(parts: Sequence[Sequence[Tensor]], size: tuple[int, int], taps: int) -> Tensor:
+    """Spread parts as `spread` does, each shifted to where a kernel's tap sees it, and sum: (B, h, w, K).
+
+    parts: for each layer, for each of the kernel's rows, (B, h_i, w_i, taps K): the layer multiplied with the
+    kernel's taps of that row. Beyond the borders are zeros, as a convolution of the same size has them.
+    """
+    tall, across = [], []
+    for rows in parts:
+        _, height, width, channels = rows[0].shape
+        # (h, taps h_i) times (taps h_i, w_i taps K)
+        down = axis_matrices(height, size[0], taps).permute(1, 0, 2).flatten(1)
+        summed = torch.matmul(down.to(rows[0]), torch.cat([row.flatten(2) for row in rows], 1))
+        tall.append(summed.view(-1, size[0], width * taps, channels // taps))
+        # (taps, w, w_i) to (w, w_i taps), as the columns lie in memory
+        across.append(axis_matrices(width, size[1], taps).permute(1, 2, 0).flatten(1))
+    return torch.matmul(torch.cat(across, 1).to(tall[0]), torch.cat(tall, 2))
+
+
+def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Convolve a few rows of an otherwise empty (N, h, w) grid: (N, h, w, K).
+
+    rows: (M, taps, taps, K), each cell multiplied with every tap; places: (M,) where the cells lie in the
+    flattened grid.
+    """
+    count, height, width = shape
+    taps, channels = rows.shape[1], rows.shape[3]
+    margin = taps // 2  # a frame around each image takes what falls beyond its borders
+    tall, wide = height + 2 * margin, width + 2 * margin
+    image, y, x = places // (height * width), places // width % height, places % width
+    # The kernel's first tap sees a cell from `margin` further down and right, its last from up and left.
+    first = (image * tall + y + 2 * margin) * wide + x + 2 * margin
+    tap = torch.arange(taps, device=places.device)
+    target = first[:, None, None] - tap[:, None] * wide - tap
+    grid = rows.new_zeros(count * tall * wide, channels).index_add(0, target.flatten(), rows.flatten(0, 2))
+    return grid.view(count, tall, wide, channels)[:, margin:-margin, margin:-margin]
+
+
+def places(noisy: Tensor, count: int) -> Tensor:
+    """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
+    found = noisy.flatten().nonzero()[:, 0]
+    return functional.pad(found, (0, count - len(found)))
+
+
+def round_up(count: int) -> int:
+    """Give the next of at most four numbers between a power of two and the next, and of multiples of 64."""
+    step = max(64, 1 << count.bit_length() >> 3)
+    return -(-count // step) * step
+
+
+def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Split weights (..., C) on joined features into those on each (B, h_i, w_i, C_i)."""
+    return torch.split(weight, [x.shape[3] for x in encoded], -1)
+
+
+def segmentation_losses(
+    logits: Tensor, target: Tensor, weight: Tensor, *, focal_loss: bool
+) -> dict[str, Tensor]:
+    """Section 3.3 on (cells,) logits, 0/1 targets and weights: truncated L1 of either class, and focal loss.
+
+    Means are over the cells of a weight above 0.
+    """
+    counted = (weight > 0).float()
+    normal, anomalous = (1 - target) * counted, target * counted
+    terms = {
+        "normal": (normal * weight * (0.5 + logits).relu()).sum() / normal.sum().clamp(min=1),
+        "anomalous": (anomalous * weight * (0.5 - logits).relu()).sum() / anomalous.sum().clamp(min=1),
+    }
+    if focal_loss:
+        terms["focal"] = (weight * focal(logits, target)).sum() / counted.sum().clamp(min=1)
+    return terms
+
+
+def focal(logits: Tensor, targets: Tensor, gamma: float = 4.0) -> Tensor:
+    """Give the focal loss of each logit against its 0/1 target, without class weights."""
+    entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (1 - torch.exp(-entropy)) ** gamma * entropy
+
+
+def axis_matrices(cells: int, length: int, taps: int) -> Tensor:
+    """Make the (taps, length, cells) matrices that resize an axis linearly, ends aligned, and average.
+
+    Each averages three cells, beyond the ends zeros that count, as in SimpleNet; matrix k is then shifted by
+    what a kernel's tap k sees, k - taps // 2, with zeros from beyond the ends.
+    """
+    return torch.from_numpy(axis_weights(cells, length, taps))
+
+
+@lru_cache(maxsize=64)
+def axis_weights(cells: int, length: int, taps: int) -> FloatArray:
+    """Compute `axis_matrices` with NumPy: a tensor made while torch traces would be kept as a stand-in."""
+    places = np.linspace(0, cells - 1, length)[:, None]
+    resized = np.pad(np.maximum(0, 1 - np.abs(places - np.arange(cells))), ((1, 1), (0, 0)))
+    averaged = (resized[:-2] + resized[1:-1] + resized[2:]) / 3
+    margin = taps // 2
+    padded = np.pad(averaged, ((margin, margin), (0, 0)))
+    return np.stack([padded[k : k + length] for k in range(taps)]).astype(np.float32)

@@ -1,0 +1,35 @@
+"""SimpleNet: the numbers of SuperSimpleNet's predecessor, which is the same network with less.
+
+Liu, Zhou, Xu, Wang: "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023.
+Features are not upscaled, there is no classification head, and the synthetic anomalies are noise on one whole
+copy of the features and none on the other, under the truncated L1 loss alone. Its choice of the epoch that
+does best on the test set is not reproduced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blemish.detectors.supersimplenet import FASTER, SuperSimpleNetConfig
+from blemish.types import Supervision
+
+DEFAULT = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)
+
+PAPER: dict[str, Any] = {
+    "backbone": "wide_resnet50_2",
+    "batch_size": 8,
+    "steps": 0,
+    "epochs": 160,
+    "schedule": "constant",
+    "hidden_channels": 1024,
+    "noise": 0.015,
+    "statistics": ("maximum",),
+}
+
+MASKED: dict[str, Any] = {"perlin_threshold": 0.6, "raise_noise": False}
+"""For the ablation's SimpleNet with SuperSimpleNet's anomalies."""
+
+REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": MASKED, "full": MASKED}
+"""Without a classification head, an image label alone has nothing to teach."""
+
+DEFAULT_REGIMES = {name: changes | (FASTER if changes else {}) for name, changes in REGIMES.items()}

@@ -1,0 +1,1 @@
+"""A model and a labelled data set to metrics and a report."""

@@ -1,0 +1,258 @@
+"""Turn an evaluation into one self-contained HTML page, a CSV file or a JSON file; no model, no data set.
+
+The page asks nothing of the network: pictures are data: URIs, charts are inline SVG, styles are inline.
+Everything that came from a file name or a model file is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from blemish import images
+from blemish.evaluation import charts
+from blemish.files import write_whole
+from blemish.images import overlays
+from blemish.inference.calibration import describe
+from blemish.types import AnyArray, BoolArray, Calibration, Evaluation, Exhibit, ImageResult
+
+METRICS = {
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+    "image_f1_max": "Image F1-max",
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1-max",
+    "aupro": "AUPRO",
+    "saturated_pro": "Saturated PRO",
+}
+
+PICTURE_SIDE = 448
+"""Longest side in pixels of a picture on the page; a larger one is made smaller."""
+
+NORMAL_QUANTILE = 1.959964
+"""Of 97.5 %."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of the test images of one truth, with its 95 % Wilson score interval."""
+
+    count: int
+    total: int
+    share: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An exhibit as the page shows it; pictures are data: URIs."""
+
+    title: str
+    result: ImageResult
+    image: str
+    overlay: str
+    outline: str | None
+    """None where there is no mask."""
+
+
+def write_html(evaluation: Evaluation, path: Path) -> None:
+    """Write the evaluation as one self-contained HTML page, whole or not at all."""
+    _write(path, _page(evaluation))
+
+
+def write_csv(evaluation: Evaluation, path: Path) -> None:
+    """Write one row per test image, under the field names of ImageResult."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in fields(ImageResult)]
+    table.writerow(names)
+    table.writerows([getattr(result, name) for name in names] for result in evaluation.images)
+    _write(path, text.getvalue())
+
+
+def write_json(evaluation: Evaluation, path: Path) -> None:
+    """Write everything but the pixels, under the records' field names.
+
+    What is not defined or not finite is null; saturated PRO is there only where the data set has it. An
+    exhibit is its title and its image's path.
+    """
+    record = {field.name: getattr(evaluation, field.name) for field in fields(Evaluation)}
+    hidden = METRICS.keys() - _shown_metrics(evaluation).keys()
+    record["rows"] = [
+        {name: value for name, value in asdict(row).items() if name not in hidden} for row in evaluation.rows
+    ]
+    record["images"] = [asdict(result) for result in evaluation.images]
+    record["calibration"] = asdict(evaluation.calibration)
+    record["exhibits"] = [{"title": one.title, "path": one.result.path} for one in evaluation.exhibits]
+    _write(path, json.dumps(_plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _shown_metrics(evaluation: Evaluation) -> dict[str, str]:
+    """Leave out saturated PRO where no row has it."""
+    saturating = any(row.saturated_pro is not None for row in evaluation.rows)
+    return {name: title for name, title in METRICS.items() if saturating or name != "saturated_pro"}
+
+
+def _write(path: Path, text: str) -> None:
+    # A file name need not be UTF-8; Python holds such bytes as lone surrogates, which become \udc.. here.
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON has: numpy's numbers into Python's, what is not finite into None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+# --- the page ---
+
+
+def _page(evaluation: Evaluation) -> str:
+    calibration, rates = evaluation.calibration, _rates(evaluation)
+    return _template().render(
+        evaluation=evaluation,
+        headline=_headline(rates),
+        counts=Counter((result.truth, result.label) for result in evaluation.images),
+        rates=rates,
+        metrics=_shown_metrics(evaluation),
+        box=(charts.ROC_WIDTH, charts.ROC_HEIGHT),
+        roc=charts.lay_out_roc(evaluation.images),
+        strip=(charts.STRIP_WIDTH, charts.STRIP_HEIGHT),
+        bar=charts.STRIP_WIDTH / charts.BINS,
+        histogram=charts.lay_out_histogram(evaluation.images, calibration),
+        pictures=[_picture(exhibit, calibration) for exhibit in evaluation.exhibits],
+        scale=_scale(calibration),
+        legend=overlays.legend(),
+        promise=_promise(calibration, rates.get("False rejects")),
+        calibration=describe(calibration),
+        provenance={name: _listed(value) for name, value in evaluation.provenance.items()},
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"metric": _metric, "percent": _percent, "short": _short}
+    return environment.from_string((resources.files("blemish.evaluation") / "report.html.jinja").read_text("utf-8"))
+
+
+def _metric(value: float | None) -> str:
+    """Show a metric of 0 to 1; nothing where it is not defined."""
+    return "" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    """Show a share with one decimal, or two digits where it is below 1 %."""
+    digits = f"{100 * share:.1f}" if share == 0 or share >= 0.01 else f"{100 * share:.2g}"
+    return f"{digits.removesuffix('.0')}\N{NARROW NO-BREAK SPACE}%"
+
+
+def _short(value: float) -> str:
+    """Show a score or threshold."""
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _rates(evaluation: Evaluation) -> dict[str, Rate]:
+    """Count escapes among the defective images and false rejects among the good, where there are any."""
+    rates = {}
+    for name, truth, label in (("Escapes", 1, "ok"), ("False rejects", 0, "defect")):
+        wrong = [result.label == label for result in evaluation.images if result.truth == truth]
+        if wrong:
+            count, total = sum(wrong), len(wrong)
+            rates[name] = Rate(count, total, count / total, _wilson(count, total))
+    return rates
+
+
+def _wilson(count: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share, which stays honest at 0 of few."""
+    share, z2 = count / total, NORMAL_QUANTILE**2 / total
+    centre, half = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+
+
+def _headline(rates: dict[str, Rate]) -> str:
+    """Say the outcome in one sentence."""
+    escapes, rejects = rates.get("Escapes"), rates.get("False rejects")
+    first = "No defective part in the test set" if not escapes else _outcome(escapes, "defective", "escaped")
+    second = "No good part in the test set" if not rejects else _outcome(rejects, "good", "rejected")
+    return f"{first}, {second[0].lower()}{second[1:]}"
+
+
+def _outcome(rate: Rate, which: str, what: str) -> str:
+    count = {0: "None", rate.total: "All"}.get(rate.count, str(rate.count))
+    return f"{count} of {rate.total} {which} part{'s' * (rate.total != 1)} {what}"
+
+
+def _promise(calibration: Calibration, rejects: Rate | None) -> str:
+    """Hold the calibration's promise against the test set."""
+    promised = (
+        f"Promised with {_percent(calibration.confidence)} confidence: "
+        f"at most {_percent(calibration.promised_rate)} of good parts rejected."
+    )
+    if not rejects:
+        return promised
+    if rejects.share <= calibration.promised_rate:
+        return f"{promised} This test set keeps it."
+    if rejects.interval[0] <= calibration.promised_rate:
+        return f"{promised} This test set shows more, though no more than chance explains."
+    return (
+        f"{promised} This test set shows more than chance explains: its good parts are unlike those held out."
+    )
+
+
+def _scale(calibration: Calibration) -> tuple[float, float, float]:
+    """Return the map values at display levels 0, 0.5 and 1."""
+    low, threshold = overlays.low_point(calibration), calibration.pixel_threshold
+    return low, threshold, threshold + max(threshold - low, 0.0)
+
+
+def _picture(exhibit: Exhibit, calibration: Calibration) -> Picture:
+    size = _fitted(exhibit.image.shape[:2])
+    image = images.resize(exhibit.image, size)
+    coloured = overlays.overlay(image, images.resize_map(exhibit.map, size), calibration)
+    outlined = None if exhibit.mask is None else overlays.outline(image, _resized_mask(exhibit.mask, size))
+    return Picture(
+        exhibit.title,
+        exhibit.result,
+        _data_uri(image),
+        _data_uri(coloured),
+        None if outlined is None else _data_uri(outlined),
+    )
+
+
+def _fitted(size: tuple[int, ...]) -> tuple[int, int]:
+    shrink = min(1.0, PICTURE_SIDE / max(size))
+    return max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))
+
+
+def _resized_mask(mask: BoolArray, size: tuple[int, int]) -> BoolArray:
+    # A fifth of a pixel is enough, or a hairline would be lost from a large image.
+    return images.resize_map(mask.astype(np.float32), size) > 0.2
+
+
+def _data_uri(picture: AnyArray) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(images.jpeg_bytes(picture, 88)).decode()

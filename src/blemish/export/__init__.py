@@ -1,1 +1,0 @@
-"""Formats a trained detector can be written in, and the comparison that each passes first."""

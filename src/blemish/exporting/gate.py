@@ -1,0 +1,187 @@
+"""The gate that every export passes: how far it is from the trained model, and how far it may be.
+
+Both judge the same images: the held-out good ones, and a labelled set where one is given. What is compared is
+what a user would notice: the order of the scores, the maps, the verdicts, and with labels the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from blemish.detectors.base import Detector
+from blemish.errors import ExportError
+from blemish.inference.engines import Engine
+from blemish.types import Calibration, Evaluation, FloatArray
+
+RANKED = 20
+"""Images from which on the full limit of the rank correlation holds, of fewer half of it: good ones differ
+little from one another, and the order of five of them is soon another."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far an export may be from its model."""
+
+    rank_correlation: float
+    """Of the image scores (Spearman), at least."""
+    map_error: float
+    """Root mean square of the difference of maps, in standard deviations of the model's maps, at most."""
+    flips: float = 0.0
+    """Share of the images that may get another label."""
+    auroc_loss: float = 0.002
+    aupro_loss: float = 0.005
+
+
+LIMITS = {
+    "fp32": Limits(0.999, 0.001),
+    "fp16": Limits(0.98, 0.05),
+    "bf16": Limits(0.9, 0.4),
+    "int8": Limits(0.9, 0.4, flips=0.01),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an export compares with its model on a set of images."""
+
+    images: int
+    rank_correlation: float
+    map_error: float
+    flips: int
+    """Images that get another label from the export, at its own thresholds."""
+    auroc: tuple[float, float] | None = None
+    """Of image scores: the model's, then the export's; None without labels."""
+    aupro: tuple[float, float] | None = None
+
+
+class Trained:
+    """The detector itself as an engine: in float32, as it was trained, nothing fused."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector.eval()
+        self.outputs: tuple[str, ...] = detector.outputs
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        """Run (B, 3, H, W) images."""
+        with torch.inference_mode():
+            found = self.detector(torch.from_numpy(inputs))
+        return {name: x.numpy() for name, x in zip(self.outputs, found, strict=True)}
+
+
+class Replay:
+    """An engine that knows what was given for images, and computes nothing."""
+
+    def __init__(self, known: Mapping[bytes, dict[str, FloatArray]], outputs: tuple[str, ...]) -> None:
+        self.known, self.outputs = known, outputs
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        """Look one (1, 3, H, W) image up."""
+        return self.known[inputs.tobytes()]
+
+
+class Watched:
+    """An engine that runs another beside it, and sums up how far their maps are apart."""
+
+    def __init__(self, engine: Engine, reference: Engine) -> None:
+        self.engine, self.reference = engine, reference
+        self.outputs = engine.outputs
+        self.count, self.squares, self.sum, self.sum_of_squares = 0, 0.0, 0.0, 0.0
+        self.expected: list[dict[str, FloatArray]] = []
+        """What the reference gave, the maps summed up as their largest values."""
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        """Run both on (B, 3, H, W) images; give what the engine gives."""
+        found, expected = self.engine.run(inputs), self.reference.run(inputs)
+        peaks = expected["map"].max((1, 2), keepdims=True)
+        self.expected.append({"statistics": expected["statistics"], "map": peaks})
+        wanted = expected["map"].astype(np.float64)
+        self.count += wanted.size
+        self.squares += float(np.square(found["map"] - wanted).sum())
+        self.sum += float(wanted.sum())
+        self.sum_of_squares += float(np.square(wanted).sum())
+        return found
+
+    @property
+    def map_error(self) -> float:
+        """Give the root mean square of the difference, in standard deviations of the reference's maps."""
+        variance = self.sum_of_squares / self.count - (self.sum / self.count) ** 2
+        if variance <= 0:
+            return 0.0 if self.squares == 0 else float("inf")
+        return float(np.sqrt(self.squares / self.count / variance))
+
+
+def agreement(
+    watched: Watched,
+    scores: Sequence[Sequence[float]],
+    labels: Sequence[Sequence[str]],
+) -> Agreement:
+    """Compare what the model and the export, in this order, say of images that an engine was watched on."""
+    flips = sum(one != other for one, other in zip(*labels, strict=True))
+    return Agreement(len(scores[0]), rank_correlation(*scores), watched.map_error, flips)
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Give Spearman's correlation; 1 where both are constant, 0 where one of them is."""
+    constant = [len(set(values)) < 2 for values in (one, other)]
+    if any(constant):
+        return float(all(constant))
+    return float(spearmanr(one, other).statistic)
+
+
+def with_metrics(found: Agreement, model: Evaluation, export: Evaluation) -> Agreement:
+    """Add what the labels say."""
+    before, after = model.rows[0], export.rows[0]
+    if before.image_auroc is not None and after.image_auroc is not None:
+        found = replace(found, auroc=(before.image_auroc, after.image_auroc))
+    if before.aupro is not None and after.aupro is not None:
+        found = replace(found, aupro=(before.aupro, after.aupro))
+    return found
+
+
+def refuse(name: str, found: Agreement, limits: Limits) -> None:
+    """Raise ExportError with every limit that is broken on the images called `name`."""
+    broken = []
+    least = limits.rank_correlation / (1 if found.images >= RANKED else 2)
+    if not found.rank_correlation >= least:
+        broken.append(f"rank correlation {found.rank_correlation:.4f}, at least {least:g}")
+    if not found.map_error <= limits.map_error:
+        broken.append(f"map error {found.map_error:.4f}, at most {limits.map_error:g}")
+    if found.flips > limits.flips * found.images:
+        allowed = int(limits.flips * found.images)
+        broken.append(f"{found.flips} of {found.images} verdicts flipped, at most {allowed}")
+    for metric, pair, loss in (
+        ("image AUROC", found.auroc, limits.auroc_loss),
+        ("AUPRO", found.aupro, limits.aupro_loss),
+    ):
+        if pair is not None and not pair[0] - pair[1] <= loss:
+            broken.append(f"{metric} {pair[1]:.4f} after {pair[0]:.4f}, a loss of at most {loss:g}")
+    if broken:
+        raise ExportError(
+            f"the export differs too much from the trained model on {name}: {'; '.join(broken)}"
+        )
+
+
+def describe(name: str, found: Agreement) -> str:
+    """Say an agreement in one line."""
+    parts = [
+        f"{name}, {found.images} images: rank correlation {found.rank_correlation:.4f}",
+        f"map error {found.map_error:.4f}",
+        f"{found.flips} verdicts flipped",
+    ]
+    for metric, pair in (("image AUROC", found.auroc), ("AUPRO", found.aupro)):
+        if pair is not None:
+            parts.append(f"{metric} {pair[0]:.4f} before, {pair[1]:.4f} after")
+    return ", ".join(parts)
+
+
+def same_images(scores: Sequence[float], calibration: Calibration) -> bool:
+    """Tell whether scores of good images are those that the thresholds were set by."""
+    if len(scores) != len(calibration.scores):
+        return False
+    expected = np.array(calibration.scores)
+    return bool(np.allclose(np.sort(scores), expected, rtol=1e-2, atol=1e-2 * float(np.ptp(expected))))

@@ -1,0 +1,165 @@
+"""Eight-bit integers by post-training quantisation: ranges from good images, sensitive layers left out.
+
+Weights get one scale for each output channel, activations one for each tensor, between the smallest and the
+largest value that good images give. Layers with weights are quantised, and what lies between two of them;
+what makes the map out of the last layers stays in floating point. ONNX Runtime's own quantiser writes the
+graph, with QuantizeLinear and DequantizeLinear around each operation, which every runtime understands.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from typing_extensions import override
+
+from blemish.detectors.onnx_graph import silence
+from blemish.progress import Progress
+from blemish.types import FloatArray
+
+LAYERS: tuple[str, ...] = ("Conv", "MatMul", "Gemm")
+
+BETWEEN: tuple[str, ...] = (
+    *("AveragePool", "MaxPool", "Relu", "Clip", "LeakyRelu", "Add"),
+    *("Concat", "Split", "Slice", "Reshape", "Transpose"),
+)
+"""Operations that pass eight-bit integers on."""
+
+MOST_RANGED = 64
+"""Good images that are looked at for ranges: more of them change little."""
+
+Error = Callable[[bytes], float]
+"""What a graph's map is off by."""
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hands images to the calibrator one by one."""
+
+    def __init__(self, images: Sequence[FloatArray]) -> None:
+        self.left = iter(images)
+
+    @override
+    def get_next(self) -> dict[str, FloatArray] | None:
+        image = next(self.left, None)
+        return None if image is None else {"images": image[None]}
+
+
+def quantise(
+    graph: bytes, images: Sequence[FloatArray], error: Error, limit: float
+) -> tuple[bytes, list[str]]:
+    """Quantise all layers, then leave out the most sensitive ones until the error is within the limit.
+
+    images: (3, H, W) good ones. Returns the graph, and the names of the layers left in floating point. A
+    layer is the more sensitive, the larger the error is when it alone is quantised.
+    """
+    prepared = preprocessed(graph)
+    ranges = measured(prepared, images[:MOST_RANGED])
+    layers = weighted(prepared)
+    made = written(prepared, ranges, layers)
+    if error(made) <= limit:
+        return made, []
+    left: list[str] = []
+    for name in by_sensitivity(prepared, ranges, layers, error):
+        left.append(name)
+        made = written(prepared, ranges, [layer for layer in layers if layer not in left])
+        if error(made) <= limit:
+            break
+    return made, left
+
+
+def by_sensitivity(
+    prepared: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str], error: Error
+) -> list[str]:
+    """Sort layers, the most sensitive first: by the error that each makes alone."""
+    progress = Progress("sensitivity of layers", len(layers), unit="layer")
+    found = {}
+    for number, name in enumerate(layers):
+        found[name] = error(written(prepared, ranges, [name]))
+        progress.show(number + 1)
+    return sorted(layers, key=found.__getitem__, reverse=True)
+
+
+def preprocessed(graph: bytes) -> onnx.ModelProto:
+    """Fold constants and batch norms, and infer shapes, as the quantiser wants a graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        before.write_bytes(graph)
+        with silence():
+            quant_pre_process(before, after, skip_symbolic_shape=True)
+        model: onnx.ModelProto = onnx.load(after)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+    return model
+
+
+def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsData:
+    """Measure the range of every tensor on images."""
+    with tempfile.TemporaryDirectory() as folder, silence():
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        calibrator = create_calibrator(
+            path,
+            [*LAYERS, *BETWEEN],
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.MinMax,
+            extra_options={"symmetric": False},
+        )
+        calibrator.collect_data(Reader(images))
+        return calibrator.compute_data()
+
+
+def weighted(model: onnx.ModelProto) -> list[str]:
+    """Name the layers: convolutions and products with constant weights, to more than one output channel.
+
+    The smoothing that gives a statistic has one, and stays as it is.
+    """
+    constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type in LAYERS and node.input[1] in constants:
+            shape = constants[node.input[1]]
+            if len(shape) > 1 and (shape[0] if node.op_type == "Conv" else shape[-1]) > 1:
+                found.append(node.name)
+    return found
+
+
+def written(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) -> bytes:
+    """Write the graph with these layers, and what lies between them, in eight bits."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    quantiser = QDQQuantizer(
+        copied,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8,
+        tensors_range=ranges,
+        nodes_to_quantize=between(model, layers),
+        nodes_to_exclude=[],
+        op_types_to_quantize=[*LAYERS, *BETWEEN],
+        extra_options={"ForceQuantizeNoInputCheck": True},
+    )
+    with silence():
+        quantiser.quantize_model()
+    data: bytes = quantiser.model.model.SerializeToString()
+    return data
+
+
+def between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
+    """Name the layers and every operation on the way from one to the next."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    nodes = {node.name: node for node in model.graph.node}
+    found = dict.fromkeys(layers)
+    waiting = [nodes[name].input[0] for name in layers]
+    while waiting:
+        maker = makers.get(waiting.pop())
+        if maker is not None and maker.op_type in BETWEEN and maker.name not in found:
+            found[maker.name] = None
+            waiting.extend(maker.input)
+    return list(found)

@@ -1,0 +1,45 @@
+"""Images as files and arrays: reading, resizing, writing, overlays.
+
+The only wing that touches the image library. Hands out what other wings call.
+"""
+
+from blemish.images.reading import (
+    LOSSY_MASK_LEVEL,
+    ImageInfo,
+    as_image,
+    describe,
+    list_images,
+    mask_is_empty,
+    read,
+    read_mask,
+)
+from blemish.images.resizing import (
+    FULL_SCALE,
+    prepare,
+    resize,
+    resize_map,
+    to_input,
+    white_level,
+)
+from blemish.images.writing import jpeg_bytes, png_bytes, write_png, write_tiff
+
+__all__ = [
+    "FULL_SCALE",
+    "LOSSY_MASK_LEVEL",
+    "ImageInfo",
+    "as_image",
+    "describe",
+    "jpeg_bytes",
+    "list_images",
+    "mask_is_empty",
+    "png_bytes",
+    "prepare",
+    "read",
+    "read_mask",
+    "resize",
+    "resize_map",
+    "to_input",
+    "white_level",
+    "write_png",
+    "write_tiff",
+]

@@ -1,0 +1,37 @@
+"""Encode and write images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from blemish.files import write_whole
+from blemish.types import AnyArray, FloatArray
+
+
+def png_bytes(array: AnyArray) -> bytes:
+    """Encode a uint8 (H, W) or (H, W, 3) array as PNG."""
+    return _encoded(array, "PNG")
+
+
+def jpeg_bytes(array: AnyArray, quality: int) -> bytes:
+    """Encode a uint8 (H, W) or (H, W, 3) array as JPEG of `quality` 1 to 95."""
+    return _encoded(array, "JPEG", quality)
+
+
+def write_png(path: Path, array: AnyArray) -> None:
+    """Write a uint8 (H, W) or (H, W, 3) array to `path` as PNG, whole or not at all."""
+    write_whole(path, png_bytes(array))
+
+
+def write_tiff(path: Path, array: FloatArray) -> None:
+    """Write a float32 (H, W) array to `path` as float TIFF, every bit kept, whole or not at all."""
+    write_whole(path, _encoded(array, "TIFF"))
+
+
+def _encoded(array: AnyArray, format_name: str, quality: int = 75) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, format_name, quality=quality)
+    return stream.getvalue()

@@ -1,0 +1,123 @@
+"""Judge files in bulk: JSON lines, maps and overlays. An image that cannot be read stops no other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
+from typing import IO, Any, Literal
+
+import numpy as np
+
+from blemish import images
+from blemish.errors import DataError, ImageError
+from blemish.files import whole_file
+from blemish.images import overlays
+from blemish.inference.predictor import Predictor
+from blemish.progress import Progress, say
+from blemish.types import Verdict
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go; None: nowhere, but lines then go to standard output."""
+
+    jsonl: Path | None = None
+    maps: Path | None = None
+    map_format: Literal["tiff", "npy"] = "tiff"
+    overlays: Path | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """An image to judge, and the name that its results get."""
+
+    path: Path
+    name: PurePath
+    """Relative to the folder it was found in."""
+
+
+def gather(inputs: Sequence[Path]) -> list[File]:
+    """List the images among files and folders; a folder is searched to its depth.
+
+    Raises DataError for what is not there, a folder without images, and two results of one name.
+    """
+    files: list[File] = []
+    for path in inputs:
+        if path.is_dir():
+            found = images.list_images(path, recursive=True)
+            if not found:
+                raise DataError(f"no images in {path}")
+            files += [File(image, image.relative_to(path)) for image in found]
+        elif path.exists():
+            files.append(File(path, PurePath(path.name)))
+        else:
+            raise DataError(f"found nothing at {path}; expected an image or a folder of images")
+    names: dict[PurePath, Path] = {}
+    for file in files:
+        other = names.setdefault(file.name.with_suffix(""), file.path)
+        if other != file.path:
+            raise DataError(f"{other} and {file.path} would share the name {file.name} of their results")
+    return files
+
+
+def run(model: Predictor, files: Sequence[File], outputs: Outputs) -> dict[str, int]:
+    """Judge files in order and write what was asked for; give the number of each label and of unreadables."""
+    counts = {"ok": 0, "review": 0, "defect": 0, "unreadable": 0}
+    progress = Progress("predicting", len(files), unit="image")
+    pictures = outputs.maps is not None or outputs.overlays is not None
+    outcomes = model.predict_stream((file.path for file in files), full_size=pictures)
+    with lines(outputs.jsonl) as stream:
+        for number, outcome in enumerate(outcomes):
+            file = files[number]
+            if isinstance(outcome, ImageError):
+                counts["unreadable"] += 1
+                say(f"blemish: {outcome}")
+                record: dict[str, Any] = {"path": str(file.path), "error": str(outcome)}
+            else:
+                counts[outcome.label] += 1
+                write_pictures(model, file, outcome, outputs)
+                record = as_record(outcome)
+            print(json.dumps(record), file=stream, flush=True)
+            if outputs.jsonl is not None:
+                progress.show(number + 1)
+    return counts
+
+
+@contextlib.contextmanager
+def lines(path: Path | None) -> Iterator[IO[str]]:
+    """Open the stream of JSON lines: standard output, or a file that appears when it is whole."""
+    if path is None:
+        yield sys.stdout
+        return
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        yield stream
+
+
+def as_record(verdict: Verdict) -> dict[str, Any]:
+    """Say a verdict in plain values, without its map."""
+    return {
+        "path": verdict.path,
+        "score": verdict.score,
+        "label": verdict.label,
+        "p_value": verdict.p_value,
+        "regions": [asdict(region) for region in verdict.regions],
+    }
+
+
+def write_pictures(model: Predictor, file: File, verdict: Verdict, outputs: Outputs) -> None:
+    """Write an image's map and overlay where they were asked for."""
+    if outputs.maps is not None:
+        target = outputs.maps / file.name.with_suffix(f".{outputs.map_format}")
+        if outputs.map_format == "tiff":
+            images.write_tiff(target, verdict.map)
+        else:
+            with whole_file(target) as temporary, temporary.open("wb") as stream:
+                np.save(stream, verdict.map, allow_pickle=False)
+    if outputs.overlays is not None:
+        shown = overlays.to_display(images.read(file.path), model.white)
+        overlay = overlays.overlay(shown, verdict.map, model.calibration)
+        images.write_png(outputs.overlays / file.name.with_suffix(".png"), overlay)

@@ -1,0 +1,288 @@
+"""Held-out good scores to thresholds with a finite-sample promise. Pure; higher scores are worse.
+
+The promise: a part is rejected when its score is greater than the (r + 1)-th largest of m held-out good
+scores. With probability `confidence` over the draw of the held-out images, at most a share `rate` of all good
+parts is then rejected, whatever the distribution of the scores, if BinomCDF(r; m, rate) <= 1 - confidence
+(order statistics as tolerance limits: Wilks, 1941). It holds while good parts come as the held-out ones did.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+
+import numpy as np
+import numpy.typing as npt
+
+from blemish.errors import ConfigError, DataError
+from blemish.types import AnyArray, Calibration, Label
+
+Doubles = npt.NDArray[np.float64]
+
+_ROUNDING = 1e-9
+"""Relative tolerance, so that 1 - 0.95 and the like meet the bounds that they equal on paper."""
+
+WIDTH = 2.5631
+"""Distance between the 10 % and the 90 % quantile of a Gaussian, in standard deviations."""
+
+REVIEW_RATE = 0.05
+"""Share of good parts that may be called review or defect, unless the user says otherwise."""
+
+
+def order_statistic_index(count: int, rate: float, confidence: float) -> int | None:
+    """Give the largest r for which the (r + 1)-th largest of `count` held-out scores promises `rate`.
+
+    None where not even the largest (r = 0) does: there are fewer than `images_needed`.
+    """
+    _check_count(count)
+    check_shares(rate=rate, confidence=confidence)
+    allowed = (1 - confidence) * (1 + _ROUNDING)
+    r, below = 0, _binomial(0, count, rate)
+    while below <= allowed and r < count:
+        r += 1
+        below += _binomial(r, count, rate)
+    return r - 1 if r else None
+
+
+def promised_rate(count: int, r: int, confidence: float) -> float:
+    """Give the smallest rate that the (r + 1)-th largest of `count` held-out scores promises.
+
+    >>> round(promised_rate(20, 0, 0.95), 3)
+    0.139
+    """
+    _check_count(count)
+    check_shares(confidence=confidence)
+    if not 0 <= r < count:
+        raise ConfigError(f"r is {r}, expected 0 to {count - 1} for {count} held-out images")
+    broken, kept = 0.0, 1.0
+    while kept - broken > _ROUNDING * kept:
+        middle = (broken + kept) / 2
+        if math.fsum(_binomial(k, count, middle) for k in range(r + 1)) <= 1 - confidence:
+            kept = middle
+        else:
+            broken = middle
+    return kept
+
+
+def images_needed(rate: float, confidence: float) -> int:
+    """Give the fewest held-out good images whose largest score promises `rate`.
+
+    >>> images_needed(0.01, 0.95)
+    299
+    """
+    check_shares(rate=rate, confidence=confidence)
+    count = max(1, math.floor(math.log(1 - confidence) / math.log1p(-rate)))
+    return count if order_statistic_index(count, rate, confidence) is not None else count + 1
+
+
+def calibrate(
+    statistics: AnyArray,
+    pixel_maxima: AnyArray,
+    names: tuple[str, ...],
+    *,
+    false_reject_rate: float = 0.01,
+    review_rate: float | None = None,
+    confidence: float = 0.95,
+) -> Calibration:
+    """Set the thresholds from m >= 2 held-out good images.
+
+    review_rate: None stands for 5 %, or the false-reject rate where that is higher.
+
+    `statistics` is (m, K), the K numbers called `names` that the model gives for each image; `pixel_maxima`
+    (m,) the largest value of each image's map. One statistic is the score as it is. Several are joined as the
+    largest of their robust z-scores: value minus median, divided by the larger of two spreads that for a
+    Gaussian are its standard deviation: 1.4826 x the median absolute deviation, and the distance between the
+    10 % and 90 % quantiles over 2.5631. The first alone vanishes where half of the images are equally odd, as
+    before a white background, and the others would be infinitely odd. Where both are 0 the standard deviation
+    takes their place; where all values are equal, 1 does.
+
+    With several statistics the promise is slightly optimistic: the same images set the z-scores.
+    """
+    statistics, maxima = np.asarray(statistics, np.float64), np.asarray(pixel_maxima, np.float64)
+    _check_statistics(statistics, len(names))
+    if len(statistics) < 2:
+        raise DataError(f"there are {len(statistics)} held-out good images, expected at least 2")
+    if maxima.shape != statistics.shape[:1] or not np.isfinite(maxima).all():
+        raise DataError(
+            f"map maxima of shape {maxima.shape} came for {len(statistics)} held-out images, "
+            "expected one finite number for each"
+        )
+    centers, scales = _centers_and_scales(statistics)
+    scores = _scores(statistics, centers, scales)
+    return _with_thresholds(
+        names,
+        centers,
+        scales,
+        _ascending(scores),
+        _ascending(maxima),
+        false_reject_rate,
+        max(REVIEW_RATE, false_reject_rate) if review_rate is None else review_rate,
+        confidence,
+    )
+
+
+def recalibrated(
+    calibration: Calibration,
+    *,
+    false_reject_rate: float,
+    review_rate: float | None = None,
+    confidence: float | None = None,
+) -> Calibration:
+    """Set other thresholds from the same held-out images; a rate not given stays as it was."""
+    return _with_thresholds(
+        calibration.statistics,
+        calibration.centers,
+        calibration.scales,
+        calibration.scores,
+        calibration.pixel_maxima,
+        false_reject_rate,
+        calibration.review_rate if review_rate is None else review_rate,
+        calibration.confidence if confidence is None else confidence,
+    )
+
+
+def image_scores(statistics: AnyArray, calibration: Calibration) -> Doubles:
+    """Join the (N, K) statistics of N images into their (N,) scores."""
+    statistics = np.asarray(statistics, np.float64)
+    _check_statistics(statistics, len(calibration.statistics))
+    return _scores(statistics, calibration.centers, calibration.scales)
+
+
+def p_value(score: float, calibration: Calibration) -> float:
+    """Give (1 + held-out good scores at least as large) / (m + 1), in (0, 1].
+
+    At most a share p of good parts has a p-value of p or less, on average over draws of the held-out images.
+    """
+    _check_score(score)
+    count = len(calibration.scores)
+    return (1 + count - bisect_left(calibration.scores, score)) / (count + 1)
+
+
+def verdict_label(score: float, calibration: Calibration) -> Label:
+    """Judge an image by its score: over a threshold is strictly greater."""
+    _check_score(score)
+    if score > calibration.defect_threshold:
+        return "defect"
+    return "review" if score > calibration.review_threshold else "ok"
+
+
+def describe(calibration: Calibration) -> str:
+    """Say in plain words what was asked for and what the held-out images promise."""
+    count = len(calibration.scores)
+    rate = f"{100 * calibration.false_reject_rate:g} %"
+    promised = f"{100 * calibration.promised_rate:.3g} %"
+    missing = calibration.images_needed - count
+    if missing > 0:
+        promise = (
+            f"the {count} held-out images promise only {promised}, "
+            f"and {rate} needs {missing} more ({calibration.images_needed} in all)"
+        )
+    else:
+        promise = f"the {count} held-out images promise {promised}"
+    over, review = (
+        bisect_right(calibration.scores, threshold)
+        for threshold in (calibration.defect_threshold, calibration.review_threshold)
+    )
+    empty = calibration.review_threshold == calibration.defect_threshold
+    band = "The review band is empty" if empty else f"{over - review} of them fall into the review band"
+    return (
+        f"At most {rate} of good parts may be called defect, with {100 * calibration.confidence:g} % "
+        f"confidence: {promise}. {band}."
+    )
+
+
+def _with_thresholds(
+    names: tuple[str, ...],
+    centers: tuple[float, ...],
+    scales: tuple[float, ...],
+    scores: tuple[float, ...],
+    pixel_maxima: tuple[float, ...],
+    false_reject_rate: float,
+    review_rate: float,
+    confidence: float,
+) -> Calibration:
+    """Set the thresholds from ascending scores and map maxima."""
+    check_shares(false_reject_rate=false_reject_rate, review_rate=review_rate, confidence=confidence)
+    if review_rate < false_reject_rate:
+        raise ConfigError(
+            f"the review rate is {review_rate}, expected at least the false-reject rate, {false_reject_rate}"
+        )
+    r = order_statistic_index(len(scores), false_reject_rate, confidence) or 0
+    return Calibration(
+        statistics=names,
+        centers=centers,
+        scales=scales,
+        scores=scores,
+        pixel_maxima=pixel_maxima,
+        false_reject_rate=false_reject_rate,
+        review_rate=review_rate,
+        confidence=confidence,
+        promised_rate=promised_rate(len(scores), r, confidence),
+        images_needed=images_needed(false_reject_rate, confidence),
+        defect_threshold=scores[-1 - r],
+        review_threshold=scores[-1 - max(r, _review_index(len(scores), review_rate))],
+        pixel_threshold=pixel_maxima[-1 - r],
+    )
+
+
+def _review_index(count: int, rate: float) -> int:
+    """Give the largest r, at least 0, for which (r + 1) / (count + 1) <= rate.
+
+    That is the share of good parts to be expected over the (r + 1)-th largest score: a mean over draws of the
+    held-out images, where the defect threshold promises for nearly every draw.
+    """
+    return min(max(math.floor((count + 1) * rate * (1 + _ROUNDING)) - 1, 0), count - 1)
+
+
+def _centers_and_scales(statistics: Doubles) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if statistics.shape[1] == 1:
+        return (0.0,), (1.0,)
+    centers = np.median(statistics, axis=0)
+    scales = 1.4826 * np.median(np.abs(statistics - centers), axis=0)
+    low, high = np.quantile(statistics, (0.1, 0.9), axis=0)
+    scales = np.maximum(scales, (high - low) / WIDTH)
+    scales = np.where(scales > 0, scales, statistics.std(axis=0))
+    scales = np.where(np.ptp(statistics, axis=0) > 0, scales, 1.0)
+    return tuple(centers.tolist()), tuple(scales.tolist())
+
+
+def _scores(statistics: Doubles, centers: tuple[float, ...], scales: tuple[float, ...]) -> Doubles:
+    scores: Doubles = np.max((statistics - np.array(centers)) / np.array(scales), axis=1)
+    return scores
+
+
+def _ascending(values: Doubles) -> tuple[float, ...]:
+    return tuple(np.sort(values).tolist())
+
+
+def _binomial(k: int, count: int, rate: float) -> float:
+    """Give the probability of exactly k of `count`, through logarithms: factorials overflow."""
+    ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+    return math.exp(ways + k * math.log(rate) + (count - k) * math.log1p(-rate))
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ConfigError(f"there are {count} held-out images, expected at least 1")
+
+
+def check_shares(**shares: float) -> None:
+    """Refuse a share that is not between 0 and 1; raise ConfigError."""
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise ConfigError(f"{name.replace('_', ' ')} is {share}, expected above 0 and below 1")
+
+
+def _check_statistics(statistics: Doubles, names: int) -> None:
+    if statistics.ndim != 2 or statistics.shape[1] != names or not names:
+        raise DataError(f"statistics have the shape {statistics.shape}, expected (images, {names})")
+    if not np.isfinite(statistics).all():
+        raise DataError(
+            f"{np.sum(~np.isfinite(statistics))} of {statistics.size} image statistics are NaN or infinite, "
+            "expected finite numbers"
+        )
+
+
+def _check_score(score: float) -> None:
+    if not math.isfinite(score):
+        raise DataError(f"an image's score is {score}, expected a finite number")

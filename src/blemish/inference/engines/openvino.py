@@ -1,0 +1,82 @@
+"""OpenVINO: the fastest engine on a processor, and the one with bfloat16."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import openvino
+
+from blemish.errors import ModelFileError
+from blemish.inference.engines import Choice
+from blemish.types import FloatArray
+
+HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
+"""What layers compute in that the graph itself does not quantise."""
+
+
+class SignalStack(ctypes.Structure):
+    """What the C library calls stack_t, on Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Give the thread back the stack that its signals are handled on.
+
+    OpenVINO 2026.4 moves it when it compiles, into memory that it frees with its models: a Ctrl-C that comes
+    later then ends the process with a segmentation fault. Elsewhere than on Linux this does nothing.
+    """
+    set_stack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
+    before = SignalStack()
+    if set_stack is not None:
+        set_stack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if set_stack is not None:
+            set_stack(ctypes.byref(before), None)
+
+
+class OpenVino:
+    """A graph in OpenVINO, compiled for each batch size when that first comes."""
+
+    def __init__(self, graph: bytes, outputs: tuple[str, ...], choice: Choice, threads: int = 0) -> None:
+        self.core = openvino.Core()
+        self.settings = {
+            "INFERENCE_PRECISION_HINT": HINTS[choice.precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        try:
+            self.model = self.core.read_model(graph)
+        except RuntimeError as error:
+            raise ModelFileError(f"OpenVINO cannot read the graph: {str(error).splitlines()[0]}") from error
+        found = [output.any_name for output in self.model.outputs]
+        if found != list(outputs):
+            raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
+        self.outputs = outputs
+        self.lock = threading.Lock()
+        """A request runs one batch at a time."""
+        self.requests: dict[tuple[int, ...], openvino.InferRequest] = {}
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        """Run (B, 3, H, W) images."""
+        with self.lock:
+            request = self.requests.get(inputs.shape) or self.compile(inputs.shape)
+            request.infer([openvino.Tensor(inputs, shared_memory=True)])
+            found = [request.get_output_tensor(number).data.copy() for number in range(len(self.outputs))]
+        return dict(zip(self.outputs, found, strict=True))
+
+    def compile(self, shape: tuple[int, ...]) -> openvino.InferRequest:
+        """Compile the graph for one shape: fixed shapes run faster than open ones."""
+        fixed = self.model.clone()
+        fixed.reshape(list(shape))
+        with same_signal_stack():
+            request = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
+        self.requests[shape] = request
+        return request

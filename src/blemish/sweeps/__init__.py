@@ -1,0 +1,1 @@
+"""The same training over seeds and folds, evaluated and summarised."""

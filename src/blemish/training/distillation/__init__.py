@@ -1,0 +1,1 @@
+"""Distil a teacher for EfficientAD. Empty, so that nothing pulls in torch."""
