@@ -13,12 +13,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from blemish._version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from blemish.data.check import check
     from blemish.errors import BlemishError
     from blemish.evaluation.run import evaluate
-    from blemish.inference.predictor import Predictor, load
+    from blemish.exporting.pipeline import export
+    from blemish.inference.predictor import Outcome, Predictor, load
+    from blemish.inference.recalibration import calibrate
+    from blemish.progress import Event
+    from blemish.training.request import TrainingRequest
     from blemish.training.run import train
     from blemish.types import Calibration, Evaluation, Region, Verdict
 
@@ -26,23 +31,35 @@ __all__ = [
     "BlemishError",
     "Calibration",
     "Evaluation",
+    "Event",
+    "Outcome",
     "Predictor",
     "Region",
+    "TrainingRequest",
     "Verdict",
     "__version__",
+    "calibrate",
+    "check",
     "evaluate",
+    "export",
     "load",
     "train",
 ]
 
-_ROOMS = {
+_HOMES = {
     "BlemishError": "errors",
     "Calibration": "types",
     "Evaluation": "types",
+    "Event": "progress",
+    "Outcome": "inference.predictor",
     "Predictor": "inference.predictor",
     "Region": "types",
+    "TrainingRequest": "training.request",
     "Verdict": "types",
+    "calibrate": "inference.recalibration",
+    "check": "data.check",
     "evaluate": "evaluation.run",
+    "export": "exporting.pipeline",
     "load": "inference.predictor",
     "train": "training.run",
 }
@@ -50,8 +67,8 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name not in _ROOMS:
+    if name not in _HOMES:
         raise AttributeError(f"module 'blemish' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"blemish.{_ROOMS[name]}"), name)
+    value = getattr(importlib.import_module(f"blemish.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -5,10 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-
-import torch
+from typing import TYPE_CHECKING
 
 from blemish.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+"""What training computes in, by our name, and torch's name for it."""
 
 
 def cores() -> int:
@@ -20,11 +25,10 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 def choose_device(name: str) -> str:
-    """Resolve auto, and refuse a device that is not there."""
+    """Resolve "auto" to cuda or cpu; raise ConfigError for a device that this machine lacks."""
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
@@ -35,9 +39,12 @@ def choose_device(name: str) -> str:
 
 
 def choose_precision(name: str, device: str) -> torch.dtype:
-    """Resolve auto: bfloat16 where the processor multiplies it faster than float32."""
+    """Resolve "auto" to bfloat16 where the device multiplies it faster than float32, else to float32."""
+    import torch
+
     if name in PRECISIONS:
-        return PRECISIONS[name]
+        found: torch.dtype = getattr(torch, PRECISIONS[name])
+        return found
     if name != "auto":
         raise ConfigError(f"unknown precision {name!r}; expected auto, {' or '.join(PRECISIONS)}")
     if device == "cuda":
@@ -48,9 +55,9 @@ def choose_precision(name: str, device: str) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed buffers: handing them back at every step costs a third of the time.
+    """Tell glibc to keep large freed buffers: returning them at every step costs a third of the time.
 
-    Elsewhere than on glibc this does nothing.
+    Does nothing on systems without glibc.
     """
     if sys.platform != "linux":
         return

@@ -1,14 +1,20 @@
-"""Write files whole or not at all, and know them by their content."""
+"""Files written atomically, and digests of their content."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from blemish.errors import OutputError
 
@@ -26,15 +32,15 @@ REFUSALS = {
         "EROFS",
     )
 }
-"""What a place or a disk says when it does not take a file."""
+"""Error numbers by which a folder or a disk refuses a file."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` that takes its name when the block ends well, else vanishes.
+    """Yield a temporary path beside `path` that is renamed to it on success and removed on failure.
 
-    Missing parent folders are made. The bytes are on the disk before the name changes. Raises OutputError
-    where the place or the disk does not allow it.
+    Missing parent folders are created. The bytes are on the disk before the name changes. Raises OutputError
+    if the folder or the disk refuses the file.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -54,30 +60,64 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path`, whole or not at all."""
+    """Write `data` to `path` atomically."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def write_text(path: Path, text: str) -> None:
+    r"""Write text to `path` atomically, as UTF-8; bytes of a file name that are not UTF-8 become \udc.. ."""
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write a record as indented JSON, atomically; see `plain` for what becomes of its values."""
+    write_text(path, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into what JSON has.
+
+    Dataclasses become objects, tuples arrays, NumPy's numbers Python's, numbers that are not finite null,
+    and everything else, such as a path, its text.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+SHORT = 16
+"""Digits of a SHA-256 that identify an image among millions."""
+
+
 def digest(path: Path) -> str:
-    """Give the SHA-256 of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def short_digest(path: Path) -> str:
-    """Give 16 digits of a file's SHA-256: enough to know an image by among millions."""
-    return digest(path)[:16]
+    """Return the first SHORT digits of a file's SHA-256."""
+    return digest(path)[:SHORT]
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that could not be written, before work goes into it; raise OutputError, make nothing."""
+    """Raise OutputError for a file that could not be written, before any work starts; create nothing."""
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder, expected the name of a file")
     check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that could not be made or written into; raise OutputError, make nothing."""
+    """Raise OutputError for a folder that could not be created or written to; create nothing."""
     nearest = folder
     while not nearest.exists():
         nearest = nearest.parent

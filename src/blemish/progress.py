@@ -1,63 +1,60 @@
-"""What a person sees while something long runs: one line that says how far, how fast, how long still."""
+"""How a long task reports on itself and is asked to stop.
+
+The library prints nothing and handles no signals. A task calls `report` with events and asks `stop` between
+two steps; what they do is up to the caller, who may be on another thread.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from tqdm import tqdm
-
-FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 
-_silent = False
+@dataclass(frozen=True)
+class Event:
+    """One report of a running task: progress, a message, or both."""
+
+    phase: str = ""
+    """What is being done, such as "encoding" or "training"; empty for a message alone."""
+    step: int = 0
+    """Steps done so far."""
+    steps: int = 0
+    """Steps of the whole phase; 0 where there is no progress to show."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """The loss terms of the last training step, by name, and their sum as "loss"."""
+    message: str = ""
+    """One sentence for the user."""
+    unit: str = "step"
+    """What a step is: a step, an image, a layer."""
+    source: str = ""
+    """Which of several parallel tasks reports; empty for a single one."""
 
 
-@contextmanager
-def muted(really: bool) -> Iterator[None]:
-    """Say nothing for a while: of several processes on one run, one speaks."""
-    global _silent
-    before, _silent = _silent, _silent or really
-    try:
-        yield
-    finally:
-        _silent = before
+Report = Callable[[Event], None]
+Stop = Callable[[], bool]
+Item = TypeVar("Item")
 
 
-def say(text: str) -> None:
-    """Tell the person at the terminal, on standard error, which is not the result."""
-    if _silent:
-        return
-    print(text, file=sys.stderr, flush=True)
+def silent(event: Event) -> None:
+    """Ignore an event."""
 
 
-class Progress:
-    """A line that renews itself on a terminal, and a line every half minute in a log."""
+def never() -> bool:
+    """Never ask to stop."""
+    return False
 
-    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step") -> None:
-        self.title, self.total, self.first, self.unit = title, total, done, unit
-        self.live = sys.stderr.isatty()
-        self.every = 0.2 if self.live else 30.0
-        self.start = self.shown = time.monotonic()
 
-    def show(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total are done, if it is time to say something."""
-        now = time.monotonic()
-        if _silent or (now - self.shown < self.every and done < self.total):
-            return
-        self.shown = now
-        line = tqdm.format_meter(
-            done,
-            self.total,
-            now - self.start,
-            prefix=self.title,
-            unit=self.unit,
-            initial=self.first,
-            ncols=100 if self.live else None,
-            bar_format=FORMAT,
-            postfix=note or None,
-        )
-        end = "\n" if done >= self.total or not self.live else ""
-        print(f"\r\x1b[K{line}" if self.live else line, end=end, file=sys.stderr, flush=True)
+def tell(report: Report, message: str) -> None:
+    """Report a message."""
+    report(Event(message=message))
+
+
+def tracked(
+    items: Iterable[Item], total: int, report: Report, phase: str, *, unit: str = "image"
+) -> Iterator[Item]:
+    """Yield items, reporting the phase's progress before the first and after each of them."""
+    report(Event(phase, 0, total, unit=unit))
+    for number, item in enumerate(items, 1):
+        yield item
+        report(Event(phase, number, total, unit=unit))

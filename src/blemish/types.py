@@ -68,6 +68,8 @@ class Batch:
     """(B, H, W) float32, of each defective pixel in the loss; None: all count alike."""
     natural: Tensor | None = None
     """(B, 3, H, W) float32 natural images in [0, 1] for the pretraining penalty; None: it is off."""
+    progress: float = 0.0
+    """Share of the run's steps that are done, 0 at the first."""
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blemish.errors import ConfigError, ModelFileError
+from blemish.images import Preprocessing
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
-from blemish.inference.engines import (
-    BACKENDS,
-    PRECISIONS,
-    Choice,
-    Engine,
-    open_engine,
-    open_graph,
-    recorded,
-    refuse_precision,
-)
-from blemish.progress import say
+from blemish.inference.choice import BACKENDS, PRECISIONS, Choice, refuse_precision
+from blemish.inference.engines import Engine, open_engine, open_graph
+from blemish.inference.manifest import Manifest
+from blemish.progress import Report, silent, tell
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,8 +77,7 @@ class Contender:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the network's input."""
-        height, width = self.opened.manifest["preprocessing"]["image_size"]
-        return height, width
+        return self.opened.manifest.preprocessing.image_size
 
 
 def read_entry(text: str) -> Entry:
@@ -105,7 +98,12 @@ def read_entry(text: str) -> Entry:
     return Entry(source, bool(plain), backend, precision)
 
 
-def prepare(entry: Entry, device: str = "", settings: Mapping[str, Any] | None = None) -> Contender:
+def prepare(
+    entry: Entry,
+    device: str = "",
+    settings: Mapping[str, Any] | None = None,
+    report: Report = silent,
+) -> Contender:
     """Find or build what an entry speaks of, and choose how it runs; raise ConfigError or ModelFileError.
 
     device: "" as the file says. On a GPU the precision is half unless something says otherwise. settings:
@@ -119,7 +117,7 @@ def prepare(entry: Entry, device: str = "", settings: Mapping[str, Any] | None =
     choice = choose(entry, device, opened)
     network = unchanged if entry.plain else None
     name = f"{'plain:' * entry.plain}{Path(entry.source).name}:{choice.backend}:{choice.precision}"
-    return complete(Contender(name, opened, choice, network, trained=entry.is_file))
+    return complete(Contender(name, opened, choice, network, trained=entry.is_file), report)
 
 
 def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
@@ -127,7 +125,7 @@ def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
 
     ONNX Runtime computes in what the graph holds, so half precision on CUDA is PyTorch's by default.
     """
-    start = Choice() if entry.plain else recorded(opened.manifest)
+    start = Choice() if entry.plain else opened.manifest.engine
     quantised = start.precision == "int8"
     moved = device == "cuda" != start.device and not quantised
     backend = entry.backend or ("torch" if moved else start.backend)
@@ -142,50 +140,48 @@ def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
 
 
 def untrained(name: str, settings: Mapping[str, Any]) -> Bundle:
-    """Build a method with drawn weights, as a model file without a graph and thresholds would hold it."""
+    """Build a method with random weights, as a model file would hold it: without a graph or thresholds."""
     from safetensors.torch import save
 
-    from blemish.detectors.registry import build, configure
+    from blemish.detectors import registry
     from blemish.detectors.settings import as_json
 
-    detector = build(name, configure(name, settings=settings), seed=0)
-    manifest = {
-        "method": name,
-        "config": as_json(detector.config),
-        "preprocessing": {"image_size": list(detector.config.image_size), "white": 255.0},
-        "outputs": list(detector.outputs),
-    }
+    detector = registry.build(name, registry.configure(name, settings=settings), seed=0)
+    manifest = Manifest.untrained(
+        name, as_json(detector.config), Preprocessing(detector.config.image_size), detector.outputs
+    )
     state = {key: value.contiguous() for key, value in detector.state_dict().items()}
     return Bundle(Path(name), manifest, save(state), b"")
 
 
 def unchanged(detector: Detector) -> nn.Module:
-    """Give the detector's own network."""
+    """Return the detector's own network."""
     return detector
 
 
-def complete(contender: Contender) -> Contender:
+def complete(contender: Contender, report: Report) -> Contender:
     """Count a contender's work, and trace its graph where the model file has none that fits."""
     traced = contender.choice.backend != "torch" and (contender.network or not contender.trained)
     if not traced and find_spec("torch") is None:
         return contender
-    from blemish.detectors import fusing, onnx_graph
-    from blemish.detectors.registry import fuse, restore
+    from blemish.detectors import onnx_graph
+    from blemish.detectors.fusing import flops
+    from blemish.inference.engines.pytorch import restored
 
     try:
-        detector = restore(contender.opened)
+        detector = restored(contender.opened)
     except ModelFileError as error:
         if traced or contender.choice.backend == "torch":
             raise
-        say(f"not counting FLOPs: {error}")  # a graph of an earlier version runs all the same
+        tell(report, f"not counting FLOPs: {error}")  # a graph of an earlier version runs all the same
         return contender
-    size = contender.image_size
-    network = contender.network(detector) if contender.network else fuse(detector)
-    plain = fusing.flops(detector, size) if contender.network is None else 0
-    flops = fusing.flops(network, size)
-    if contender.network is None and contender.choice.backend != "torch":
-        flops = contender.opened.manifest.get("export", {}).get("flops", flops)  # fewer, with fewer channels
-    work = Work(sum(each.numel() for each in detector.parameters()), flops, plain or flops)
+    size, export = contender.image_size, contender.opened.manifest.export
+    network = contender.network(detector) if contender.network else detector.fused()
+    plain = flops(detector, size) if contender.network is None else 0
+    count = flops(network, size)
+    if contender.network is None and contender.choice.backend != "torch" and export is not None:
+        count = export.flops  # fewer, with fewer channels
+    work = Work(sum(each.numel() for each in detector.parameters()), count, plain or count)
     opened = contender.opened
     if traced:
         opened = replace(opened, graph=onnx_graph.traced(network, size, detector.outputs))
@@ -196,11 +192,11 @@ def open_contender(contender: Contender, threads: int) -> Engine:
     """Make a contender ready to run; raise ConfigError or ModelFileError."""
     if contender.network is None:
         return open_engine(contender.opened, contender.choice, threads)
-    outputs = tuple(contender.opened.manifest["outputs"])
+    outputs = contender.opened.manifest.outputs
     if contender.choice.backend != "torch":
         return open_graph(contender.opened.graph, outputs, contender.choice, threads)
-    from blemish.detectors.registry import restore
     from blemish.inference.engines.plain import PlainTorch
+    from blemish.inference.engines.pytorch import restored
 
-    network = contender.network(restore(contender.opened))
+    network = contender.network(restored(contender.opened))
     return PlainTorch(network, outputs, contender.choice, threads, channels_last=contender.channels_last)

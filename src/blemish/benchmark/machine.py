@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from blemish._version import __version__
+from blemish import __version__
 from blemish.devices import cores
 
 INSTRUCTIONS = (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blemish.inference.engines import Choice
+from blemish.inference.choice import Choice
 
 if TYPE_CHECKING:
     pass

@@ -31,10 +31,11 @@ from blemish.benchmark import machine, roofline
 from blemish.benchmark.entries import Contender, open_contender
 from blemish.benchmark.machine import Machine
 from blemish.benchmark.roofline import Rate
-from blemish.errors import BlemishError, ConfigError, ImageError, StoppedError
-from blemish.inference.engines import Choice, Engine
+from blemish.errors import BlemishError, ConfigError, StoppedError
+from blemish.inference.choice import Choice
+from blemish.inference.engines import Engine
 from blemish.inference.predictor import Predictor
-from blemish.progress import say
+from blemish.progress import Report, silent, tell
 from blemish.types import FloatArray
 
 WARM_UP_SHARE = 0.1
@@ -122,7 +123,9 @@ Ask = Callable[[Burst | Stream], list[float]]
 """Has one row run, and gives the seconds of each run."""
 
 
-def run(contenders: Sequence[Contender], plan: Plan, paths: Sequence[Path] = ()) -> Benchmark:
+def run(
+    contenders: Sequence[Contender], plan: Plan, paths: Sequence[Path] = (), *, report: Report = silent
+) -> Benchmark:
     """Measure contenders side by side; raise what opening one of them raises.
 
     paths: images whose decoding and resizing is measured as well; none: random numbers stand in for images.
@@ -136,12 +139,12 @@ def run(contenders: Sequence[Contender], plan: Plan, paths: Sequence[Path] = ())
     with ExitStack() as stack:
         asks: list[Ask] = []
         for contender, one in zip(contenders, timings, strict=True):
-            say(f"opening {contender.name}")
+            tell(report, f"opening {contender.name}")
             ask, one.memory = stack.enter_context(worker(contender, plan, paths))
             asks.append(ask)
         pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), deaf))
         for number in range(plan.rounds):
-            say(f"round {number + 1} of {plan.rounds}")
+            tell(report, f"round {number + 1} of {plan.rounds}")
             take_turns(number, asks, timings, plan)
             rates.append(measure_rates(pool, [each.choice for each in contenders], plan.threads))
         for ask, one in zip(asks, timings, strict=True) if paths else ():
@@ -205,9 +208,9 @@ def judge(
             yield from paths
 
     marks = [start]
-    for verdict in model.predict_stream(again()):
-        if isinstance(verdict, ImageError):
-            raise verdict
+    for outcome in model.stream(again()):
+        if outcome.error is not None:
+            raise outcome.error
         marks.append(clock())
     return [after - before for before, after in itertools.pairwise(marks)]
 
@@ -285,7 +288,7 @@ def images(contender: Contender, count: int, model: Predictor | None, paths: Seq
     """Give (count, 3, H, W) inputs: of the files, over and over, or random numbers in [0, 1)."""
     if model is not None:
         chosen = [paths[number % len(paths)] for number in range(count)]
-        return np.stack([model.prepare(path).inputs for path in chosen])
+        return np.concatenate([model.prepare(path).inputs for path in chosen])
     shape = (count, 3, *contender.image_size)
     return np.random.default_rng(0).random(shape, np.float32)
 

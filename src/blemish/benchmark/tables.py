@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from blemish import files
 from blemish.benchmark.machine import Machine
 from blemish.benchmark.run import Benchmark, Row
-from blemish.files import write_whole
-
-PUBLISHED: dict[str, tuple[float | None, ...]] = {
-    "EfficientAD-S": (2.2, 614, None, None),
-    "EfficientAD-M": (4.5, 269, 6.0, 204),
-    "SuperSimpleNet": (None, None, 9.3, 269),
-    "SimpleNet": (12, 194, 22.4, 95),
-    "PatchCore": (32, 76, 54.1, 25),
-    "FastFlow": (17, 120, 21.3, 320),
-    "DSR": (17, 104, 18.4, 105),
-    "AST": (53, 41, 57.9, 257),
-    "S-T": (75, 16, None, None),
-    "GCAD": (11, 121, None, None),
-    "SegDecNet": (None, None, 4.4, 898),
-    "DRA": (None, None, 8.3, 1814),
-    "BGAD": (None, None, 46.7, 141),
-    "PRN": (None, None, 25.4, 128),
-    "DRAEM": (None, None, 12.4, 107),
-}
-"""By method: milliseconds and images a second on an RTX A6000, then on a Tesla V100S."""
+from blemish.tables import aligned
 
 MILLISECONDS = ("mean_ms", "deviation_ms", "median_ms", "p99_ms")
-
-COLUMNS = ("A6000 ms", "A6000 images/s", "V100S ms", "V100S images/s")
 
 SOURCES = (
     "PUBLISHED by others, on OTHER MACHINES: GPUs, half precision, latency at batch 1, throughput at 16.\n"
@@ -57,8 +37,8 @@ def table(found: Benchmark) -> str:
     fastest = {row.contender.choice.precision: row.rate for row in found.rows if row.rate}
     by = [f"Fastest in {name}: {rate.by}, measured in each round." for name, rate in fastest.items()]
     parts.append("\n".join([WORK, aligned(work(found)), *by]))
-    lines = [[name, *(shown(value, "g") for value in values)] for name, values in PUBLISHED.items()]
-    parts.append(f"{SOURCES}\n{aligned([['method', *COLUMNS], *lines])}")
+    columns, *lines = published()
+    parts.append(f"{SOURCES}\n{aligned([columns, *([cell or '-' for cell in line] for line in lines)])}")
     return "\n\n".join(parts)
 
 
@@ -74,7 +54,7 @@ def machine_lines(machine: Machine, threads: int) -> str:
 
 
 def protocol(found: Benchmark) -> str:
-    """Say how often what was run."""
+    """Describe how many runs of what were timed."""
     plan = found.plan
     limit = "" if plan.seconds == math.inf else f", within {plan.seconds:g} s a row"
     turns = "rows taking turns, each in a process of its own; " if len(found.rows) > 1 else ""
@@ -87,7 +67,7 @@ def protocol(found: Benchmark) -> str:
 
 
 def times(found: Benchmark) -> list[list[str]]:
-    """Give the lines of latency and throughput, and of ratios to the first row."""
+    """Return the lines of latency and throughput, and of ratios to the first row."""
     against = len(found.rows) > 1
     head = ["row", "input", "ms", "+-", "median", "p99", "runs"]
     throughput = [f"images/s at {found.plan.batch}"] * (found.plan.batch > 1)
@@ -104,7 +84,7 @@ def times(found: Benchmark) -> list[list[str]]:
 
 
 def streams(found: Benchmark) -> list[list[str]]:
-    """Give the lines of files judged from the disk."""
+    """Return the lines of files judged from the disk."""
     lines = [["row", "ms", "median", "p99", "files", "images/s"]]
     for row in found.rows:
         seconds = row.timings.stream
@@ -115,7 +95,7 @@ def streams(found: Benchmark) -> list[list[str]]:
 
 
 def work(found: Benchmark) -> list[list[str]]:
-    """Give the lines of parameters, FLOPs, memory and roofline."""
+    """Return the lines of parameters, FLOPs, memory and roofline."""
     head = ["row", "M parameters", "GFLOP", "unfused", "MB", "GFLOP/s", "fastest"]
     lines = [[*head, "shortest ms", "reached"]]
     for row in found.rows:
@@ -164,7 +144,7 @@ def figures(row: Row, batch: int) -> dict[str, Any]:
 
 
 def ratio(first: Row, row: Row) -> tuple[float, float, float]:
-    """Say how many times as fast as the first a row was: median, least and greatest over the rounds."""
+    """Return how many times as fast as the first a row was: median, least and greatest over the rounds."""
     each = [
         statistics.median(one) / statistics.median(other)
         for one, other in zip(first.timings.latency, row.timings.latency, strict=True)
@@ -177,36 +157,36 @@ def shown(value: float | None, form: str, scale: float = 1) -> str:
     return "-" if value is None else format(value / scale, form)
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Align columns, the first to the left and the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
-    )
+def published() -> list[list[str]]:
+    """Return the published figures: the head of the table, then a row for each method."""
+    text = (resources.files("blemish.benchmark") / "published.csv").read_text("utf-8")
+    return list(csv.reader(text.splitlines()))
 
 
 def write_json(found: Benchmark, path: Path) -> None:
     """Write everything: the machine, the plan, each row's figures and every run's seconds."""
-    plan = asdict(found.plan)
-    plan["seconds"] = None if found.plan.seconds == math.inf else found.plan.seconds
+    (_, *columns), *lines = published()
     record = {
-        "machine": asdict(found.machine),
-        "plan": plan,
+        "machine": found.machine,
+        "plan": found.plan,
         "images": found.images,
         "rows": [row_record(found, row) for row in found.rows],
-        "published": {name: dict(zip(COLUMNS, values, strict=True)) for name, values in PUBLISHED.items()},
+        "published": {
+            name: {column: float(cell) if cell else None for column, cell in zip(columns, cells, strict=True)}
+            for name, *cells in lines
+        },
     }
-    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    files.write_json(path, record)
 
 
 def row_record(found: Benchmark, row: Row) -> dict[str, Any]:
-    """Write a row down."""
+    """Return everything about a row."""
     middle, least, greatest = ratio(found.rows[0], row)
     contender, timings = row.contender, row.timings
     return {
         "name": contender.name,
-        "method": contender.opened.manifest["method"],
-        "config": contender.opened.manifest["config"],
+        "method": contender.opened.manifest.method,
+        "config": contender.opened.manifest.config,
         "trained": contender.trained,
         "plain": contender.network is not None,
         "image_size": list(contender.image_size),

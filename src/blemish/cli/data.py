@@ -6,9 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from blemish.cli.options import (
-    add_layout,
-)
+from blemish.cli.options import add_layout
+from blemish.detectors.registry import DEFAULT
 
 
 def check_arguments(sub: argparse.ArgumentParser) -> None:
@@ -19,10 +18,10 @@ def check_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_check(options: argparse.Namespace) -> int:
     """Say what is in a folder and what is wrong with it; 1 if anything is."""
-    from blemish.data import check
+    from blemish.data.check import check, format
 
-    report = check.check(options.data, options.layout)
-    print(check.format(report))
+    report = check(options.data, options.layout)
+    print(format(report))
     return int(not report.passed)
 
 
@@ -36,8 +35,9 @@ def demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """Draw parts, train, evaluate, write a report, and say where everything is."""
+    """Render parts, train, evaluate, write a report, and print where everything is."""
     from blemish import demo
+    from blemish.cli.terminal import Terminal, stop_requests
     from blemish.evaluation import report
     from blemish.evaluation.run import evaluate, table
     from blemish.training.run import train
@@ -45,15 +45,19 @@ def run_demo(options: argparse.Namespace) -> int:
     parts, file, page = options.out / "parts", options.out / "demo.blemish", options.out / "report.html"
     print(f"drawing parts into {parts}", file=sys.stderr)
     demo.draw(parts, options.seed)
-    model = train(parts, model="supersimplenet", out=file, seed=options.seed, steps=options.steps)
-    found = evaluate(model, parts)
+    terminal = Terminal()
+    with stop_requests() as stop:
+        model = train(
+            parts, model=DEFAULT, out=file, seed=options.seed, steps=options.steps, report=terminal, stop=stop
+        )
+        found = evaluate(model, parts, report=terminal, stop=stop)
     report.write_html(found, page)
     print(table(found))
     print(
         f"\nparts   {parts}\nmodel   {file}\nreport  {page}\n\n"
         "With your own images, a folder of good ones to begin with:\n"
         "  blemish check MY_IMAGES\n"
-        "  blemish train MY_IMAGES --model supersimplenet --out mine.blemish\n"
+        f"  blemish train MY_IMAGES --model {DEFAULT} --out mine.blemish\n"
         "  blemish predict mine.blemish NEW_IMAGES --overlays overlays"
     )
     return 0

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blemish.cli.options import METHODS, refuse_outputs, settings
+from blemish.cli.options import refuse_outputs, settings
+from blemish.detectors.registry import METHODS
 from blemish.errors import ConfigError, DataError
 
 REDUCED = 0.03
@@ -48,12 +49,14 @@ def export_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_export(options: argparse.Namespace) -> int:
     """Write a model in another format or precision; 1 if it differs too much from the trained model."""
+    from blemish.cli.terminal import Terminal
     from blemish.errors import ExportError
-    from blemish.exporting.pipeline import Request, export
+    from blemish.exporting.pipeline import export
 
-    request = Request(options.format, options.precision, options.out, options.reduced)
+    names = ("out", "format", "precision", "reduced", "evaluation")
+    given = {name: getattr(options, name) for name in names}
     try:
-        export(options.model, options.data, request, labelled=options.evaluation)
+        export(options.model, options.data, report=Terminal(), **given)
     except ExportError as error:
         print(f"blemish: {error}", file=sys.stderr)
         return 1
@@ -95,6 +98,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     from blemish.benchmark import run as benchmark
     from blemish.benchmark import tables
     from blemish.benchmark.entries import prepare
+    from blemish.cli.terminal import Terminal
 
     refuse_outputs(options.json)
     entries = asked(options)
@@ -103,8 +107,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
     chosen: dict[str, Any] = settings(options.set)
     if options.image_size:
         chosen["image_size"] = options.image_size
-    contenders = [prepare(entry, options.device, chosen) for entry in entries]
-    found = benchmark.run(contenders, plan, paths)
+    terminal = Terminal()
+    contenders = [prepare(entry, options.device, chosen, terminal) for entry in entries]
+    found = benchmark.run(contenders, plan, paths, report=terminal)
     print(tables.table(found))
     if options.json is not None:
         tables.write_json(found, options.json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from blemish.cli.options import (
@@ -12,7 +13,6 @@ from blemish.cli.options import (
     gigabytes,
     refuse_outputs,
 )
-from blemish.errors import ConfigError
 
 
 def evaluate_arguments(sub: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def evaluate_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Measure a model on a labelled data set; 2 if some images could not be read."""
+    from blemish.cli.terminal import Terminal
     from blemish.evaluation import report
     from blemish.evaluation.run import evaluate, table
     from blemish.inference.predictor import load
@@ -41,6 +42,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         layout=options.layout,
         memory=gigabytes(options.memory),
         exhibits=4 if options.report else 0,
+        report=Terminal(),
     )
     print(table(found))
     for write, path in (
@@ -70,13 +72,18 @@ def predict_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Judge images, one JSON line each; 2 if some could not be read."""
-    from blemish.inference.bulk import Outputs, gather, run
+    from blemish.cli.terminal import Terminal
+    from blemish.inference import bulk
     from blemish.inference.predictor import load
 
     refuse_outputs(options.jsonl, folders=(options.maps, options.overlays))
-    outputs = Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
-    files = gather(options.images)
-    counts = run(load(options.model, threads=options.threads), files, outputs)
+    outputs = bulk.Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
+    files = bulk.gather(options.images)
+    report = Terminal(progress=options.jsonl is not None)
+    write = partial(print, flush=True)
+    counts = bulk.run(
+        load(options.model, threads=options.threads), files, outputs, write=write, report=report
+    )
     print(", ".join(f"{count} {label}" for label, count in counts.items()), file=sys.stderr)
     return 2 if counts["unreadable"] else 0
 
@@ -90,24 +97,17 @@ def calibrate_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    """Set a model's thresholds anew from good images, without training."""
-    from blemish import images
-    from blemish.files import short_digest
-    from blemish.inference import bundle
-    from blemish.inference.calibration import calibrate, check_shares, describe
-    from blemish.inference.measure import measure
-    from blemish.inference.predictor import Predictor
+    """Set a model's thresholds again from good images, without training."""
+    from blemish.cli.terminal import Terminal
+    from blemish.inference.calibration import describe
+    from blemish.inference.recalibration import calibrate
 
-    check_shares(false_reject_rate=options.false_reject_rate)
-    refuse_outputs(options.out)
-    opened = bundle.read(options.model)
-    if not options.images.is_dir():
-        raise ConfigError(f"no folder {options.images}; expected one of good images")
-    paths = images.list_images(options.images, recursive=True)
-    statistics, maxima = measure(Predictor(opened), paths)
     calibration = calibrate(
-        statistics, maxima, opened.calibration.statistics, false_reject_rate=options.false_reject_rate
+        options.model,
+        options.images,
+        out=options.out,
+        false_reject_rate=options.false_reject_rate,
+        report=Terminal(),
     )
-    bundle.recalibrate(opened, calibration, options.out, [short_digest(path) for path in paths])
     print(describe(calibration))
     return 0

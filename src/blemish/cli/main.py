@@ -1,16 +1,19 @@
 """The command line: one function per command, and what is heavy imported inside it.
 
-Results go to standard output, what is said on the way to standard error. Exit status: 0 done; 1 the command
-ran and the answer is no; 2 something the user can fix, in one line; anything else is a bug, with a traceback.
+Results go to standard output, progress and messages to standard error. Exit status: 0 done; 1 the command ran
+and the answer is no; 2 something the user can fix, in one line; 70 an internal error, with its traceback; 130
+interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from blemish._version import __version__
+from blemish import __version__
 from blemish.cli.data import check_arguments, demo_arguments, run_check, run_demo
 from blemish.cli.inference import benchmark_arguments, export_arguments, run_benchmark, run_export
 from blemish.cli.judging import (
@@ -38,21 +41,27 @@ from blemish.errors import BlemishError
 EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "scipy"), "train") | {
     "openvino": "openvino"
 }
-"""What installs the packages that some commands need."""
+"""The extra that installs each package that some commands need."""
+CRASHED = 70
+"""Exit status of an internal error: 1 always means that the answer is no."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; give its exit status."""
+    """Run a command; return its exit status."""
     options = parser().parse_args(arguments)
+    share_cores()
+    from blemish.cli.terminal import shown_warnings
+
     command: Command = options.command
     try:
-        return command(options)
+        with shown_warnings():
+            return command(options)
     except BlemishError as error:
         print("blemish:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
-            raise
+            return crashed()
         needed = f"this needs blemish[{EXTRAS[error.name]}]"
         print(f"blemish: {error.name} is not installed; {needed}", file=sys.stderr)
         return 2
@@ -63,10 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough; nothing is to be flushed at exit.
         sys.stderr.close()
         return 0
+    except Exception:
+        return crashed()
+
+
+def crashed() -> int:
+    """Print the traceback of an internal error; return its exit status."""
+    traceback.print_exc()
+    print(
+        "blemish: this is an error in Blemish itself; please report it with the lines above", file=sys.stderr
+    )
+    return CRASHED
+
+
+def share_cores() -> None:
+    """Let threads that wait for each other sleep, before torch is loaded, unless the user has chosen.
+
+    Threads that spin take the core from whatever else runs on it, and then wait for it themselves.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parser() -> Parser:
-    """Build the parser of all commands."""
+    """Return the parser of all commands."""
     top = Parser(prog="blemish", description="Find defects on manufactured parts, from good images only.")
     top.add_argument("--version", action="version", version=f"blemish {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -11,7 +11,6 @@ from blemish.errors import ConfigError
 
 Command = Callable[[argparse.Namespace], int]
 
-METHODS = ("efficientad-s", "efficientad-m", "supersimplenet", "simplenet")
 
 RATE_HELP = "share of good parts that may be called defect (0.01)"
 
@@ -52,6 +51,14 @@ def settings(texts: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--set {text}: expected KEY=VALUE")
         found[key] = value
     return found
+
+
+def add_length(sub: argparse.ArgumentParser, *, epochs_help: str) -> None:
+    """Declare how long a run trains."""
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    length.add_argument("--epochs", type=int, metavar="N", help=epochs_help)
+    length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
 
 
 def add_machine(sub: argparse.ArgumentParser) -> None:

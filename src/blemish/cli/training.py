@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blemish.cli.options import (
-    METHODS,
     RATE_HELP,
     add_layout,
+    add_length,
     add_machine,
     gigabytes,
     refuse_outputs,
     settings,
 )
+from blemish.detectors.registry import METHODS
 from blemish.errors import ConfigError
+
+if TYPE_CHECKING:
+    from blemish.training.request import TrainingRequest
+
+SHORTHANDS = (
+    ("--structural-only", "structural_only", "autoencoder", False),
+    ("--logical-weight", "logical_weight", "logical_weight", None),
+)
+"""Options for one setting each: option, name among the options, setting, and its value unless the user's."""
 
 
 def train_arguments(sub: argparse.ArgumentParser) -> None:
@@ -24,40 +34,57 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="M", help=", ".join(METHODS))
     sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
     sub.add_argument(
-        "--from", dest="start", type=Path, metavar="OLD.blemish", help="go on from a model, in a shorter run"
+        "--from",
+        dest="start",
+        type=Path,
+        metavar="OLD.blemish",
+        help="continue from a model, in a shorter run",
     )
+    label_arguments(sub)
+    add_length(sub, epochs_help="passes over the training images; each defective one counts four times")
+    method_arguments(sub)
+    sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
+    add_machine(sub)
+    sweep_arguments(sub)
+    add_layout(sub)
+
+
+def label_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `train` takes about labelled defects."""
     sub.add_argument(
         "--supervision", default="auto", help="auto, none, weak (no masks), mixed (some) or full (all masked)"
     )
     sub.add_argument(
-        "--train-defects", metavar="N|SHARE", help="how many defective images train, drawn by the seed"
+        "--train-defects",
+        metavar="N|SHARE",
+        help="how many defective images to train on, sampled at random by the seed",
     )
     sub.add_argument("--train-masks", metavar="N|SHARE", help="how many of those keep their masks (all)")
-    length = sub.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
-    length.add_argument(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="times that every image has its turn, defects four times",
-    )
-    length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
+
+
+def method_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `train` takes about the method."""
     sub.add_argument("--image-size", metavar="HxW", help="size of the network's input (256x256)")
     halves = sub.add_mutually_exclusive_group()
     halves.add_argument(
         "--structural-only",
         action="store_true",
-        help="without the autoencoder and its logical map (EfficientAD)",
+        help="without the autoencoder and its logical map, for methods that have one",
     )
     halves.add_argument(
-        "--logical-weight", type=float, metavar="W", help="of the logical map in the whole, 0 to 1 (0.5)"
+        "--logical-weight",
+        type=float,
+        metavar="W",
+        help="weight of the logical map, 0 to 1 (0.5), for methods that have one",
     )
-    sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the teacher or the backbone")
+    sub.add_argument(
+        "--weights", type=Path, metavar="FILE", help="pretrained weights of the teacher or the backbone"
+    )
     sub.add_argument(
         "--natural-images",
         default="drawn",
         metavar="DIR|drawn|none",
-        help="what EfficientAD's student is kept from imitating: photographs, drawn images, nothing (drawn)",
+        help="images for the pretraining penalty: photographs, rendered images, or none (drawn: rendered)",
     )
     sub.add_argument(
         "--preset", default="default", help="default, paper for the method to the letter, or journal"
@@ -68,98 +95,91 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
     )
-    sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
-    add_machine(sub)
-    sub.add_argument("--seeds", type=int, metavar="N", help="train and evaluate so often, from --seed on")
-    sub.add_argument("--folds", type=int, metavar="K", help="cross-validate: train and evaluate K times")
+
+
+def sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare what `train` takes about sweeps over seeds and folds."""
+    sub.add_argument(
+        "--seeds", type=int, metavar="N", help="number of seeds to train and evaluate with, from --seed on"
+    )
+    sub.add_argument(
+        "--folds", type=int, metavar="K", help="cross-validate: number of folds to train and evaluate"
+    )
     sub.add_argument("--folds-file", type=Path, metavar="F.csv", help="which image is in which fold")
-    sub.add_argument("--jobs", type=int, metavar="N", help="trainings of a series beside each other")
-    sub.add_argument("--json", type=Path, metavar="F", help="write every figure of a series")
-    add_layout(sub)
+    sub.add_argument("--jobs", type=int, metavar="N", help="trainings of a sweep to run in parallel")
+    sub.add_argument("--json", type=Path, metavar="F", help="write every figure of a sweep as JSON")
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Train, calibrate and write a model file; or a series of them, evaluated and summed up."""
-    chosen: dict[str, Any] = settings(options.set)
-    if options.image_size:
-        chosen["image_size"] = options.image_size
-    add_halves(options, chosen)
-    given = {
-        "model": options.model,
-        "start": options.start,
-        "supervision": options.supervision,
-        "train_defects": options.train_defects,
-        "train_masks": options.train_masks,
-        "weights_file": options.weights,
-        "natural_images": options.natural_images,
-        "preset": options.preset,
-        "settings": chosen,
-        "schedule": options.schedule,
-        "steps": options.steps,
-        "epochs": options.epochs,
-        "budget": options.budget,
-        "device": options.device,
-        "precision": options.precision,
-        "false_reject_rate": options.false_reject_rate,
-        "memory": gigabytes(options.memory),
-        "cache": options.cache,
-    }
+    """Train, calibrate and write a model file; or a sweep of them, evaluated and summarised."""
+    from blemish.cli.terminal import Terminal, stop_requests
+    from blemish.training import run
+
+    request = request_of(options)
     if options.seeds is not None or options.folds is not None:
-        return run_series(options, given)
+        return run_sweep(options, request)
     for name in ("folds_file", "jobs", "json"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is for a series; expected --seeds or --folds with it"
+                f"--{name.replace('_', '-')} is for a sweep; expected --seeds or --folds with it"
             )
-    from blemish.training.run import train
-
-    train(
-        options.data,
-        out=options.out,
-        layout=options.layout,
-        seed=options.seed,
-        resume=options.resume,
-        **given,
-    )
+    with stop_requests() as stop:
+        run.run(request, report=Terminal(), stop=stop)
     print(options.out)
     return 0
 
 
-def add_halves(options: argparse.Namespace, chosen: dict[str, Any]) -> None:
-    """Put what is asked of the map's two halves among the settings; raise ConfigError where it cannot be."""
-    for asked, option, name, value in (
-        (options.structural_only, "--structural-only", "autoencoder", False),
-        (options.logical_weight is not None, "--logical-weight", "logical_weight", options.logical_weight),
-    ):
-        if asked and options.model in METHODS and not options.model.startswith("efficientad"):
+def request_of(options: argparse.Namespace) -> TrainingRequest:
+    """Return what is asked for as a request."""
+    from blemish.training.request import TrainingRequest
+
+    names = (
+        *("data", "model", "out", "start", "layout", "supervision", "train_defects", "train_masks"),
+        *("weights", "natural_images", "preset", "schedule", "steps", "epochs", "budget", "seed"),
+        *("device", "precision", "false_reject_rate", "cache", "resume"),
+    )
+    given = {name: getattr(options, name) for name in names}
+    return TrainingRequest(settings=settings_of(options), memory=gigabytes(options.memory), **given)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that are asked for, by --set or by an option of their own; raise ConfigError."""
+    from blemish.detectors import registry
+
+    chosen: dict[str, Any] = settings(options.set)
+    if options.image_size:
+        chosen["image_size"] = options.image_size
+    for option, name, setting, value in SHORTHANDS:
+        given = getattr(options, name)
+        if given is None or given is False:
+            continue
+        able = registry.with_setting(setting)
+        if options.model in METHODS and options.model not in able:
             raise ConfigError(
-                f"{option}: {options.model} has no logical map; expected --model efficientad-s or -m"
+                f"{option}: {options.model} has no logical map; expected --model {' or '.join(able)}"
             )
-        if asked and name in chosen:
-            raise ConfigError(f"{option} and --set {name} were both given; expected one of them")
-        if asked:
-            chosen[name] = value
+        if setting in chosen:
+            raise ConfigError(f"{option} and --set {setting} were both given; expected one of them")
+        chosen[setting] = given if value is None else value
+    return chosen
 
 
-def run_series(options: argparse.Namespace, given: dict[str, Any]) -> int:
+def run_sweep(options: argparse.Namespace, request: TrainingRequest) -> int:
     """Train and evaluate over seeds and folds, and print mean and deviation; 2 if images were skipped."""
+    from blemish.cli.terminal import Terminal, stop_requests
     from blemish.sweeps import local, repeats, summary
 
     refuse_outputs(options.json)
-    planned = repeats.plan(
-        options.out,
-        options.seed,
-        1 if options.seeds is None else options.seeds,
-        options.folds,
-        options.folds_file,
-    )
+    seeds = 1 if options.seeds is None else options.seeds
+    trials = repeats.plan(options.out, options.seed, seeds, options.folds, options.folds_file)
     jobs = local.room(options.device) if options.jobs is None else options.jobs
-    results = repeats.run(planned, options.data, given, layout=options.layout, jobs=jobs)
+    with stop_requests() as stop:
+        results = repeats.run(trials, request, jobs=jobs, report=Terminal(), stop=stop)
     found = summary.summarise(results)
     print(summary.table(found))
     if options.json is not None:
-        summary.write_json(found, options.json, given)
-    return 2 if any(each.skipped for _, each in results) else 0
+        summary.write_json(found, options.json, request)
+    return 2 if any(evaluation.skipped for _, evaluation in results) else 0
 
 
 def weights_arguments(sub: argparse.ArgumentParser) -> None:
@@ -206,37 +226,26 @@ def distill_arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--source", metavar="BACKBONE", help="whose features are learned (wide_resnet101_2)")
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the source")
-    length = sub.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
-    length.add_argument("--epochs", type=int, metavar="N", help="times that every image has its turn")
-    length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
+    add_length(sub, epochs_help="passes over the images")
     sub.add_argument("--preset", default="default", help="default, or paper for algorithm 3 to the letter")
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
     add_machine(sub)
 
 
 def run_distill(options: argparse.Namespace) -> int:
-    """Distil a teacher for EfficientAD, and say what it explains."""
-    from blemish.training.distillation.run import distill
+    """Distil a teacher, and print how much of the source it explains."""
+    from blemish.cli.terminal import Terminal, stop_requests
+    from blemish.training.distillation.run import run
+    from blemish.training.request import DistillationRequest
 
-    facts = distill(
-        options.images,
-        out=options.out,
-        size=options.size,
-        source=options.source,
-        weights_file=options.weights,
-        preset=options.preset,
-        settings=settings(options.set),
-        steps=options.steps,
-        epochs=options.epochs,
-        budget=options.budget,
-        seed=options.seed,
-        device=options.device,
-        precision=options.precision,
-        memory=gigabytes(options.memory),
-        cache=options.cache,
-        resume=options.resume,
+    names = (
+        *("images", "out", "size", "source", "weights", "preset", "steps", "epochs", "budget", "seed"),
+        *("device", "precision", "cache", "resume"),
     )
+    given = {name: getattr(options, name) for name in names}
+    request = DistillationRequest(settings=settings(options.set), memory=gigabytes(options.memory), **given)
+    with stop_requests() as stop:
+        facts = run(request, report=Terminal(), stop=stop)
     if facts:
         print(
             f"{options.out}: explains {100 * facts['explained_variance']:.1f} % of the target's variance on "

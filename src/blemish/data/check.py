@@ -87,11 +87,12 @@ class _Inspected:
     """Largest value."""
 
 
-def check(root: Path, layout: str = "auto") -> Report:
-    """Decode every image and mask of the data set at `root`, and report what is there and what is wrong.
+def check(data: str | Path, layout: str = "auto") -> Report:
+    """Decode every image and mask of a data set, and report what is there and what is wrong.
 
     Raises DataError where the folder itself cannot be understood, as `scan` does.
     """
+    root = Path(data)
     layout = recognise(root, layout)
     samples = scan(root, layout)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,27 +53,40 @@ def assign(samples: Sequence[Sample], root: Path, fold: Fold) -> list[Sample]:
     ]
 
 
-def record(fold: Fold, samples: Sequence[Sample], root: Path) -> dict[str, Any]:
-    """Write a fold as JSON takes it, with digests of the samples that it was dealt from and of its file."""
-    file = fold.file and {"path": str(fold.file), "sha256": _digest(fold.file)}
+@dataclass(frozen=True)
+class FoldRecord:
+    """A fold as a model file records it, with what it was dealt from."""
+
+    index: int
+    count: int
+    seed: int
+    images: str
+    """SHA-256 over the paths and kinds of the samples."""
+    file: dict[str, str] | None
+    """The path and SHA-256 of the file of folds."""
+
+
+def record(fold: Fold, samples: Sequence[Sample], root: Path) -> FoldRecord:
+    """Return the record of a fold, with digests of the samples that it was dealt from and of its file."""
+    file = None if fold.file is None else {"path": str(fold.file), "sha256": _digest(fold.file)}
     dealt = sorted((relative_path(sample.path, root), sample.kind) for sample in samples)
     images = hashlib.sha256(repr(dealt).encode()).hexdigest()
-    return {"index": fold.index, "count": fold.count, "seed": fold.seed, "images": images, "file": file}
+    return FoldRecord(fold.index, fold.count, fold.seed, images, file)
 
 
-def recall(recorded: Mapping[str, Any], samples: Sequence[Sample], root: Path) -> Fold:
-    """Give back what `record` wrote.
+def recall(recorded: FoldRecord, samples: Sequence[Sample], root: Path) -> Fold:
+    """Return the fold that was recorded.
 
     Raises DataError where the samples are not those of then, or the file of folds is gone or has changed:
     the fold could hold images now that the model was trained on.
     """
-    path = Path(recorded["file"]["path"]) if recorded["file"] else None
-    fold = Fold(recorded["index"], recorded["count"], recorded["seed"], path)
+    path = Path(recorded.file["path"]) if recorded.file else None
+    fold = Fold(recorded.index, recorded.count, recorded.seed, path)
     name = f"fold {fold.index + 1} of {fold.count}"
     now = record(fold, samples, root)
-    if now["images"] != recorded["images"]:
+    if now.images != recorded.images:
         raise DataError(f"{name} was dealt from other images or kinds than {root} has; expected the same")
-    if now["file"] != recorded["file"]:
+    if now.file != recorded.file:
         raise DataError(f"{path} has changed since {name} was taken from it; expected the same file")
     return fold
 

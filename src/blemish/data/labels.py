@@ -85,8 +85,9 @@ def supervise(
 ) -> tuple[Split, Supervision, str]:
     """Settle the supervision: what is asked for, or for auto what the data tell and the model can learn from.
 
-    Gives the split with the defects that train, the supervision, and a sentence that says so. Raises
-    ConfigError for a word that is none and for what the model cannot, DataError for what the data lack.
+    Returns the split with the defects that train, the supervision, and what the model makes no use of, for
+    the user, or "". Raises ConfigError for an unknown supervision and for one that the model cannot learn from,
+    DataError for what the data lack.
     """
     known: dict[str, Supervision] = {name: name for name in SUPERVISIONS}
     chosen = known.get(asked, recognise(parts.train_defects))
@@ -107,7 +108,7 @@ def supervise(
             f"found {len(parts.train_defects)} defective training images, {masked} of them with masks; "
             f"supervision {chosen} expects {NEEDS[chosen]}"
         )
-    return parts, chosen, describe(parts, chosen) + unused
+    return parts, chosen, unused
 
 
 NEEDS = {

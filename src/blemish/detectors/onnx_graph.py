@@ -12,7 +12,6 @@ from torch import nn
 
 from blemish.detectors.base import Detector
 from blemish.detectors.fusing import Lowered
-from blemish.detectors.registry import fuse
 from blemish.errors import ExportError
 
 OPSET = 20
@@ -20,7 +19,7 @@ OPSET = 20
 
 def graph(detector: Detector) -> bytes:
     """Export a detector's fused network for any batch size at its image size: input `images`."""
-    return traced(fuse(detector), detector.config.image_size, detector.outputs)
+    return traced(detector.fused(), detector.config.image_size, detector.outputs)
 
 
 def traced(

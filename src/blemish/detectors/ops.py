@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,9 +102,6 @@ def perlin_masks(
 LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey (ITU-R 601)."""
 
-STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
-"""What an anomaly map can be summed up by."""
-
 
 def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     """Sum (B, H, W) maps and the (B, h, w) cells that they were made from up in named (B,) numbers.
@@ -123,3 +120,14 @@ def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[st
             count = cells.shape[1] * cells.shape[2]
             found[name] = cells.flatten(1).topk(min(count, max(5, count // 200))).values.mean(1)
     return found
+
+
+def squares(x: Tensor, places: Sequence[tuple[int, int]], side: int, step: int = 1) -> Tensor:
+    """Cut a square out of each of (B, C, H, W); places count in steps. Without places, return all of it."""
+    if not places:
+        return x
+    cut = [
+        one[:, step * down :, step * across :][:, :side, :side]
+        for one, (down, across) in zip(x, places, strict=True)
+    ]
+    return torch.stack(cut).contiguous(memory_format=torch.channels_last)

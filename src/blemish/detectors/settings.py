@@ -1,4 +1,4 @@
-"""Settings of a method: presets, and how they are read and checked."""
+"""What a method can be told: its config, its presets, and how settings are read and checked. No torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,62 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from blemish.detectors.base import SCHEDULES, Config, Detector
-from blemish.detectors.ops import STATISTICS
+from blemish.detectors.schedules import SCHEDULES
 from blemish.errors import ConfigError
-from blemish.types import Supervision
+
+if TYPE_CHECKING:
+    from blemish.detectors.base import Detector
+    from blemish.types import Supervision
+
+STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
+"""The statistics of an anomaly map that every method can be scored by; `ops.map_statistics` computes them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings that every method has. A method's own config adds fields."""
+
+    SCHEDULE: ClassVar[frozenset[str]] = frozenset({"steps", "epochs", "batch_size", "schedule"})
+    """Settings that say how long, how fast and on how much at a time a method learns."""
+    FIXED: ClassVar[frozenset[str]] = frozenset()
+    """Settings that trained weights depend on, so that a run that goes on from a model cannot change them."""
+
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width of the network's input."""
+    statistics: tuple[str, ...] = STATISTICS
+    """Numbers joined into the image score by robust z-scores on held-out images; one alone stays raw."""
+    batch_size: int
+    steps: int = 0
+    """Optimiser steps when nothing else is asked for; 0: see epochs."""
+    epochs: int = 0
+    schedule: str = "one-cycle"
+    """A name in SCHEDULES."""
+    clip_norm: float = 0.0
+    """Largest norm of a step's gradient; 0: any."""
+
+    @property
+    def known_statistics(self) -> tuple[str, ...]:
+        """The statistics that the method computes."""
+        return STATISTICS
+
+    @property
+    def reads_natural_images(self) -> bool:
+        """Whether training reads natural images, of anything but the product."""
+        return False
+
+    def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the changes of this default config with what a preset contradicts itself in resolved.
+
+        given: the settings among the changes that the user asked for.
+        """
+        return changes
+
+    def refuse_supervision(self, supervision: Supervision) -> None:
+        """Raise ConfigError where these settings leave nothing to learn from."""
 
 
 @dataclass(frozen=True)
@@ -24,40 +72,46 @@ class Preset:
     regimes: Mapping[Supervision, Mapping[str, Any]]
 
 
+GOOD_ONLY: Mapping[Supervision, Mapping[str, Any]] = {"none": {}}
+"""The regimes of a method that learns from good images alone."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """One method: how it is built, its default config, and its presets, of which one is "default"."""
+    """A method: how it is built, its default config, and its presets, one of them "default"."""
 
-    detector: Callable[[Any], Detector]
+    build: Callable[[Any], Detector]
+    """From the config to an untrained detector."""
     config: Config
     presets: Mapping[str, Preset]
+    has_steps: bool = True
+    """Whether it is trained by optimiser steps; false: it is fitted in one pass (`Detector.fit`)."""
 
 
-SCHEDULE = {
-    *("steps", "epochs", "batch_size", "schedule", "optimiser", "crop"),
-    *("learning_rate", "adaptor_learning_rate", "head_learning_rate"),
-}
-"""Settings that say how long and how fast is learned, and from how much at a time."""
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Say which known name was probably meant."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that was probably meant."""
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
 
 
-def read_settings(name: str, config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn settings into values of a config's fields; raise ConfigError that names whose they are."""
+def field_types(config: Config) -> dict[str, Any]:
+    """Return the type of each setting of a config, by name."""
     hints = typing.get_type_hints(type(config))
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+
+
+def read_settings(name: str, config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn settings into values of a config's fields; raise ConfigError, calling the config `name`."""
+    types = field_types(config)
     for key in given:
-        if key not in hints:
-            raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, hints)}")
-    return {key: convert(key, value, hints[key]) for key, value in given.items()}
+        if key not in types:
+            raise ConfigError(f"{name} has no setting {key!r}; {nearest(key, types)}")
+    return {key: convert(key, value, types[key]) for key, value in given.items()}
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:
-    """Turn a setting into its field's type; raise ConfigError."""
+    """Turn a setting, text or a value, into its field's type; raise ConfigError."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     try:
         if origin is typing.Literal:
@@ -86,20 +140,20 @@ def convert(key: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"setting {key}={value} does not fit; expected {wanted}") from error
 
 
-def check(config: Config) -> None:
-    """Refuse numbers that cannot work."""
+def check(config: Config, *, has_steps: bool = True) -> None:
+    """Raise ConfigError for numbers that cannot work; has_steps: as of the method."""
     if config.schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {config.schedule!r}; {nearest(config.schedule, SCHEDULES)}")
     if len(config.image_size) != 2 or min(config.image_size) < 32:
         raise ConfigError(f"image size {config.image_size}: expected height and width of at least 32")
-    if config.steps < 0 or config.epochs < 0 or not config.steps + config.epochs:
+    if has_steps and (config.steps < 0 or config.epochs < 0 or not config.steps + config.epochs):
         raise ConfigError(f"steps {config.steps} and epochs {config.epochs}: expected one of them above 0")
     if config.batch_size < 1:
         raise ConfigError(f"batch size {config.batch_size}: expected at least 1")
     for key, value in vars(config).items():
         if isinstance(value, int | float) and value < 0:
             raise ConfigError(f"{key}={value}: expected 0 or more")
-    known = (*STATISTICS, "head") if hasattr(config, "classification_head") else STATISTICS
+    known = config.known_statistics
     for name in config.statistics:
         if name not in known:
             raise ConfigError(f"unknown statistic {name!r}; {nearest(name, known)}")
@@ -108,6 +162,6 @@ def check(config: Config) -> None:
 
 
 def as_json(config: Config) -> dict[str, Any]:
-    """Write a config as what JSON would make of it: tuples are lists."""
+    """Return a config as JSON has it: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -20,23 +19,12 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from blemish import images
+from blemish import files, images
 from blemish.evaluation import charts
-from blemish.files import write_whole
+from blemish.evaluation.metric_table import METRICS, shown
 from blemish.images import overlays
 from blemish.inference.calibration import describe
 from blemish.types import AnyArray, BoolArray, Calibration, Evaluation, Exhibit, ImageResult
-
-METRICS = {
-    "image_auroc": "Image AUROC",
-    "image_ap": "Image AP",
-    "image_f1_max": "Image F1-max",
-    "pixel_auroc": "Pixel AUROC",
-    "pixel_ap": "Pixel AP",
-    "pixel_f1_max": "Pixel F1-max",
-    "aupro": "AUPRO",
-    "saturated_pro": "Saturated PRO",
-}
 
 PICTURE_SIDE = 448
 """Longest side in pixels of a picture on the page; a larger one is made smaller."""
@@ -69,7 +57,7 @@ class Picture:
 
 def write_html(evaluation: Evaluation, path: Path) -> None:
     """Write the evaluation as one self-contained HTML page, whole or not at all."""
-    _write(path, _page(evaluation))
+    files.write_text(path, _page(evaluation))
 
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:
@@ -79,7 +67,7 @@ def write_csv(evaluation: Evaluation, path: Path) -> None:
     names = [field.name for field in fields(ImageResult)]
     table.writerow(names)
     table.writerows([getattr(result, name) for name in names] for result in evaluation.images)
-    _write(path, text.getvalue())
+    files.write_text(path, text.getvalue())
 
 
 def write_json(evaluation: Evaluation, path: Path) -> None:
@@ -89,38 +77,12 @@ def write_json(evaluation: Evaluation, path: Path) -> None:
     exhibit is its title and its image's path.
     """
     record = {field.name: getattr(evaluation, field.name) for field in fields(Evaluation)}
-    hidden = METRICS.keys() - _shown_metrics(evaluation).keys()
+    hidden = METRICS.keys() - shown(evaluation.rows).keys()
     record["rows"] = [
         {name: value for name, value in asdict(row).items() if name not in hidden} for row in evaluation.rows
     ]
-    record["images"] = [asdict(result) for result in evaluation.images]
-    record["calibration"] = asdict(evaluation.calibration)
     record["exhibits"] = [{"title": one.title, "path": one.result.path} for one in evaluation.exhibits]
-    _write(path, json.dumps(_plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _shown_metrics(evaluation: Evaluation) -> dict[str, str]:
-    """Leave out saturated PRO where no row has it."""
-    saturating = any(row.saturated_pro is not None for row in evaluation.rows)
-    return {name: title for name, title in METRICS.items() if saturating or name != "saturated_pro"}
-
-
-def _write(path: Path, text: str) -> None:
-    # A file name need not be UTF-8; Python holds such bytes as lone surrogates, which become \udc.. here.
-    write_whole(path, text.encode("utf-8", "backslashreplace"))
-
-
-def _plain(value: Any) -> Any:
-    """Turn a value into what JSON has: numpy's numbers into Python's, what is not finite into None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    files.write_json(path, record)
 
 
 # --- the page ---
@@ -133,7 +95,7 @@ def _page(evaluation: Evaluation) -> str:
         headline=_headline(rates),
         counts=Counter((result.truth, result.label) for result in evaluation.images),
         rates=rates,
-        metrics=_shown_metrics(evaluation),
+        metrics={field: metric.title for field, metric in shown(evaluation.rows).items()},
         box=(charts.ROC_WIDTH, charts.ROC_HEIGHT),
         roc=charts.lay_out_roc(evaluation.images),
         strip=(charts.STRIP_WIDTH, charts.STRIP_HEIGHT),
@@ -153,7 +115,9 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"metric": _metric, "percent": _percent, "short": _short}
-    return environment.from_string((resources.files("blemish.evaluation") / "report.html.jinja").read_text("utf-8"))
+    return environment.from_string(
+        (resources.files("blemish.evaluation") / "report.html.jinja").read_text("utf-8")
+    )
 
 
 def _metric(value: float | None) -> str:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blemish.files import write_whole
 from blemish.inference import bundle
@@ -39,8 +38,9 @@ def write(path: Path, made: Bundle, name: str) -> None:
 
 
 def told(made: Bundle) -> str:
-    """Sum the manifest up for a bare graph."""
-    return json.dumps({key: made.manifest[key] for key in TOLD if key in made.manifest})
+    """Return the part of the manifest that a bare graph repeats."""
+    record = made.manifest.to_json()
+    return json.dumps({key: record[key] for key in TOLD if key in record})
 
 
 def write_onnx(path: Path, made: Bundle) -> None:
@@ -62,7 +62,7 @@ def write_openvino(path: Path, made: Bundle) -> None:
 
     model = openvino.Core().read_model(made.graph)
     model.set_rt_info(told(made), "blemish")
-    halved = made.manifest["engine"]["precision"] == "fp16"
+    halved = made.manifest.engine.precision == "fp16"
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / path.name
         openvino.save_model(model, written, compress_to_fp16=halved)
@@ -75,8 +75,3 @@ FORMATS = {
     "onnx": Format("onnxruntime", ".onnx", write_onnx),
     "openvino": Format("openvino", ".xml", write_openvino),
 }
-
-
-def exported(opened: Bundle, graph: bytes, told: dict[str, Any]) -> Bundle:
-    """Give a model file with another graph, and with what the manifest says of it in place of the old."""
-    return Bundle(opened.path, opened.manifest | told, opened.weights, graph)

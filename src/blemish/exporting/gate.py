@@ -80,25 +80,28 @@ class Replay:
         self.known, self.outputs = known, outputs
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
-        """Look one (1, 3, H, W) image up."""
+        """Look one image's inputs up."""
         return self.known[inputs.tobytes()]
 
 
 class Watched:
-    """An engine that runs another beside it, and sums up how far their maps are apart."""
+    """An engine that runs another beside it, and measures how far their maps are apart."""
 
     def __init__(self, engine: Engine, reference: Engine) -> None:
         self.engine, self.reference = engine, reference
         self.outputs = engine.outputs
+        self.finite = True
+        """Whether the engine has given finite numbers only."""
         self.count, self.squares, self.sum, self.sum_of_squares = 0, 0.0, 0.0, 0.0
         self.expected: list[dict[str, FloatArray]] = []
-        """What the reference gave, the maps summed up as their largest values."""
+        """What the reference gave, each map replaced by its largest value."""
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
-        """Run both on (B, 3, H, W) images; give what the engine gives."""
+        """Run both on (B, 3, H, W) images; return what the engine gives."""
         found, expected = self.engine.run(inputs), self.reference.run(inputs)
-        peaks = expected["map"].max((1, 2), keepdims=True)
-        self.expected.append({"statistics": expected["statistics"], "map": peaks})
+        self.finite &= all(bool(np.isfinite(found[name]).all()) for name in ("map", "statistics"))
+        peaks = {name: expected[name].max((1, 2), keepdims=True) for name in ("map", *self.outputs[2:])}
+        self.expected.append({"statistics": expected["statistics"]} | peaks)
         wanted = expected["map"].astype(np.float64)
         self.count += wanted.size
         self.squares += float(np.square(found["map"] - wanted).sum())

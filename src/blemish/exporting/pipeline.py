@@ -1,40 +1,43 @@
-"""A trained model to one that runs faster elsewhere: rewrite, quantise, compare, calibrate, write."""
+"""From a trained model to one that runs faster elsewhere: rewrite, quantise, compare, calibrate, write."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from blemish import data, images
+from blemish import data as data_sets
+from blemish import images
 from blemish.data.loading import textures
-from blemish.detectors import fusing, onnx_graph
+from blemish.detectors import onnx_graph
 from blemish.detectors.base import Detector
-from blemish.detectors.efficientad.channels import Kept, reduce
-from blemish.detectors.efficientad.fused import FusedEfficientAD
-from blemish.detectors.efficientad.integers import first_convolution, ready_for_integers, round_evenly
-from blemish.detectors.registry import fuse, restore
+from blemish.detectors.fusing import Kept, flops
 from blemish.errors import ConfigError, DataError, ExportError
-from blemish.evaluation.run import evaluate
+from blemish.evaluation import run as evaluation
 from blemish.exporting import formats, gate, quantise
 from blemish.exporting.formats import FORMATS
-from blemish.files import check_writable, short_digest
-from blemish.inference import bundle
+from blemish.files import SHORT, check_writable, plain
+from blemish.inference import bundle, calibration
 from blemish.inference.bundle import Bundle
-from blemish.inference.calibration import calibrate, image_scores, verdict_label
-from blemish.inference.engines import Choice, open_graph
+from blemish.inference.choice import Choice
+from blemish.inference.engines import open_graph
+from blemish.inference.engines.pytorch import restored
+from blemish.inference.manifest import ExportRecord, Manifest
+from blemish.inference.measure import measure
 from blemish.inference.predictor import Predictor
-from blemish.progress import say
+from blemish.progress import Report, silent, tell
 from blemish.types import Calibration, FloatArray
 
+LOG = logging.getLogger(__name__)
+
 LOOKED_AT = 12
-"""Good images, and drawn ones, that reduced channels are found by."""
+"""Good images, and rendered ones, that reduced channels are found by."""
 
 
 @dataclass(frozen=True)
@@ -86,159 +89,199 @@ class Draft:
 
 
 def export(
-    model: str | Path, root: str | Path, request: Request, *, labelled: str | Path | None = None
+    model: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    format: str,
+    precision: str = "fp32",
+    reduced: float = 0.0,
+    evaluation: str | Path | None = None,
+    report: Report = silent,
 ) -> dict[str, gate.Agreement]:
-    """Export a model file and write it, if it agrees with the trained model.
+    """Export a model file to `out`, if the result agrees with the trained model.
 
-    root: the data set that the model was trained on, where its held-out good images are found by content.
-    labelled: a data set whose test images are compared, too. Returns how the two agree, by set of images.
-    Raises ExportError where they differ beyond the limits; nothing is written then.
+    data: the data set that the model was trained on, where its held-out good images are found by content.
+    format: onnx or openvino. precision: fp32, fp16, bf16 or int8. reduced: the map error that each cut of
+    channels may make; 0 keeps all channels. evaluation: a labelled data set whose test images are compared,
+    too. Returns how the two agree, by set of images. Raises ExportError where they differ beyond the limits;
+    nothing is written then.
     """
-    opened = bundle.read(Path(model))
+    request = Request(format, precision, Path(out), reduced)
+    return run(request, Path(model), Path(data), None if evaluation is None else Path(evaluation), report)
+
+
+def run(
+    request: Request, model: Path, root: Path, labelled: Path | None, report: Report = silent
+) -> dict[str, gate.Agreement]:
+    """Carry out an export; see `export`."""
+    opened = bundle.read(model)
     if request.out.resolve() == opened.path.resolve():
         raise ConfigError(f"--out {request.out} is the model itself; expected another name")
-    if "export" in opened.manifest:
+    if opened.manifest.export is not None:
         raise ConfigError(f"{opened.path} is an export itself; expected the model file that it was made from")
-    good = held_out(opened, Path(root))
-    detector = restore(opened)
+    good = held_out(opened, root)
+    detector = restored(opened)
     trained = gate.Trained(detector)
-    draft = drafted(detector, trained, good, request)
+    draft = drafted(detector, trained, good, request, report)
     engine = open_graph(draft.graph, detector.outputs, request.choice)
-    calibration, found = compared(gate.Watched(engine, trained), good, opened.calibration)
+    before = opened.manifest.calibration
+    after, found = compared(gate.Watched(engine, trained), good, opened.manifest)
     agreements = {"held-out good images": found}
-    facts: dict[str, Any] = {"engine": asdict(request.choice), "calibration": asdict(calibration)}
+    manifest = dataclasses.replace(opened.manifest, engine=request.choice, calibration=after)
     if labelled is not None:
-        made = formats.exported(opened, draft.graph, facts)
-        agreements["labelled images"] = judged(opened, made, gate.Watched(engine, trained), Path(labelled))
+        made = Bundle(opened.path, manifest, opened.weights, draft.graph)
+        agreements["labelled images"] = judged(opened, made, gate.Watched(engine, trained), labelled, report)
     for name, each in agreements.items():
-        say(gate.describe(name, each))
+        tell(report, gate.describe(name, each))
     for name, each in agreements.items():
         gate.refuse(name, each, request.bounds)
-    facts["export"] = {
-        "limits": asdict(request.bounds),
-        "agreement": {name: asdict(each) for name, each in agreements.items()},
-        "flops": draft.flops,
-        "reduced": [asdict(each) for each in draft.kept],
-        "in floating point": draft.left,
-        "thresholds": "as trained" if calibration == opened.calibration else "set anew on the same images",
-    }
-    formats.write(request.out, formats.exported(opened, draft.graph, facts), request.format)
+    record = ExportRecord(
+        limits=asdict(request.bounds),
+        agreement={name: plain(each) for name, each in agreements.items()},
+        flops=draft.flops,
+        reduced=tuple(asdict(each) for each in draft.kept),
+        in_floating_point=tuple(draft.left),
+        thresholds="as trained" if after == before else "set anew on the same images",
+    )
+    manifest = dataclasses.replace(manifest, export=record)
+    formats.write(request.out, Bundle(opened.path, manifest, opened.weights, draft.graph), request.format)
     return agreements
 
 
-def drafted(detector: Detector, trained: gate.Trained, good: Sequence[FloatArray], request: Request) -> Draft:
+def drafted(
+    detector: Detector,
+    trained: gate.Trained,
+    good: Sequence[FloatArray],
+    request: Request,
+    report: Report,
+) -> Draft:
     """Rewrite, trace and quantise, as asked for."""
-    network, kept = rewritten(fuse(detector), good, request)
+    network, kept = rewritten(detector, good, request, report)
     size, half = detector.config.image_size, request.precision == "fp16"
-    flops = fusing.flops(network, size)
+    count = flops(network, size)
     graph = onnx_graph.traced(network, size, detector.outputs, half=half)
     if request.precision != "int8":
-        return Draft(graph, kept, flops, [])
+        return Draft(graph, kept, count, [])
     error = map_error(trained, good[:LOOKED_AT], request.choice)
-    graph, left = quantise.quantise(graph, good, error, request.bounds.map_error)
-    say(f"in floating point: {', '.join(left) or 'no layer'}")
-    return Draft(graph, kept, flops, left)
+    graph, left = quantise.quantise(graph, good, error, request.bounds.map_error, report)
+    tell(report, f"in floating point: {', '.join(left) or 'no layer'}")
+    return Draft(graph, kept, count, left)
 
 
 def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
-    """Find the good images that a model's thresholds stand on in a data set, by content; (3, H, W) each.
+    """Find the good images that a model's thresholds were set from in a data set, by content.
 
-    Raises DataError where the data set has none of them.
+    Returns the inputs (N, 3, h, w) of each. Raises DataError where the data set has none of them.
     """
-    known = set(opened.manifest["training"].get("files", {}).get("held_out", ()))
+    files = opened.manifest.training.files
+    known = frozenset(files.held_out) if files else frozenset()
     if not known:
         raise DataError(f"{opened.path} does not say which good images it was calibrated on; train it anew")
-    good = {short_digest(each.path): each.path for each in data.scan(root, "auto") if each.label == 0}
-    paths = [good[digest] for digest in sorted(known & good.keys())]
-    if not paths:
+    inputs: dict[str, FloatArray] = {}
+    for sample in data_sets.scan(root):
+        if sample.label == 0:
+            content = sample.path.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()[:SHORT]
+            if digest in known:
+                inputs[digest] = opened.manifest.preprocessing.inputs(images.read(sample.path, content))
+    if not inputs:
         raise DataError(
             f"found none of the {len(known)} good images in {root} that {opened.path} was calibrated on; "
             "expected the data set that it was trained on"
         )
-    if len(paths) < len(known):
-        say(f"{root} has {len(paths)} of {len(known)} good images behind the thresholds, which stay")
-    size, white = opened.manifest["preprocessing"]["image_size"], opened.manifest["preprocessing"]["white"]
-    return [images.prepare(images.read(path), tuple(size), white) for path in paths]
+    if len(inputs) < len(known):
+        LOG.warning(
+            "%s has %d of %d good images behind the thresholds, which stay", root, len(inputs), len(known)
+        )
+    return [inputs[digest] for digest in sorted(inputs)]
 
 
 def rewritten(
-    network: nn.Module, good: Sequence[FloatArray], request: Request
+    detector: Detector, good: Sequence[FloatArray], request: Request, report: Report
 ) -> tuple[nn.Module, list[Kept]]:
-    """Rewrite a fused network for what was asked for; say what was kept of which layer."""
-    if not isinstance(network, FusedEfficientAD):
-        if request.reduced:
-            raise ConfigError("reduced channels: only EfficientAD has them; expected no --reduced")
-        if request.precision == "int8" and (entrance := first_convolution(network)) is not None:
-            round_evenly(entrance)
-        return network, []
-    batches = [torch.from_numpy(image[None]) for image in good]
+    """Fuse a detector and rewrite it for what was asked for; return what was kept of which layer, too."""
+    network = detector.fused()
+    batches = [torch.from_numpy(inputs) for inputs in good]
     kept: list[Kept] = []
     if request.reduced:
-        height, width = network.config.image_size
-        drawn = [
+        height, width = detector.config.image_size
+        rendered = [
             torch.from_numpy(images.to_input(textures.draw((height, width), seed))[None])
             for seed in range(LOOKED_AT)
         ]
-        network, kept = reduce(network, batches[:LOOKED_AT], drawn, request.reduced)
+        network, kept = detector.with_fewer_channels(network, batches[:LOOKED_AT], rendered, request.reduced)
         for each in kept:
-            say(f"{each.layer}: {each.kept} of {each.of} channels, map error {each.error:.3f}")
+            tell(
+                report,
+                f"{each.layer}: {each.kept} of {each.of} channels, map error {each.error:.3f}",
+            )
     if request.precision == "int8":
-        network = ready_for_integers(network, batches[: quantise.MOST_RANGED])
+        network = detector.for_integers(network, batches[: quantise.MOST_RANGED])
     return network, kept
 
 
 def map_error(trained: gate.Trained, good: Sequence[FloatArray], choice: Choice) -> Callable[[bytes], float]:
-    """Give what measures a graph's map error on images, the trained model being run on them once."""
-    replay = gate.Replay({image.tobytes(): trained.run(image[None]) for image in good}, trained.outputs)
+    """Return what measures a graph's map error on images, on which the trained model is run once."""
+    replay = gate.Replay({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
 
     def error(graph: bytes) -> float:
         watched = gate.Watched(open_graph(graph, trained.outputs, choice), replay)
-        for image in good:
-            watched.run(image[None])
+        for inputs in good:
+            watched.run(inputs)
         return watched.map_error
 
     return error
 
 
 def compared(
-    watched: gate.Watched, good: Sequence[FloatArray], calibration: Calibration
+    watched: gate.Watched, good: Sequence[FloatArray], manifest: Manifest
 ) -> tuple[Calibration, gate.Agreement]:
     """Run export and model on good images; set the thresholds anew if those are the images they came from.
 
     Labels are compared by thresholds that each sets from its own scores: an image lies on every threshold,
     and rounding alone would flip it. Raises ExportError for an export that gives no finite numbers.
     """
-    found = [watched.run(image[None]) for image in good]
-    if not all(np.isfinite(each[name]).all() for each in found for name in ("map", "statistics")):
+    preprocessing, before = manifest.preprocessing, manifest.calibration
+    exported = measure(watched, preprocessing, good)
+    if not watched.finite:
         raise ExportError("the export gives numbers that are not finite")
-    both = [[*watched.expected], found]
-    statistics = [np.concatenate([each["statistics"] for each in runs]) for runs in both]
-    maxima = [np.array([each["map"].max() for each in runs]) for runs in both]
-    anew = [recalibrated(*measured, calibration) for measured in zip(statistics, maxima, strict=True)]
-    scores = [image_scores(*pair).tolist() for pair in zip(statistics, anew, strict=True)]
-    labels = [
-        [verdict_label(score, chosen) for score in row] for row, chosen in zip(scores, anew, strict=True)
+    replay = gate.Replay(
+        {inputs.tobytes(): known for inputs, known in zip(good, watched.expected, strict=True)},
+        watched.outputs,
+    )
+    both = [measure(replay, preprocessing, good), exported]
+    anew = [refitted(*measured, before) for measured in both]
+    scores = [
+        calibration.image_scores(measured[0], fitted).tolist()
+        for measured, fitted in zip(both, anew, strict=True)
     ]
-    same = gate.same_images(image_scores(statistics[0], calibration).tolist(), calibration)
-    return anew[1] if same else calibration, gate.agreement(watched, scores, labels)
+    labels = [
+        [calibration.verdict_label(score, fitted) for score in row]
+        for row, fitted in zip(scores, anew, strict=True)
+    ]
+    same = gate.same_images(calibration.image_scores(both[0][0], before).tolist(), before)
+    return anew[1] if same else before, gate.agreement(watched, scores, labels)
 
 
-def recalibrated(statistics: FloatArray, maxima: FloatArray, calibration: Calibration) -> Calibration:
+def refitted(statistics: FloatArray, maxima: FloatArray, before: Calibration) -> Calibration:
     """Set thresholds from other numbers with the same rates and confidence."""
-    return calibrate(
+    return calibration.fit(
         statistics,
         maxima,
-        calibration.statistics,
-        false_reject_rate=calibration.false_reject_rate,
-        review_rate=calibration.review_rate,
-        confidence=calibration.confidence,
+        before.statistics,
+        false_reject_rate=before.false_reject_rate,
+        review_rate=before.review_rate,
+        confidence=before.confidence,
     )
 
 
-def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path) -> gate.Agreement:
+def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path, report: Report) -> gate.Agreement:
     """Compare model file and export on the test images of a labelled data set."""
-    model, export = Predictor(opened), Predictor(made, engine=watched)
-    results = [evaluate(predictor, root, exhibits=0) for predictor in (model, export)]
+    model, exported = Predictor(opened), Predictor(made, engine=watched)
+    results = [
+        evaluation.evaluate(predictor, root, exhibits=0, report=report) for predictor in (model, exported)
+    ]
     scores = [[image.score for image in result.images] for result in results]
     labels = [[image.label for image in result.images] for result in results]
     return gate.with_metrics(gate.agreement(watched, scores, labels), *results)

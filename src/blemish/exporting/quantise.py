@@ -20,7 +20,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
 
 from blemish.detectors.onnx_graph import silence
-from blemish.progress import Progress
+from blemish.progress import Report, silent, tracked
 from blemish.types import FloatArray
 
 LAYERS: tuple[str, ...] = ("Conv", "MatMul", "Gemm")
@@ -47,16 +47,16 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     @override
     def get_next(self) -> dict[str, FloatArray] | None:
         image = next(self.left, None)
-        return None if image is None else {"images": image[None]}
+        return None if image is None else {"images": image}
 
 
 def quantise(
-    graph: bytes, images: Sequence[FloatArray], error: Error, limit: float
+    graph: bytes, images: Sequence[FloatArray], error: Error, limit: float, report: Report = silent
 ) -> tuple[bytes, list[str]]:
     """Quantise all layers, then leave out the most sensitive ones until the error is within the limit.
 
-    images: (3, H, W) good ones. Returns the graph, and the names of the layers left in floating point. A
-    layer is the more sensitive, the larger the error is when it alone is quantised.
+    images: the inputs (N, 3, h, w) of good ones. Returns the graph, and the names of the layers left in
+    floating point. A layer is the more sensitive, the larger the error is when it alone is quantised.
     """
     prepared = preprocessed(graph)
     ranges = measured(prepared, images[:MOST_RANGED])
@@ -65,7 +65,7 @@ def quantise(
     if error(made) <= limit:
         return made, []
     left: list[str] = []
-    for name in by_sensitivity(prepared, ranges, layers, error):
+    for name in by_sensitivity(prepared, ranges, layers, error, report):
         left.append(name)
         made = written(prepared, ranges, [layer for layer in layers if layer not in left])
         if error(made) <= limit:
@@ -74,14 +74,13 @@ def quantise(
 
 
 def by_sensitivity(
-    prepared: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str], error: Error
+    prepared: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str], error: Error, report: Report
 ) -> list[str]:
     """Sort layers, the most sensitive first: by the error that each makes alone."""
-    progress = Progress("sensitivity of layers", len(layers), unit="layer")
-    found = {}
-    for number, name in enumerate(layers):
-        found[name] = error(written(prepared, ranges, [name]))
-        progress.show(number + 1)
+    found = {
+        name: error(written(prepared, ranges, [name]))
+        for name in tracked(layers, len(layers), report, "sensitivity of layers", unit="layer")
+    }
     return sorted(layers, key=found.__getitem__, reverse=True)
 
 

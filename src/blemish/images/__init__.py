@@ -3,6 +3,7 @@
 The only wing that touches the image library. Hands out what other wings call.
 """
 
+from blemish.images.preprocessing import Preprocessing
 from blemish.images.reading import (
     LOSSY_MASK_LEVEL,
     ImageInfo,
@@ -11,11 +12,11 @@ from blemish.images.reading import (
     list_images,
     mask_is_empty,
     read,
+    read_digested,
     read_mask,
 )
 from blemish.images.resizing import (
     FULL_SCALE,
-    prepare,
     resize,
     resize_map,
     to_input,
@@ -27,14 +28,15 @@ __all__ = [
     "FULL_SCALE",
     "LOSSY_MASK_LEVEL",
     "ImageInfo",
+    "Preprocessing",
     "as_image",
     "describe",
     "jpeg_bytes",
     "list_images",
     "mask_is_empty",
     "png_bytes",
-    "prepare",
     "read",
+    "read_digested",
     "read_mask",
     "resize",
     "resize_map",

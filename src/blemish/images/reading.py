@@ -1,4 +1,4 @@
-"""Read, orient, resize and write images. The only module that touches the image library.
+"""Read and orient images.
 
 Bit depth. An image is an (H, W, 3) RGB array: uint8 where the file has up to 8 bits a channel, uint16 where
 it has more, grey or colour, with no bit lost and nothing stretched or clipped. Files of a 12-bit camera keep
@@ -17,6 +17,8 @@ error, never a half-decoded image (unless the host program has set Pillow's LOAD
 
 from __future__ import annotations
 
+import hashlib
+import io
 import struct
 import sys
 import warnings
@@ -119,28 +121,38 @@ def describe(path: Path) -> ImageInfo:
         return ImageInfo((height, width), mode, bits)
 
 
-def read(path: Path) -> AnyArray:
+def read_digested(path: Path) -> tuple[AnyArray, str]:
+    """Read a file once: its image, as `read` returns it, and the SHA-256 of its content."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unopened(path, error) from error
+    return read(path, data), hashlib.sha256(data).hexdigest()
+
+
+def read(path: Path, data: bytes | None = None) -> AnyArray:
     """Read an image file as an upright (H, W, 3) RGB array, uint8 or uint16.
 
-    Raises ImageError where the file is missing, empty, no image, damaged, too large, of several frames, or of
-    a kind that cannot be read without loss.
+    data: the file's content, if the caller has read it already; `path` then only names it. Raises ImageError
+    where the file is missing, empty, no image, damaged, too large, of several frames, or of a kind that
+    cannot be read without loss.
     """
-    with _opened(path) as image:
+    with _opened(path, data) as image:
         raw_mode = _raw_mode(image)
         if not _is_deep_colour(raw_mode):
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image, str(path))
     if raw_mode == "LA;16B":
         # Pillow would keep the high bytes only. Decoded as RGBA, a pixel's four bytes are its two numbers.
-        four = _decode_as(path, "RGBA")
+        four = _decode_as(path, data, "RGBA")
         return np.repeat(_join(four[..., :1], four[..., 1:2]), 3, axis=2)
     if raw_mode[:-1] not in _DEEP_COLOUR:
         raise ImageError(
             f"{path} stores 16-bit colour as {raw_mode}; expected RGB or RGBA with straight alpha"
         )
     # Pillow keeps the high byte of each number. With the byte order swapped, it keeps the low one.
-    high = _decode_as(path, raw_mode)
-    low = _decode_as(path, raw_mode[:-1] + _SWAPPED[raw_mode[-1]])
+    high = _decode_as(path, data, raw_mode)
+    low = _decode_as(path, data, raw_mode[:-1] + _SWAPPED[raw_mode[-1]])
     return _join(high[..., :3], low[..., :3])
 
 
@@ -195,18 +207,22 @@ def mask_is_empty(path: Path) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile]:
-    """Open an image file, its header checked; damage that shows itself in the block is an ImageError."""
+def _opened(path: Path, data: bytes | None = None) -> Iterator[ImageFile]:
+    """Open an image file, or its content, its header checked; damage found in the block is an ImageError."""
     with _damage_as_image_error(str(path)):
         try:
-            file = path.open("rb")
+            file: BinaryIO = path.open("rb") if data is None else io.BytesIO(data)
         except OSError as error:
-            raise ImageError(f"{path} cannot be opened ({error.strerror}); expected an image file") from error
+            raise _unopened(path, error) from error
         with file:
             image = _format(file, path)(file)
             _check_header(image, path)
             with _no_size_warning(image):
                 yield image
+
+
+def _unopened(path: Path, error: OSError) -> ImageError:
+    return ImageError(f"{path} cannot be opened ({error.strerror}); expected an image file")
 
 
 @contextmanager
@@ -268,9 +284,9 @@ def _is_deep_colour(raw_mode: str) -> bool:
     return raw_mode.endswith((";16B", ";16L", ";16N")) and not raw_mode.startswith("I")
 
 
-def _decode_as(path: Path, raw_mode: str) -> AnyArray:
+def _decode_as(path: Path, data: bytes | None, raw_mode: str) -> AnyArray:
     """Decode `path` with the pixels' layout in the file overruled, to upright (H, W, 3 or 4) uint8."""
-    with _opened(path) as image:
+    with _opened(path, data) as image:
         image.tile = [
             tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
             for tile in image.tile

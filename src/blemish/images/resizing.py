@@ -38,15 +38,10 @@ def to_input(resized: AnyArray, white: float = FULL_SCALE) -> FloatArray:
     return np.divide(resized.transpose(2, 0, 1), np.float32(scale), dtype=np.float32, order="C")
 
 
-def prepare(image: AnyArray, size: tuple[int, int], white: float = FULL_SCALE) -> FloatArray:
-    """Resize (H, W, 3) to `size` and turn it into a model's (3, h, w) input."""
-    return to_input(resize(image, size), white)
-
-
 def white_level(maximum: int) -> float:
     """Return 2^b - 1 for the smallest depth b of WHITE_BITS that holds `maximum`, the largest training value.
 
-    It is the `white` of `to_input`, and only for 16-bit data: 8-bit images are divided by 255 whatever it is.
+    It is the `white` of `to_input` for 16-bit data; 8-bit images are always divided by 255.
     """
     for bits in WHITE_BITS:
         if 0 <= maximum < 2**bits:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from blemish import images
-from blemish.errors import DataError, ImageError
+from blemish.errors import DataError
 from blemish.files import whole_file
 from blemish.images import overlays
 from blemish.inference.predictor import Predictor
-from blemish.progress import Progress, say
-from blemish.types import Verdict
+from blemish.progress import Report, silent, tracked
+from blemish.types import AnyArray, Verdict
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where results go; None: nowhere, but lines then go to standard output."""
+    """Where results go. None: nowhere; JSON lines then go to the caller's `write`."""
 
     jsonl: Path | None = None
     maps: Path | None = None
@@ -64,41 +66,47 @@ def gather(inputs: Sequence[Path]) -> list[File]:
     return files
 
 
-def run(model: Predictor, files: Sequence[File], outputs: Outputs) -> dict[str, int]:
-    """Judge files in order and write what was asked for; give the number of each label and of unreadables."""
+def run(
+    model: Predictor,
+    files: Sequence[File],
+    outputs: Outputs,
+    *,
+    write: Callable[[str], None],
+    report: Report = silent,
+) -> dict[str, int]:
+    """Judge files in order and write what was asked for; return the number of each label and of unreadables.
+
+    write: takes each JSON line, unless `outputs` names a file for them.
+    """
     counts = {"ok": 0, "review": 0, "defect": 0, "unreadable": 0}
-    progress = Progress("predicting", len(files), unit="image")
     pictures = outputs.maps is not None or outputs.overlays is not None
-    outcomes = model.predict_stream((file.path for file in files), full_size=pictures)
-    with lines(outputs.jsonl) as stream:
-        for number, outcome in enumerate(outcomes):
-            file = files[number]
-            if isinstance(outcome, ImageError):
+    outcomes = model.stream((file.path for file in files), full_size=pictures)
+    with lines(outputs.jsonl, write) as write_line:
+        for file, outcome in zip(files, tracked(outcomes, len(files), report, "predicting"), strict=True):
+            if outcome.verdict is None or outcome.image is None:
                 counts["unreadable"] += 1
-                say(f"blemish: {outcome}")
-                record: dict[str, Any] = {"path": str(file.path), "error": str(outcome)}
+                LOG.warning("%s", outcome.error)
+                record: dict[str, Any] = {"path": str(file.path), "error": str(outcome.error)}
             else:
-                counts[outcome.label] += 1
-                write_pictures(model, file, outcome, outputs)
-                record = as_record(outcome)
-            print(json.dumps(record), file=stream, flush=True)
-            if outputs.jsonl is not None:
-                progress.show(number + 1)
+                counts[outcome.verdict.label] += 1
+                write_pictures(model, file, outcome.image, outcome.verdict, outputs)
+                record = as_record(outcome.verdict)
+            write_line(json.dumps(record))
     return counts
 
 
 @contextlib.contextmanager
-def lines(path: Path | None) -> Iterator[IO[str]]:
-    """Open the stream of JSON lines: standard output, or a file that appears when it is whole."""
+def lines(path: Path | None, write: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Yield what takes JSON lines: `write`, or a file that appears when it is complete."""
     if path is None:
-        yield sys.stdout
+        yield write
         return
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        yield stream
+        yield lambda line: print(line, file=stream)
 
 
 def as_record(verdict: Verdict) -> dict[str, Any]:
-    """Say a verdict in plain values, without its map."""
+    """Return a verdict as plain values, without its map."""
     return {
         "path": verdict.path,
         "score": verdict.score,
@@ -108,8 +116,8 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def write_pictures(model: Predictor, file: File, verdict: Verdict, outputs: Outputs) -> None:
-    """Write an image's map and overlay where they were asked for."""
+def write_pictures(model: Predictor, file: File, image: AnyArray, verdict: Verdict, outputs: Outputs) -> None:
+    """Write an image's map and overlay where they were asked for; the verdict's map has the image's size."""
     if outputs.maps is not None:
         target = outputs.maps / file.name.with_suffix(f".{outputs.map_format}")
         if outputs.map_format == "tiff":
@@ -118,6 +126,6 @@ def write_pictures(model: Predictor, file: File, verdict: Verdict, outputs: Outp
             with whole_file(target) as temporary, temporary.open("wb") as stream:
                 np.save(stream, verdict.map, allow_pickle=False)
     if outputs.overlays is not None:
-        shown = overlays.to_display(images.read(file.path), model.white)
+        shown = overlays.to_display(image, model.preprocessing.white)
         overlay = overlays.overlay(shown, verdict.map, model.calibration)
         images.write_png(outputs.overlays / file.name.with_suffix(".png"), overlay)

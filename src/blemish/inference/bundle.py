@@ -8,35 +8,20 @@ NAME.blemish
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blemish.errors import ModelFileError
 from blemish.files import whole_file
-from blemish.types import Calibration
+from blemish.inference.manifest import Manifest
 
 FORMAT = 1
-
 MANIFEST, WEIGHTS, GRAPH = "manifest.json", "weights.safetensors", "model.onnx"
-
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "method": (),
-    "config": (),
-    "preprocessing": ("image_size", "white"),
-    "outputs": (),
-    "calibration": tuple(field.name for field in dataclasses.fields(Calibration)),
-    "training": (),
-    "versions": (),
-    "members": (WEIGHTS, GRAPH),
-}
-"""What a manifest must say, and what must be in it."""
 
 # What Python's zip reader raises on damaged files, by trial. RuntimeError: a wrong bit says "encrypted".
 _DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
@@ -44,28 +29,20 @@ _DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened model file, verified."""
+    """The content of a model file, verified."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     weights: bytes
     graph: bytes
 
-    @property
-    def calibration(self) -> Calibration:
-        """The thresholds and what they stand on."""
-        stored = self.manifest["calibration"]
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
-        }
-        return Calibration(**values)
 
-
-def write(path: Path, manifest: Mapping[str, Any], weights: bytes, graph: bytes) -> None:
-    """Write a model file, whole or not at all; the members' digests are added to the manifest here."""
+def write(path: Path, manifest: Manifest, weights: bytes, graph: bytes) -> None:
+    """Write a model file atomically; the digests of the members are added to the manifest here."""
     members = {WEIGHTS: weights, GRAPH: graph}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
-    text = json.dumps({"format": FORMAT} | dict(manifest) | {"members": digests}, indent=1, allow_nan=False)
+    record = {"format": FORMAT} | manifest.to_json() | {"members": digests}
+    text = json.dumps(record, indent=1, allow_nan=False)
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, data in {MANIFEST: text.encode(), **members}.items():
             # A fixed date: the same model gives the same bytes.
@@ -73,13 +50,14 @@ def write(path: Path, manifest: Mapping[str, Any], weights: bytes, graph: bytes)
 
 
 def read(path: Path) -> Bundle:
-    """Open and verify a model file; raise ModelFileError with what was found and what was expected."""
+    """Open and verify a model file; raise ModelFileError that says what was found and what was expected."""
     if not path.is_file():
         raise ModelFileError(f"no model file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            manifest = _manifest(path, archive)
-            data = {name: _member(path, archive, manifest, name) for name in (WEIGHTS, GRAPH)}
+            record = _manifest(path, archive)
+            manifest = Manifest.from_json(record, str(path))
+            data = {name: _member(path, archive, record, name) for name in (WEIGHTS, GRAPH)}
     except _DAMAGE as error:
         raise ModelFileError(f"{path} is no model file, or a damaged one: {error}") from error
     return Bundle(path, manifest, data[WEIGHTS], data[GRAPH])
@@ -93,42 +71,27 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     if MANIFEST not in names:
         raise ModelFileError(f"{path} is no model file: it has no {MANIFEST}")
     try:
-        manifest = json.loads(archive.read(MANIFEST))
-        found = manifest["format"]
+        record = json.loads(archive.read(MANIFEST))
+        found = record["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is no model file: its {MANIFEST} has no format number") from error
     if found != FORMAT:
         raise ModelFileError(f"{path} has format {found}; this version of Blemish reads format {FORMAT}")
-    for key, parts in REQUIRED.items():
-        if key not in manifest:
-            raise ModelFileError(f"{path} is damaged: its {MANIFEST} lacks {key!r}")
-        for part in parts:
-            if not isinstance(manifest[key], dict) or part not in manifest[key]:
-                raise ModelFileError(f"{path} is damaged: {key!r} in its {MANIFEST} lacks {part!r}")
-    return dict(manifest)
+    return dict(record)
 
 
-def _member(path: Path, archive: zipfile.ZipFile, manifest: dict[str, Any], name: str) -> bytes:
+def _member(path: Path, archive: zipfile.ZipFile, record: dict[str, Any], name: str) -> bytes:
+    """Read a member whose digest is that of the manifest."""
     if name not in archive.namelist():
         raise ModelFileError(f"{path} is damaged: it lacks {name}")
+    members = record.get("members")
+    expected = members.get(name) if isinstance(members, dict) else None
+    if not isinstance(expected, str):
+        raise ModelFileError(f"{path} is damaged: 'members' in its {MANIFEST} lacks {name!r}")
     data = archive.read(name)
-    found, expected = hashlib.sha256(data).hexdigest(), manifest["members"][name]
+    found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise ModelFileError(
             f"{path} is damaged: {name} has SHA-256 {found[:12]}..., expected {expected[:12]}..."
         )
     return data
-
-
-def recalibrate(bundle: Bundle, calibration: Calibration, path: Path, used: Sequence[str]) -> None:
-    """Write a model file again with another calibration; used: short digests of the images behind it.
-
-    They are its held-out images from now on. The earlier ones stay known, for no evaluation counts them.
-    """
-    manifest = bundle.manifest | {"calibration": dataclasses.asdict(calibration)}
-    training = manifest["training"]
-    if "files" in training:
-        files = training["files"]
-        before = sorted({*files["before"], *files["held_out"]})
-        manifest["training"] = training | {"files": files | {"held_out": list(used), "before": before}}
-    write(path, manifest, bundle.weights, bundle.graph)

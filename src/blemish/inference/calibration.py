@@ -75,7 +75,7 @@ def images_needed(rate: float, confidence: float) -> int:
     return count if order_statistic_index(count, rate, confidence) is not None else count + 1
 
 
-def calibrate(
+def fit(
     statistics: AnyArray,
     pixel_maxima: AnyArray,
     names: tuple[str, ...],

@@ -1,28 +1,52 @@
-"""Scores of good images, as calibration needs them."""
+"""Run images through a graph: the one place where inputs become statistics and maps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from blemish.inference.predictor import Predictor
-from blemish.progress import Progress
+from blemish.images import Preprocessing
+from blemish.images.preprocessing import stacked
+from blemish.inference.engines import Engine
 from blemish.types import FloatArray
 
 
-def measure(model: Predictor, paths: Sequence[Path]) -> tuple[FloatArray, FloatArray]:
-    """Give the (N, K) statistics and the (N,) largest map values of images, as calibration wants them.
+@dataclass(frozen=True)
+class Measured:
+    """What a graph makes of one image."""
 
-    Raises ImageError for the first image that cannot be read: a threshold must not stand on the rest.
+    statistics: FloatArray
+    """(K,), the numbers that the image score is made from."""
+    map: FloatArray
+    """(h, w), the anomaly map."""
+    parts: dict[str, FloatArray]
+    """The maps that the map was joined from, where the method has several."""
+
+
+def run(engine: Engine, preprocessing: Preprocessing, images: Sequence[FloatArray]) -> list[Measured]:
+    """Run several images in one batch; each is given by its inputs (N, 3, h, w)."""
+    found = engine.run(stacked(list(images)))
+    measured, first = [], 0
+    for inputs in images:
+        rows = slice(first, first := first + len(inputs))
+        merged = {name: preprocessing.merge(found[name][rows]) for name in ("map", *engine.outputs[2:])}
+        statistics = preprocessing.merge_statistics(found["statistics"][rows])
+        measured.append(Measured(statistics, merged.pop("map"), merged))
+    return measured
+
+
+def measure(
+    engine: Engine, preprocessing: Preprocessing, images: Iterable[FloatArray]
+) -> tuple[FloatArray, FloatArray]:
+    """Return the (M, K) statistics and the (M,) largest map values of M images, one image at a time.
+
+    That is what calibration needs of the held-out good images, at least one.
     """
     statistics, maxima = [], []
-    progress = Progress("calibrating", len(paths), unit="image")
-    for number, path in enumerate(paths):
-        found = model.engine.run(model.prepare(path).inputs[None])
-        statistics.append(found["statistics"][0])
-        maxima.append(found["map"].max())
-        progress.show(number + 1)
-    width = len(model.calibration.statistics)
-    return np.array(statistics, np.float32).reshape(-1, width), np.array(maxima, np.float32)
+    for inputs in images:
+        (found,) = run(engine, preprocessing, [inputs])
+        statistics.append(found.statistics)
+        maxima.append(found.map.max())
+    return np.stack(statistics), np.array(maxima)

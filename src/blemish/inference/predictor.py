@@ -15,16 +15,18 @@ from typing import Any, TypeVar
 import cc3d
 import numpy as np
 
-from blemish import images
-from blemish.errors import ImageError
+from blemish.errors import ConfigError, ImageError
+from blemish.images import Preprocessing, as_image
 from blemish.inference import bundle
 from blemish.inference.calibration import image_scores, p_value, verdict_label
-from blemish.inference.engines import Choice, Engine, open_engine, recorded
-from blemish.types import Calibration, FloatArray, Region, Verdict
+from blemish.inference.choice import Choice
+from blemish.inference.engines import Engine, open_engine
+from blemish.inference.manifest import Manifest
+from blemish.inference.measure import Measured, run
+from blemish.types import AnyArray, Calibration, FloatArray, Region, Verdict
 
 READERS = min(os.cpu_count() or 1, 8)
-"""Threads that read images, while others are judged."""
-
+"""Threads that read images while others are judged."""
 AHEAD = READERS + 1
 """Images that a stream has read, or is reading, ahead of the one being judged."""
 
@@ -35,16 +37,34 @@ class Prepared:
 
     path: str
     """Empty for an image that came as an array."""
-    size: tuple[int, int]
-    """Its own height and width."""
+    image: AnyArray
+    """(H, W, 3), upright RGB."""
     inputs: FloatArray
-    """(3, H, W), the network's input."""
+    """(N, 3, h, w), the network's inputs."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.image.shape[0], self.image.shape[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One image of a stream: where it came from, and either its verdict or why it could not be read."""
+
+    source: Any
+    """What the stream gave: a path, a PIL image or an array."""
+    image: AnyArray | None
+    """(H, W, 3) RGB, uint8, uint16 or float32; None where it could not be read."""
+    verdict: Verdict | None
+    error: ImageError | None
 
 
 class Predictor:
-    """A model file, ready to judge images.
+    """A model file, ready to judge images. Safe to call from several threads at once.
 
-    predict takes a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array.
+    An image is a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array. `close`, or a with
+    block, releases the engine and its memory.
     """
 
     def __init__(
@@ -55,20 +75,42 @@ class Predictor:
         *,
         engine: Engine | None = None,
     ) -> None:
-        manifest = opened.manifest
         self.path = opened.path
-        self.manifest: dict[str, Any] = manifest
-        self.calibration: Calibration = opened.calibration
-        self.image_size: tuple[int, int] = tuple(manifest["preprocessing"]["image_size"])
-        self.white = float(manifest["preprocessing"]["white"])
-        self.choice = choice or recorded(manifest)
-        self.engine = engine or open_engine(opened, self.choice, threads)
+        self.manifest: Manifest = opened.manifest
+        self.calibration: Calibration = opened.manifest.calibration
+        self.preprocessing: Preprocessing = opened.manifest.preprocessing
+        self.choice = choice or opened.manifest.engine
+        self._engine: Engine | None = engine or open_engine(opened, self.choice, threads)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the graph; raises ConfigError after `close`."""
+        if self._engine is None:
+            raise ConfigError(f"the model {self.path} was closed; expected an open one")
+        return self._engine
+
+    def close(self) -> None:
+        """Release the engine and its memory; a verdict that is being computed is finished first."""
+        self._engine = None
+
+    def __enter__(self) -> Predictor:
+        """Return the predictor itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+        return self.preprocessing.image_size
 
     def predict(self, image: Any, *, parts: bool = False, full_size: bool = False) -> Verdict:
-        """Judge one image; with parts, the maps that the map was joined from come along.
+        """Judge one image; with parts, the verdict holds the maps that its map was joined from.
 
-        full_size: give the maps at the image's own size, and not as they come from the network; nothing else
-        depends on it. Raises ImageError for what is no readable image.
+        full_size: return the maps at the image's own size instead of the network's; nothing else depends on
+        it. Raises ImageError for an image that cannot be read.
         """
         return self.finish([self.prepare(image)], parts=parts, full_size=full_size)[0]
 
@@ -82,79 +124,100 @@ class Predictor:
         with ThreadPoolExecutor(READERS) as pool:
             return self.finish(list(pool.map(self.prepare, batch)), full_size=full_size)
 
-    def predict_stream(
-        self, stream: Iterable[Any], *, full_size: bool = False
-    ) -> Iterator[Verdict | ImageError]:
-        """Judge images one by one as they come, the next ones being read while one is judged.
+    def stream(self, images: Iterable[Any], *, full_size: bool = False) -> Iterator[Outcome]:
+        """Judge images one by one as they come, reading the next ones meanwhile; yield them in order.
 
-        Each verdict comes as soon as its image is judged, however long the stream, which is asked on another
-        thread, takes for its next one. An image that cannot be read comes as its ImageError, and the others
-        are still judged; what the stream itself raises is raised here. full_size: as for predict.
+        An outcome is yielded as soon as its image is judged, however long `images`, which is iterated on
+        another thread, takes for the next one. An image that cannot be read yields its ImageError, and the
+        others are still judged. What `images` itself raises is raised here. full_size: as for predict.
         """
-        with closing(read_ahead(self.prepare, stream)) as images_read:
-            for ready in images_read:
-                try:
-                    prepared = ready.result()
-                except ImageError as error:
-                    yield error
+
+        def read(source: Any) -> tuple[Any, Prepared | ImageError]:
+            try:
+                return source, self.prepare(source)
+            except ImageError as error:
+                return source, error
+
+        with closing(read_ahead(read, images)) as ready:
+            for future in ready:
+                source, prepared = future.result()
+                if isinstance(prepared, ImageError):
+                    yield Outcome(source, None, None, prepared)
                 else:
-                    yield self.finish([prepared], full_size=full_size)[0]
+                    (verdict,) = self.finish([prepared], full_size=full_size)
+                    yield Outcome(source, prepared.image, verdict, None)
 
     def prepare(self, image: Any) -> Prepared:
-        """Read one image and bring it into the network's size."""
-        array = images.as_image(image, self.white)
+        """Read one image and turn it into the network's inputs; raise ImageError if it cannot be read."""
+        array = as_image(image, self.preprocessing.white)
         path = str(image) if isinstance(image, (str, Path)) else ""
-        inputs = images.prepare(array, self.image_size, self.white)
-        return Prepared(path, (array.shape[0], array.shape[1]), inputs)
+        return Prepared(path, array, self.preprocessing.inputs(array))
 
     def finish(
         self, batch: Sequence[Prepared], *, parts: bool = False, full_size: bool = False
     ) -> list[Verdict]:
-        """Run prepared images through the graph and decide."""
-        found = self.engine.run(np.stack([image.inputs for image in batch]))
-        scores = image_scores(found["statistics"], self.calibration)
-        pieces = self.engine.outputs[2:] if parts else ()
+        """Run prepared images through the graph and judge them."""
+        measured = run(self.engine, self.preprocessing, [image.inputs for image in batch])
+        scores = image_scores(np.stack([found.statistics for found in measured]), self.calibration)
         verdicts = []
-        for row, image in enumerate(batch):
-            maps = {name: found[name][row] for name in pieces}
-            verdict = self.verdict(image, float(scores[row]), found["map"][row], maps)
-            verdicts.append(at_full_size(verdict, image.size) if full_size else verdict)
+        for image, found, score in zip(batch, measured, scores.tolist(), strict=True):
+            verdict = self.verdict(image, score, found, parts=parts)
+            verdicts.append(self.at_full_size(verdict, image.size) if full_size else verdict)
         return verdicts
 
-    def verdict(
-        self, image: Prepared, score: float, anomaly_map: FloatArray, parts: dict[str, FloatArray]
-    ) -> Verdict:
-        """Decide on one image by its score and its map.
+    def verdict(self, image: Prepared, score: float, found: Measured, *, parts: bool) -> Verdict:
+        """Judge one image by its score and its map.
 
-        Regions are found on the map as the network gives it: the pixel threshold was set there, and a larger
-        map has lower peaks.
+        Regions are found on the map at the network's resolution: the pixel threshold was set there, and a
+        larger map has lower peaks.
         """
-        found = regions(anomaly_map, self.calibration.pixel_threshold)
-        height, width = anomaly_map.shape
+        inside = regions(found.map, self.calibration.pixel_threshold)
+        height, width = found.map.shape
         return Verdict(
             path=image.path,
             label=verdict_label(score, self.calibration),
             score=score,
             p_value=p_value(score, self.calibration),
-            regions=tuple(in_image(region, (height, width), image.size) for region in found),
-            map=anomaly_map,
-            parts=parts,
+            regions=tuple(self.in_image(region, (height, width), image.size) for region in inside),
+            map=found.map,
+            parts=found.parts if parts else {},
         )
+
+    def in_image(self, region: Region, map_size: tuple[int, int], size: tuple[int, int]) -> Region:
+        """Turn a region in pixels of the map into one in pixels of its image; sizes are height and width.
+
+        The box covers every pixel of the image that the region touches. The area is scaled and rounded, but
+        is at least 1. The peak is at the image's pixel under the centre of the map's.
+        """
+        (h, w), (height, width) = map_size, size
+        x, y = region.peak_xy
+        return Region(
+            box=self.preprocessing.to_image(region.box, map_size, size),
+            area=max(1, round(region.area * width * height / (w * h))),
+            peak=region.peak,
+            peak_xy=((2 * x + 1) * width // (2 * w), (2 * y + 1) * height // (2 * h)),
+        )
+
+    def at_full_size(self, verdict: Verdict, size: tuple[int, int]) -> Verdict:
+        """Resize a verdict's maps to its image's height and width, bilinearly."""
+        resize = self.preprocessing.map_to_image
+        parts = {name: resize(part, size) for name, part in verdict.parts.items()}
+        return replace(verdict, map=resize(verdict.map, size), parts=parts)
 
 
 Read = TypeVar("Read")
 
 
 def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Future[Read], None, None]:
-    """Read what a feed gives on other threads; give the results to wait for, in order.
+    """Read the items of a feed on other threads; yield the results to wait for, in order.
 
-    The feed has a thread of its own, so that one that gives its images slowly holds up none that came before,
-    and is asked for at most AHEAD images more than were taken. What it raises is raised here.
+    The feed is iterated on a thread of its own, so that a slow one delays no earlier image, and is at most
+    AHEAD items ahead of what was taken. What it raises is raised here.
     """
     room, waiting, left = Semaphore(AHEAD - 1), SimpleQueue[Future[Read] | BaseException | None](), Event()
 
     def hand_over(_kind: object, error: BaseException | None, _trace: object) -> bool:
-        """Pass on what ended the feed, None being its end, to where it is raised again."""
+        """Pass on what ended the feed to where it is raised again; None is its regular end."""
         waiting.put(error)
         return True
 
@@ -167,7 +230,7 @@ def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Fu
                 if left.is_set():
                     return
 
-    # A daemon: a camera that gives no more images must not keep the program from ending.
+    # A daemon: a camera that delivers no more images must not keep the program from ending.
     Thread(target=ask, daemon=True).start()
     try:
         while isinstance(ready := waiting.get(), Future):
@@ -181,7 +244,7 @@ def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Fu
 
 
 def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
-    """List the 8-connected regions of a map above a threshold, in its pixels, the highest peak first."""
+    """Return the 8-connected regions of a map above a threshold, in its pixels, highest peak first."""
     above = anomaly_map > threshold
     if not above.any():
         return ()
@@ -205,29 +268,6 @@ def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
     return tuple(sorted(found, key=lambda region: -region.peak))
 
 
-def in_image(region: Region, map_size: tuple[int, int], size: tuple[int, int]) -> Region:
-    """Turn a region in pixels of the map into one in pixels of its image; both sizes are height and width.
-
-    The box covers every pixel of the image that the region touches. The area is scaled and rounded, but is at
-    least 1. The peak is at the image's pixel under the middle of the map's.
-    """
-    (h, w), (height, width) = map_size, size
-    x0, y0, x1, y1 = region.box
-    x, y = region.peak_xy
-    return Region(
-        box=(x0 * width // w, y0 * height // h, -(-x1 * width // w), -(-y1 * height // h)),
-        area=max(1, round(region.area * width * height / (w * h))),
-        peak=region.peak,
-        peak_xy=((2 * x + 1) * width // (2 * w), (2 * y + 1) * height // (2 * h)),
-    )
-
-
-def at_full_size(verdict: Verdict, size: tuple[int, int]) -> Verdict:
-    """Bring a verdict's maps to its image's height and width, bilinearly."""
-    parts = {name: images.resize_map(part, size) for name, part in verdict.parts.items()}
-    return replace(verdict, map=images.resize_map(verdict.map, size), parts=parts)
-
-
 def load(
     path: str | Path,
     *,
@@ -240,11 +280,11 @@ def load(
     """Open a model file; raise ModelFileError if it is none.
 
     What is not given is as the file says, which is what its thresholds were set with: backend onnxruntime,
-    openvino or torch; precision fp32, fp16 or bf16 (int8 is made by `blemish export`); device cpu, cuda or
-    tensorrt; compiled, whether torch.compile makes kernels of its own. threads: 0 lets the engine choose.
-    Raises ConfigError for what this machine does not have.
+    openvino or torch; precision fp32, fp16 or bf16 (int8 is made by `export`); device cpu, cuda or tensorrt;
+    compiled, whether torch.compile generates kernels. threads: 0 lets the engine choose. Raises ConfigError
+    for what this machine does not have.
     """
     opened = bundle.read(Path(path))
     wanted = {"backend": backend, "precision": precision, "device": device, "compiled": compiled}
     given: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
-    return Predictor(opened, replace(recorded(opened.manifest), **given), threads)
+    return Predictor(opened, replace(opened.manifest.engine, **given), threads)

@@ -2,67 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import logging
+import logging.handlers
 import os
-import signal
-import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from multiprocessing import active_children, get_context, parent_process
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from blemish.devices import cores
+from blemish.devices import choose_device, cores
 from blemish.errors import StoppedError
+from blemish.progress import Event, Report, Stop
 from blemish.sweeps.trial import Trial, one
 from blemish.types import Evaluation
 
+if TYPE_CHECKING:
+    from blemish.training.request import TrainingRequest
+
 CORES_EACH = 4
-"""Of a processor, for one trial among several."""
-
-POLL_SECONDS = 0.5
-"""Between questions whether the person asked to stop."""
-
+"""Cores of a processor for one trial among several."""
+POLL_SECONDS = 0.2
+"""Between two looks at what trials report and whether they are to stop."""
+GRACE_SECONDS = 60.0
+"""That a trial is given to write its checkpoint when it is to stop."""
 KILLED = (
     "a process with a trial was killed, often for want of memory; the same command goes on, with fewer jobs"
 )
 
 
-# --- several beside each other ---
-
-
 def room(device: str) -> int:
-    """Say how many trials run beside each other by default: one on a GPU, else one for every four cores."""
-    from blemish.devices import choose_device
-
+    """Return how many trials run in parallel by default: one on a GPU, else one for every four cores."""
     return 1 if choose_device(device) == "cuda" else max(1, cores() // CORES_EACH)
 
 
-def beside(
-    trials: Sequence[Trial], root: Path, options: Mapping[str, Any], layout: str, jobs: int
+def in_parallel(
+    trials: Sequence[Trial], base: TrainingRequest, jobs: int, report: Report, stop: Stop
 ) -> list[tuple[Trial, Evaluation]]:
-    """Run trials in spawned processes, which are told to stop when one fails or when the person asks."""
-    from blemish.training.loop import stop_requests
+    """Run trials in spawned processes, which are told to stop when one fails or when that is asked for.
 
-    threads, others = max(1, cores() // jobs), active_children()
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), start_worker, (threads,))
+    Their events are reported here, each with its trial's name as source, and their warnings logged.
+    """
+    threads, others, spawn = max(1, cores() // jobs), active_children(), get_context("spawn")
+    said, stopping = spawn.SimpleQueue(), spawn.Event()
+    pool = ProcessPoolExecutor(jobs, spawn, start_worker, (threads, said, stopping))
     futures: list[Future[Evaluation]] = []
     ended: list[Future[Evaluation]] = []
     failure: BaseException | None = None
-    with stop_requests() as stopping, pool:
-        while len(ended) < len(trials) and failure is None and not stopping():
+    with pool:
+        while len(ended) < len(trials) and failure is None and not stop():
             # No more are submitted than run: what waits inside the pool cannot be called back.
             for trial in trials[len(futures) : len(ended) + jobs]:
-                futures.append(pool.submit(apart, trial, root, options, layout, threads))
+                futures.append(pool.submit(apart, trial, base))
             wait([future for future in futures if not future.done()], POLL_SECONDS, FIRST_COMPLETED)
+            pass_on(said, report)
             ended = [future for future in futures if future.done()]
             failure = next(filter(None, (future.exception() for future in ended)), None)
-        if len(ended) < len(futures):
-            for process in set(active_children()) - set(others):
-                process.terminate()
+        stopping.set()
+        deadline = time.monotonic() + GRACE_SECONDS
+        while not all(future.done() for future in futures) and time.monotonic() < deadline:
+            wait(futures, POLL_SECONDS)
+            pass_on(said, report)
+        for process in set(active_children()) - set(others) if len(ended) < len(futures) else ():
+            process.terminate()
+    pass_on(said, report)
     if isinstance(failure, BrokenProcessPool):
         raise StoppedError(KILLED) from failure
     if failure is not None:
@@ -72,49 +78,78 @@ def beside(
     return [(trial, future.result()) for trial, future in zip(trials, futures, strict=True)]
 
 
-def start_worker(threads: int) -> None:
-    """Prepare a process for trials: with its share of threads, deaf between trials, gone with its parent."""
+def pass_on(said: Any, report: Report) -> None:
+    """Report the events, and log the records, that have come from trials."""
+    while not said.empty():
+        item = said.get()
+        if isinstance(item, Event):
+            report(item)
+        else:
+            logging.getLogger(item.name).handle(item)
+
+
+# --- in the process of a trial ---
+
+
+@dataclass
+class Worker:
+    """What connects a trial's process with its parent."""
+
+    threads: int
+    said: Any
+    """A queue of events and log records."""
+    stopping: Any
+    """Set when the trial is to stop."""
+
+
+_workers: list[Worker] = []
+"""This process's own, if it is one: a pool hands its initialiser's arguments on in no other way."""
+
+
+def start_worker(threads: int, said: Any, stopping: Any) -> None:
+    """Prepare a process for trials: its share of threads, deaf to Ctrl-C, gone with its parent."""
     import torch
 
     torch.set_num_threads(threads)
-    if sys.platform != "win32":
-        os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on, once
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # Ctrl-C reaches the parent alone, which asks its trials to stop
+    _workers.append(Worker(threads, said, stopping))
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Wait until the parent is gone, and go; a pool's processes would wait for work for ever."""
+    """Wait until the parent is gone, and end: a pool's processes would wait for work for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def apart(trial: Trial, root: Path, options: Mapping[str, Any], layout: str, threads: int) -> Evaluation:
-    """Run one trial in a process that others run beside, until it is told to stop."""
+def apart(trial: Trial, base: TrainingRequest) -> Evaluation:
+    """Run one trial in a process of its own, until it is told to stop."""
+    (worker,) = _workers
+    name = trial.out.stem
 
-    def stop(number: int, frame: object) -> None:
-        raise StoppedError(f"stopped {trial.out.name} outside its training")
+    def report(event: Event) -> None:
+        worker.said.put(replace(event, source=name))
 
-    signal.signal(signal.SIGTERM, stop)  # in training, the loop hears the signal and keeps a checkpoint
+    handler = Named(worker.said, name)
+    logger = logging.getLogger("blemish")
+    logger.addHandler(handler)
     try:
-        with contextlib.redirect_stderr(Labelled(sys.stderr, trial.out.stem)):
-            return one(trial, root, options, layout, threads)
+        return one(trial, base, threads=worker.threads, report=report, stop=worker.stopping.is_set)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        logger.removeHandler(handler)
 
 
-class Labelled(io.StringIO):
-    """A standard error whose lines begin with a name."""
+class Named(logging.handlers.QueueHandler):
+    """Puts log records into a queue, each message behind a trial's name."""
 
-    def __init__(self, target: TextIO, name: str) -> None:
-        super().__init__()
-        self.target, self.name, self.rest = target, name, ""
+    def __init__(self, queue: Any, name: str) -> None:
+        super().__init__(queue)
+        self.said, self.trial = queue, name
 
-    def write(self, text: str) -> int:  # type: ignore[explicit-override]  # in Python from 3.12 on
-        """Pass on every line that has ended."""
-        *lines, self.rest = (self.rest + text).split("\n")
-        self.target.writelines(f"{self.name}: {line}\n" for line in lines)
-        self.target.flush()
-        return len(text)
+    def enqueue(self, record: logging.LogRecord) -> None:  # type: ignore[explicit-override]  # 3.12 on
+        """Put a record into the queue."""
+        record.msg = f"{self.trial}: {record.msg}"
+        self.said.put(record)

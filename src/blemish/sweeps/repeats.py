@@ -1,30 +1,33 @@
-"""The same training several times, over seeds and folds, and how much the result varies.
+"""The same training repeated over seeds and folds.
 
-A trial is one training run and its evaluation. What has ended is not trained again, what was interrupted goes
-on, so the same command is how a series is begun and how it is finished.
+What has ended is not trained again, and what was interrupted goes on, so the same command begins a sweep and
+finishes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from blemish import data
 from blemish.data.folds import Fold, assign
 from blemish.data.split import choose_test
 from blemish.errors import ConfigError, DataError
 from blemish.files import check_writable
-from blemish.progress import say
-from blemish.sweeps.local import beside
+from blemish.progress import Report, Stop, never, silent, tell
+from blemish.sweeps.local import in_parallel
 from blemish.sweeps.trial import Trial, one, refuse_other
 from blemish.types import Evaluation
+
+if TYPE_CHECKING:
+    from blemish.training.request import TrainingRequest
 
 
 def plan(
     out: Path, seed: int, seeds: int, folds: int | None, folds_file: Path | None, fold_seed: int = 0
 ) -> list[Trial]:
-    """Name the trials of a series: `seeds` seeds from `seed` on, and for each of them every fold.
+    """Return the trials of a sweep: `seeds` seeds from `seed` on, and for each of them every fold.
 
     The folds are the same for every seed, so that what varies with the seed is the training. Raises
     ConfigError for a number that cannot be, and a file of folds without their number.
@@ -48,28 +51,34 @@ def plan(
 
 
 def run(
-    trials: Sequence[Trial], root: Path, options: Mapping[str, Any], *, layout: str = "auto", jobs: int = 1
+    trials: Sequence[Trial],
+    base: TrainingRequest,
+    *,
+    jobs: int = 1,
+    report: Report = silent,
+    stop: Stop = never,
 ) -> list[tuple[Trial, Evaluation]]:
-    """Train and evaluate every trial, `jobs` of them beside each other in processes of their own.
+    """Train and evaluate every trial, `jobs` of them in parallel, each in a process of its own.
 
-    options: what `training.train` takes, without out, seed, fold, layout and resume. A trial whose model file
-    is there is evaluated only, one with a checkpoint goes on. The first error stops the others, and what has
-    ended stays. Raises ModelFileError before anything is trained where a model file is of another run.
+    base: what all trials have in common. A trial whose model file exists is only evaluated, one with a
+    checkpoint goes on. The first error stops the others, and what has ended stays. Raises ModelFileError
+    before anything is trained where a model file is of another run.
     """
     if jobs < 1:
         raise ConfigError(f"found {jobs} jobs; expected at least 1")
-    samples = data.scan(root, layout)
+    root = base.data
+    samples = data.scan(root, base.layout)
     for trial in trials:
         check_writable(trial.out)
         dealt = samples if trial.fold is None else assign(samples, root, trial.fold)
         if not choose_test(dealt, root):
             raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
         if trial.out.exists():
-            refuse_other(trial, root, options, layout)
+            refuse_other(trial, base)
     if min(jobs, len(trials)) > 1:
-        return beside(trials, root, options, layout, min(jobs, len(trials)))
+        return in_parallel(trials, base, min(jobs, len(trials)), report, stop)
     results = []
     for number, trial in enumerate(trials):
-        say(f"trial {number + 1} of {len(trials)}: {trial.out.name}")
-        results.append((trial, one(trial, root, options, layout)))
+        tell(report, f"trial {number + 1} of {len(trials)}: {trial.out.name}")
+        results.append((trial, one(trial, base, report=report, stop=stop)))
     return results

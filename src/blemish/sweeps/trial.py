@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blemish.data.folds import Fold
 from blemish.errors import ModelFileError
 from blemish.evaluation.run import evaluate
 from blemish.inference import bundle
 from blemish.inference.predictor import load
-from blemish.progress import say
+from blemish.progress import Report, Stop, never, silent, tell
 from blemish.types import Evaluation
+
+if TYPE_CHECKING:
+    from blemish.training.request import TrainingRequest
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a series."""
+    """One training run of a sweep."""
 
     seed: int
     fold: Fold | None
@@ -26,69 +29,91 @@ class Trial:
     out: Path
     """The model file."""
 
+    def request(self, base: TrainingRequest) -> TrainingRequest:
+        """Return the request for this trial; base: what all trials have in common."""
+        return replace(base, seed=self.seed, fold=self.fold, out=self.out)
 
-def one(trial: Trial, root: Path, options: Mapping[str, Any], layout: str, threads: int = 0) -> Evaluation:
-    """Train and evaluate one trial; threads: of the evaluation, 0 lets ONNX Runtime choose."""
+
+def one(
+    trial: Trial, base: TrainingRequest, *, threads: int = 0, report: Report = silent, stop: Stop = never
+) -> Evaluation:
+    """Train and evaluate one trial; threads: of the evaluation, 0 lets ONNX Runtime choose.
+
+    What has ended before is evaluated, not trained again; what was interrupted goes on.
+    """
     if trial.out.exists():
-        say(f"{trial.out} has ended before: it is evaluated, not trained again")
+        tell(report, f"{trial.out} has ended before: it is evaluated, not trained again")
     else:
-        from blemish.training.run import train
+        from blemish.training import run
 
         begun = trial.out.with_name(trial.out.name + ".checkpoint").exists()
-        train(root, out=trial.out, seed=trial.seed, fold=trial.fold, layout=layout, resume=begun, **options)
-    return evaluate(load(trial.out, threads=threads), root, layout=layout, exhibits=0)
+        run.run(replace(trial.request(base), resume=begun), report=report, stop=stop)
+    with load(trial.out, threads=threads) as model:
+        return evaluate(model, base.data, layout=base.layout, exhibits=0, report=report, stop=stop)
 
 
-# --- what has ended before ---
-
-
-def refuse_other(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) -> None:
+def refuse_other(trial: Trial, base: TrainingRequest) -> None:
     """Refuse a model file that another run left, as far as can be told without training.
 
-    Not compared are device, precision, versions, masks and natural images. Raises ModelFileError.
+    Device, precision, versions, masks and photographs are not compared. Raises ModelFileError.
     """
     manifest = bundle.read(trial.out).manifest
-    if text := difference(manifest, expected(trial, root, options, layout), ""):
+    if text := difference(manifest.to_json(), expected(trial.request(base)), ""):
         raise ModelFileError(f"{trial.out} is of another run, {text}; delete it, or choose another place")
 
 
-def expected(trial: Trial, root: Path, options: Mapping[str, Any], layout: str) -> dict[str, Any]:
-    """Give the part of a trial's manifest that is known before it is trained."""
+def expected(request: TrainingRequest) -> dict[str, Any]:
+    """Return the part of a model file's manifest that is known before it is trained."""
     from blemish.detectors.settings import as_json
-    from blemish.training import fingerprint, plan
+    from blemish.files import digest
+    from blemish.training import fingerprint
     from blemish.training.length import Length
+    from blemish.training.plan import copies, plan, without
 
-    given = {key: options[key] for key in ("supervision", "train_defects", "train_masks") if key in options}
-    labels = plan.Labels(**given, fold=trial.fold)
-    same = {key: options[key] for key in ("preset", "settings", "schedule", "start") if key in options}
-    settled = plan.settle(root, model=options["model"], layout=layout, labels=labels, seed=trial.seed, **same)
-    config = settled.config
-    made = {
-        "model": settled.model,
-        "preset": settled.preset,
-        "seed": trial.seed,
+    planned = plan(request)
+    planned = without(planned, copies(planned.parts))
+    config = planned.config
+    made: dict[str, Any] = {
+        "model": planned.model,
+        "preset": planned.preset,
+        "seed": request.seed,
         "config": as_json(config),
-        "supervision": settled.supervision,
-        "images": fingerprint.digest_samples(settled.samples),
-        "from": fingerprint.digest_start(settled.start),
-        "held_out": fingerprint.digest_all([sample.path for sample in settled.parts.held_out]),
+        "supervision": planned.supervision,
+        "images": fingerprint.digest_samples(planned.samples),
+        "from": fingerprint.digest_start(planned.start),
+        "held_out": fingerprint.digest_all(digest(sample.path) for sample in planned.parts.held_out),
     }
-    if weights_file := options.get("weights_file"):
-        made["pretrained"] = fingerprint.digest_all([Path(weights_file)])
-    natural = options.get("natural_images", "drawn")
-    if getattr(config, "penalty", False) and natural in ("drawn", "none"):
-        made["natural_images"] = natural
-    length = {key: options[key] for key in ("steps", "epochs") if options.get(key)}
-    if not length and not options.get("budget"):
-        usual = settled.length if settled.start else Length(config.steps, config.epochs)
-        length = {"epochs": usual.epochs} if usual.epochs else {"steps": usual.steps}
-    calibration = {key: options[key] for key in ("false_reject_rate",) if key in options}
-    return {"training": {"run": made} | length, "calibration": calibration}
+    if request.weights is not None:
+        made["pretrained"] = fingerprint.digest_all([digest(request.weights)])
+    if config.reads_natural_images and request.natural_images in ("drawn", "none"):
+        made["natural_images"] = request.natural_images
+    training: dict[str, Any] = {"run": made}
+    asked = request.length
+    if asked.budget is None and planned.method.has_steps:
+        usual = planned.length if planned.start else Length(config.steps, config.epochs)
+        length = asked if asked != Length() else usual
+        training |= {"epochs": length.epochs} if length.epochs else {"steps": length.steps}
+    return {"training": training, "calibration": {"false_reject_rate": request.false_reject_rate}}
 
 
 def difference(found: Any, wanted: Any, name: str) -> str:
-    """Say the first thing that was wanted and is not found so; nothing where there is none."""
+    """Describe the first thing that was wanted and is not found so; "" where there is none."""
     if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
         return "" if found == wanted else f"its {name} is {found!s:.60}, not {wanted!s:.60}"
     each = (difference(found.get(key), value, f"{name} {key}".strip()) for key, value in wanted.items())
     return next(filter(None, each), "")
+
+
+def record(trial: Trial, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what a trial was, its figures, and what its model file says of itself."""
+    fold = trial.fold
+    dealt = fold and {"number": fold.index + 1, "count": fold.count, "seed": fold.seed, "file": fold.file}
+    return {
+        "out": trial.out,
+        "seed": trial.seed,
+        "fold": dealt,
+        "data": evaluation.data,
+        "rows": [asdict(row) for row in evaluation.rows],
+        "skipped": evaluation.skipped,
+        "provenance": evaluation.provenance,
+    }

@@ -12,33 +12,37 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-from blemish import progress
 from blemish.errors import ConfigError
+from blemish.progress import Report, silent
 
 
 def count() -> int:
-    """Count the processes."""
+    """Return the number of processes."""
     together = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if together else 1
 
 
 def rank() -> int:
-    """Give this process's number; 0 writes and speaks."""
+    """Return this process's number; 0 writes and reports."""
     return distributed.get_rank() if count() > 1 else 0
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the other processes that torchrun started, where it did; raise ConfigError for too few GPUs."""
+    """Join the other processes that torchrun started, if it did; raise ConfigError for too few GPUs."""
     ours = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
     if ours:
         join(device)
     try:
-        with progress.muted(rank() > 0):
-            yield
+        yield
     finally:
         if ours:
             distributed.destroy_process_group()
+
+
+def first_speaks(report: Report) -> Report:
+    """Return what reports from this process: of several on one run, only the first reports."""
+    return report if rank() == 0 else silent
 
 
 def join(device: str) -> None:
@@ -57,17 +61,17 @@ def join(device: str) -> None:
 
 
 def share(total: int) -> range:
-    """Give this process's part of so many things."""
+    """Return this process's part of `total` things."""
     return range(rank(), total, count())
 
 
 def any_of(flag: bool, device: str) -> bool:
-    """Say whether any process says yes."""
+    """Return whether the flag is set in any process."""
     return flag if count() == 1 else bool(gathered(torch.tensor(flag, device=device)).any())
 
 
 def first_of(number: int, device: str) -> int:
-    """Give the first process's number to all."""
+    """Return the first process's number in all of them."""
     return number if count() == 1 else int(gathered(torch.tensor(number, device=device))[0])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from blemish.files import digest
@@ -11,23 +11,26 @@ from blemish.inference.bundle import Bundle
 from blemish.types import Sample
 
 
-def digest_all(paths: Sequence[Path]) -> str:
-    """Sum up the contents of files, in their order, as one SHA-256."""
-    return hashlib.sha256("".join(digest(path) for path in paths).encode()).hexdigest()
+def digest_all(digests: Iterable[str]) -> str:
+    """Combine the digests of files, in their order, into one SHA-256."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def digest_samples(samples: Sequence[Sample]) -> str:
-    """Sum up images with their labels and masks, in their order, as one SHA-256."""
-    each = ([sample.label, digest(sample.path), *map(digest, sample.masks)] for sample in samples)
-    return hashlib.sha256(repr(list(each)).encode()).hexdigest()
+def digest_samples(samples: Sequence[Sample], of: Callable[[Path], str] = digest) -> str:
+    """Combine images with their labels and masks, in their order, into one SHA-256.
+
+    of: returns the digest of an image's file.
+    """
+    each = [[sample.label, of(sample.path), *map(digest, sample.masks)] for sample in samples]
+    return hashlib.sha256(repr(each).encode()).hexdigest()
 
 
 def digest_start(opened: Bundle | None) -> str:
-    """Sum up the weights of the model that a run goes on from; empty where there is none."""
+    """Return the SHA-256 of the weights that a run goes on from; empty for a new model."""
     return hashlib.sha256(opened.weights).hexdigest() if opened else ""
 
 
 def digest_names(paths: Sequence[Path]) -> str:
-    """Sum up the names and sizes of files, for those too many to read."""
+    """Combine the names and sizes of files into one SHA-256, for those that are too many to read."""
     text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

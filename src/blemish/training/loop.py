@@ -1,4 +1,4 @@
-"""The one training loop: from a run's step to its last, with checkpoints, stops and a budget.
+"""The one training loop, with checkpoints, a time budget, and stopping on request.
 
 Every random draw comes from (seed, purpose, step), so a run that is killed and resumed ends in the same bytes
 as one that was not.
@@ -6,13 +6,10 @@ as one that was not.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +19,10 @@ import torch
 
 from blemish import seeding
 from blemish.data.loading.stores import EncodedStore
-from blemish.detectors.base import SCHEDULES, Detector
+from blemish.detectors.base import Detector
+from blemish.detectors.schedules import SCHEDULES
 from blemish.errors import ConfigError, ModelFileError, StoppedError
-from blemish.progress import Progress, say
+from blemish.progress import Event, Report, Stop, never, silent, tell
 from blemish.training import checkpoint, distributed
 from blemish.training.length import Length
 from blemish.types import Batch
@@ -49,7 +47,7 @@ class Steps(Protocol):
     per_epoch: int
 
     def at(self, step: int) -> Batch:
-        """Give a step's batch on the device."""
+        """Return a step's batch on the device."""
 
 
 @dataclass
@@ -67,6 +65,8 @@ class Run:
     """Where checkpoints go."""
     fingerprint: dict[str, Any]
     """What two runs must have in common for one to go on where the other stopped."""
+    report: Report = silent
+    stop: Stop = never
     clock: float = dataclasses.field(default_factory=time.monotonic)
     """When time was last added to `seconds`."""
     seconds: float = 0.0
@@ -94,9 +94,9 @@ class Run:
 
 
 def one_step(run: Run, step: int) -> dict[str, float]:
-    """Take one optimiser step; give its losses."""
-    batch = run.batches.at(step)
-    factor = SCHEDULES[run.detector.config.schedule](step / run.steps)
+    """Take one optimiser step; return its losses."""
+    batch = dataclasses.replace(run.batches.at(step), progress=step / run.steps)
+    factor = SCHEDULES[run.detector.config.schedule](batch.progress)
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     draw = seeding.generator(run.seed, "step", step, device=run.device)
@@ -142,66 +142,47 @@ def count_steps(run: Run, length: Length, reserve: float) -> int:
             f"a budget of {length.budget:g} s leaves {max(left, 0):.0f} s to train in, and one step takes "
             f"{pace:.2f} s here: give at least {length.budget - left + 20 * pace:.0f} s"
         )
-    say(f"one step takes {pace:.2f} s: {steps} steps fit the budget (the same run again: --steps {steps})")
+    tell(
+        run.report,
+        f"one step takes {pace:.2f} s: {steps} steps fit the budget (the same run again: --steps {steps})",
+    )
     return steps
 
 
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question asked between steps; a second Ctrl-C stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def request(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def inspect(run: Run) -> None:
-    """Let the detector look at how it does on held-out images, and pass on what it says."""
+    """Let the detector look at held-out images, and report what it notes."""
     draw = seeding.generator(run.seed, "inspect", run.step, device=run.device)
     if note := run.detector.inspect(run.held_out.entries(), draw):
         run.notes.append(f"at step {run.step}: {note}")
-        say(run.notes[-1])
+        tell(run.report, run.notes[-1])
 
 
 def loop(run: Run) -> None:
     """Train from the run's step to its last, with checkpoints; raise StoppedError when asked to stop."""
     run.detector.train()
-    progress = Progress("training", run.steps, done=run.step)
+    run.report(Event("training", run.step, run.steps))
     point, twentieth = max(1, run.steps // HISTORY), max(1, run.steps // 20)
     saved = time.monotonic()
-    with stop_requests() as stopping:
-        while run.step < run.steps:
-            losses = one_step(run, run.step)
-            run.step += 1
-            run.pending.append(losses)
-            progress.show(run.step, ", ".join(f"{name} {value:.3f}" for name, value in losses.items()))
-            if run.step % twentieth == 0 and run.step >= SETTLED:
-                inspect(run)
-            if run.step % point == 0 or run.step == run.steps:
-                means = {name: float(np.mean([item[name] for item in run.pending])) for name in losses}
-                run.history.append({"step": float(run.step)} | means)
-                run.pending = []
-            if distributed.any_of(stopping(), run.device) and run.step < run.steps:
-                run.save()
-                raise StoppedError(
-                    f"stopped after step {run.step} of {run.steps}, kept in {run.path}; "
-                    "the same command with --resume goes on from there"
-                )
-            if time.monotonic() - saved > CHECKPOINT_SECONDS or run.step == run.steps:
-                run.save()
-                saved = time.monotonic()
+    while run.step < run.steps:
+        losses = one_step(run, run.step)
+        run.step += 1
+        run.pending.append(losses)
+        run.report(Event("training", run.step, run.steps, losses))
+        if run.step % twentieth == 0 and run.step >= SETTLED:
+            inspect(run)
+        if run.step % point == 0 or run.step == run.steps:
+            means = {name: float(np.mean([item[name] for item in run.pending])) for name in losses}
+            run.history.append({"step": float(run.step)} | means)
+            run.pending = []
+        if distributed.any_of(run.stop(), run.device) and run.step < run.steps:
+            run.save()
+            raise StoppedError(
+                f"stopped after step {run.step} of {run.steps}, kept in {run.path}; "
+                "the same command with --resume goes on from there"
+            )
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or run.step == run.steps:
+            run.save()
+            saved = time.monotonic()
     run.detector.eval()
 
 
@@ -218,11 +199,11 @@ def go_on(run: Run, length: Length) -> None:
     for asked in (length.steps, epochs):
         if asked not in (None, run.steps):
             raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {asked}")
-    say(f"going on from step {run.step} of {run.steps}")
+    tell(run.report, f"going on from step {run.step} of {run.steps}")
 
 
 def provenance(run: Run) -> dict[str, Any]:
-    """Say how a run that has ended went, for the model file."""
+    """Return how a finished run went, for the model file."""
     return {
         "pretrained": run.detector.pretrained_name,
         "steps": run.steps,

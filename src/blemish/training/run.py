@@ -1,10 +1,11 @@
-"""From a data set to a model file: what the training loop needs, put together, and what it made, sealed."""
+"""From a data set to a model file: put together what the training loop needs, and finalise the result."""
 
 from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,218 +14,247 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from blemish import data, images
-from blemish._version import __version__
+from blemish import __version__, data, images, seeding
 from blemish.backbones import weights
-from blemish.data.folds import Fold, record
-from blemish.data.loading.batches import Batches, NaturalImages
-from blemish.data.loading.cache import Memory, open_cache
+from blemish.data.folds import record
+from blemish.data.loading.batches import Batches, Epoch, NaturalImages, Photographs
+from blemish.data.loading.cache import FeatureCache, Memory, open_cache
 from blemish.data.loading.masks import read_masks
 from blemish.data.loading.sampling import FLIPS
 from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.data.loading.textures import Textures
+from blemish.detectors import registry
 from blemish.detectors.base import Detector
-from blemish.detectors.registry import build
 from blemish.detectors.settings import as_json
 from blemish.devices import choose_device, choose_precision, keep_freed_memory
 from blemish.errors import ConfigError, ModelFileError
-from blemish.files import check_writable, short_digest
+from blemish.files import SHORT, check_writable, digest, plain
+from blemish.images import Preprocessing
 from blemish.inference.bundle import Bundle
-from blemish.inference.calibration import check_shares
 from blemish.inference.predictor import Predictor
-from blemish.progress import Progress, say
-from blemish.training import loop
-from blemish.training.finalise import seal
-from blemish.training.fingerprint import digest_all, digest_samples, digest_start
-from blemish.training.length import Length, check_length, seconds
+from blemish.progress import Report, Stop, never, silent, tell, tracked
+from blemish.training import fingerprint, loop
+from blemish.training.finalise import finalise
 from blemish.training.loop import Run
-from blemish.training.plan import Labels, Settled, learned_from, open_natural, settle, try_out
+from blemish.training.plan import Plan, copies, learned_from, plan, warn_of_missing, without
+from blemish.training.request import TrainingRequest
 from blemish.training.session import begin, checkpoint_path
 
 
-def encode_all(batches: Batches) -> Iterator[tuple[Tensor, ...]]:
-    """Run the frozen part over every entry of an epoch, and give those of good images as batches of one."""
-    chosen = [
-        (index, flip)
-        for index, label in enumerate(batches.labels)
-        for flip in range(batches.flips if label else 1)
-    ]
-    progress = Progress("encoding", len(chosen), unit="image")
-    for number, (index, flip) in enumerate(chosen):
-        entry = batches.encoded.batch([(index, flip)])
-        progress.show(number + 1)
-        if not batches.labels[index]:
-            yield entry
-    say(f"features kept: {batches.encoded.cache.describe()}")
-
-
 def train(
-    root: str | Path,
-    *,
-    out: str | Path,
-    model: str | None = None,
-    start: str | Path | None = None,
-    layout: str = "auto",
-    supervision: str = "auto",
-    train_defects: str | float | None = None,
-    train_masks: str | float | None = None,
-    fold: Fold | None = None,
-    weights_file: str | Path | None = None,
-    natural_images: str | Path = "drawn",
-    preset: str = "default",
-    settings: Mapping[str, Any] | None = None,
-    schedule: str = "default",
-    steps: int | None = None,
-    epochs: int | None = None,
-    budget: float | str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "auto",
-    false_reject_rate: float = 0.01,
-    memory: int = 4 << 30,
-    cache: str | Path = "auto",
-    resume: bool = False,
+    data: str | Path, *, out: str | Path, report: Report = silent, stop: Stop = never, **options: Any
 ) -> Predictor:
     """Train a detector on a data set, calibrate it on held-out good images, and write the model file `out`.
 
-    start: a model file to go on from, with its method and config, in a shorter run. supervision: what is
-    learned of defects; auto takes what the training images tell. train_defects, a number or a share: how many
-    defective images train, drawn by the seed, where the data set's own split should not say; train_masks: how
-    many of them keep their masks. fold: the part of a cross-validation that does not train. weights_file: of
-    the teacher or backbone, where the weights room should not choose. natural_images: for EfficientAD's
-    pretraining penalty, "drawn", a folder of photographs, or "none" to switch it off. settings: fields of the
-    method's config. schedule: "paper" for the paper's own length, rates and batches, under any preset. Give
-    at most one of steps, epochs and budget (seconds, or text such as "10m"). memory: bytes for all decoded
-    images, and as many for all encoded ones. cache: auto keeps encoded images beyond that in files beside
-    `out` until the end, a folder keeps all of them for later runs, too, off keeps none.
-    Raises a BlemishError that a user can fix, as early as it can be known.
+    options: the other fields of `TrainingRequest`, such as model, settings, steps, seed or resume. report:
+    receives an Event for each step and message. stop: is asked after each step; once it returns true, the run
+    writes a checkpoint and raises StoppedError, and `resume` goes on from there to the same weights. Both are
+    called on the thread that trains. Raises a BlemishError that a user can fix, as early as it can be known.
     """
+    return run(TrainingRequest(data=Path(data), out=Path(out), **options), report=report, stop=stop)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run learns from."""
+
+    store: ImageStore
+    """Training images, in the order of the plan's samples."""
+    held: ImageStore
+    """Held-out good images."""
+    encoded_held: EncodedStore
+    features: FeatureCache
+    batches: Batches
+
+
+def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never) -> Predictor:
+    """Carry out a training request; see `train`."""
     started = time.monotonic()
-    length = Length(steps, epochs, seconds(budget) if isinstance(budget, str) else budget)
-    check_length(length)
-    check_shares(false_reject_rate=false_reject_rate)
-    device, out = choose_device(device), Path(out)
-    check_writable(out)
-    kept = checkpoint_path(out, resume)
-    faithful = preset != "default"
-    # The paper trained in float32, and its noise is close to bfloat16's rounding.
-    dtype = choose_precision("fp32" if faithful and precision == "auto" else precision, device)
+    device = choose_device(request.device)
+    check_writable(request.out)
+    checkpoint = checkpoint_path(request.out, request.resume)
+    dtype = training_precision(request, device)
     keep_freed_memory()
-    settled = settle(
-        Path(root),
-        model=model,
-        preset=preset,
-        settings=settings,
-        schedule=schedule,
-        layout=layout,
-        labels=Labels(supervision, train_defects, train_masks, fold),
-        length=length,
-        seed=seed,
-        start=start,
-    )
-    config, parts, samples = settled.config, settled.parts, settled.samples
-    detector = build(settled.model, config, seed)
-    pretrained = fill(detector, settled.start, Path(weights_file) if weights_file else None)
+    planned = plan(request)
+    detector = registry.build(planned.model, planned.config, request.seed)
+    pretrained = fill(detector, planned.start, request.weights)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward_seconds = try_out(detector, device)
-    decoded = Memory(memory)
-    natural = open_natural(natural_images, detector, decoded, seed)
-
-    say(settled.sentence)
-    say(f"reading {len(samples)} training and {len(parts.held_out)} held-out good images")
-    store = ImageStore([sample.path for sample in samples], config.image_size, decoded).fill()
-    held = ImageStore([sample.path for sample in parts.held_out], config.image_size, decoded).fill()
-    masks = read_masks(samples, config.image_size, detector.label_rules)
-    deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
-    white = images.white_level(deepest) if deepest else images.FULL_SCALE
-    features = open_cache(
-        cache,
-        out,
-        memory,
-        [torch.__version__, __version__, pretrained, *detector.encoding, *config.image_size, white, device],
-    )
-    encoded = EncodedStore(detector.encode, store, white, features, device)
-    batches = Batches(
-        samples,
-        store,
-        encoded,
-        batch_size=config.batch_size,
-        seed=seed,
-        with_images=detector.wants_images,
-        natural=natural,
-        masks=masks,
-        flips=FLIPS if detector.label_rules.flips else 1,
-    )
-    run = Run(
-        detector=detector,
-        optimizer=detector.optimizer(),
-        batches=batches,
-        held_out=EncodedStore(detector.encode, held, white, features, device),
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        path=kept,
-        clock=started,
-        fingerprint=fingerprint(settled, natural)
-        | {
-            "seed": seed,
-            "precision": str(dtype).removeprefix("torch."),
-            "white": white,
-            "device": device,
-            "pretrained": pretrained,
-        },
-    )
-    # Quantiles, the export's check (twice) and the thresholds score every held-out image; the export itself.
-    reserve = 15.0 + 6 * forward_seconds * len(held.paths)
-    begin(run, settled.length, resume, reserve, partial(prepare, run, batches, settled.start is not None))
-    loop.loop(run)
-    facts = loop.provenance(run) | {
-        "data": Path(root).resolve().name,
-        "good_images": batches.labels.count(0),
-        "defective_images": batches.labels.count(1),
-        "masked_images": len(masks),
-        "held_out_images": len(held.paths),
-        "fold": None if fold is None else record(fold, data.scan(Path(root), layout), Path(root)),
-        "files": {
-            "train": [short_digest(path) for path in store.paths],
-            "held_out": [short_digest(path) for path in held.paths],
-            "before": sorted(learned_from(settled.start)),
-        },
+    memory = Memory(request.memory)
+    natural = open_natural(request, detector, memory, report)
+    planned, store, held = read_images(planned, memory, report)
+    material = assemble(request, planned, detector, store, held, natural, pretrained, device)
+    identity = fingerprint_of(planned, material, natural) | {
+        "seed": request.seed,
+        "precision": str(dtype).removeprefix("torch."),
+        "white": held.preprocessing.white,
+        "device": device,
+        "pretrained": pretrained,
     }
-    opened = seal(out, detector, held, white, facts, false_reject_rate)
-    run.path.unlink(missing_ok=True)
-    features.clear()
+    warm = planned.start is not None
+    if planned.method.has_steps:
+        session = Run(
+            detector=detector,
+            optimizer=detector.optimizer(),
+            batches=material.batches,
+            held_out=material.encoded_held,
+            seed=request.seed,
+            device=device,
+            dtype=dtype,
+            path=checkpoint,
+            clock=started,
+            fingerprint=identity,
+            report=report,
+            stop=stop,
+        )
+        # Quantiles, the graph's check (twice) and thresholds score every held-out image; then the export.
+        reserve = 15.0 + 6 * forward_seconds * len(held.paths)
+        begin(
+            session,
+            planned.length,
+            request.resume,
+            lambda: reserve,
+            partial(prepare, session, material, warm),
+        )
+        loop.loop(session)
+        learned = loop.provenance(session)
+    else:
+        learned = fit(detector, material, request.seed, device, identity, started, report, stop)
+    facts = learned | facts_of(request, planned, material)
+    opened = finalise(request.out, detector, held, facts, request.false_reject_rate, report)
+    checkpoint.unlink(missing_ok=True)
+    material.features.clear()
     return opened
 
 
-def fingerprint(settled: Settled, natural: NaturalImages | None) -> dict[str, Any]:
-    """Sum up what a run is made of: its settings, its images with their labels, and the versions."""
+def training_precision(request: TrainingRequest, device: str) -> torch.dtype:
+    """Return the type that training computes in."""
+    # The papers trained in float32, and their noise is close to bfloat16's rounding.
+    faithful = request.preset != "default" and request.precision == "auto"
+    return choose_precision("fp32" if faithful else request.precision, device)
+
+
+def read_images(planned: Plan, memory: Memory, report: Report) -> tuple[Plan, ImageStore, ImageStore]:
+    """Read every training and held-out image once, to decode and digest it together.
+
+    Returns the plan without copies of held-out images, and the stores of training and of held-out images.
+    """
+    samples, held_out = planned.samples, planned.parts.held_out
+    preprocessing = Preprocessing(planned.config.image_size)
+    tell(report, f"reading {len(samples)} training and {len(held_out)} held-out good images")
+    store = ImageStore([sample.path for sample in samples], preprocessing, memory).fill()
+    held = ImageStore([sample.path for sample in held_out], preprocessing, memory).fill()
+    digests = digests_of(store) | digests_of(held)
+    left_out = copies(planned.parts, digests.__getitem__)
+    planned, store = without(planned, left_out), store.without(left_out) if left_out else store
+    tell(report, planned.sentence)
+    if planned.start is not None:
+        warn_of_missing(planned.start, digests_of(store).values())
+    deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
+    for each in (store, held):
+        each.set_white(images.white_level(deepest) if deepest else images.FULL_SCALE)
+    return planned, store, held
+
+
+def digests_of(store: ImageStore) -> dict[Path, str]:
+    """Return the digests of a store's files by path."""
+    return {path: store.digest(index) for index, path in enumerate(store.paths)}
+
+
+def assemble(
+    request: TrainingRequest,
+    planned: Plan,
+    detector: Detector,
+    store: ImageStore,
+    held: ImageStore,
+    natural: NaturalImages | None,
+    pretrained: str,
+    device: str,
+) -> Material:
+    """Put together what the run learns from; pretrained: the digest of the weights of the frozen part."""
+    config, rules = planned.config, detector.label_rules
+    made_of = [str(torch.__version__), __version__, pretrained, *detector.encoding, *config.image_size]
+    features = open_cache(
+        request.cache, request.out, request.memory, [*made_of, held.preprocessing.white, device]
+    )
+    encode = detector.encode if detector.frozen else None
+    batches = Batches(
+        planned.samples,
+        store,
+        EncodedStore(encode, store, features, device),
+        batch_size=config.batch_size,
+        seed=request.seed,
+        with_images=detector.wants_images,
+        natural=natural,
+        masks=read_masks(planned.samples, config.image_size, rules),
+        flips=FLIPS if rules.flips else 1,
+    )
+    return Material(store, held, EncodedStore(encode, held, features, device), features, batches)
+
+
+def fingerprint_of(planned: Plan, material: Material, natural: NaturalImages | None) -> dict[str, Any]:
+    """Return what a run is made of: its settings, its images with their labels, and the versions."""
     return {
-        "model": settled.model,
-        "preset": settled.preset,
-        "supervision": settled.supervision,
-        "config": as_json(settled.config),
-        "images": digest_samples(settled.samples),
-        "held_out": digest_all([sample.path for sample in settled.parts.held_out]),
+        "model": planned.model,
+        "preset": planned.preset,
+        "supervision": planned.supervision,
+        "config": as_json(planned.config),
+        "images": fingerprint.digest_samples(planned.samples, digests_of(material.store).__getitem__),
+        "held_out": fingerprint.digest_all(digests_of(material.held).values()),
         "natural_images": natural.digest if natural else "none",
-        "from": digest_start(settled.start),
-        "torch": torch.__version__,
+        "from": fingerprint.digest_start(planned.start),
+        "torch": str(torch.__version__),
         "blemish": __version__,
     }
 
 
-def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
-    """Fill a detector's pretrained part, or with an earlier model all that they share; give a digest.
+def facts_of(request: TrainingRequest, planned: Plan, material: Material) -> dict[str, Any]:
+    """Return what the model file says of the images that it was trained on."""
+    fold, labels = request.fold, material.batches.labels
+    dealt = None if fold is None else record(fold, data.scan(request.data, request.layout), request.data)
+    return {
+        "data": request.data.resolve().name,
+        "good_images": labels.count(0),
+        "defective_images": labels.count(1),
+        "masked_images": len(material.batches.masks),
+        "held_out_images": len(material.held.paths),
+        "fold": plain(dealt),
+        "files": {
+            "train": [each[:SHORT] for each in digests_of(material.store).values()],
+            "held_out": [each[:SHORT] for each in digests_of(material.held).values()],
+            "before": sorted(learned_from(planned.start)),
+        },
+    }
 
-    What the earlier model lacks, such as a classification head, stays as it was drawn. Raises WeightsError
-    for weights that are missing or do not fit, ModelFileError for a model that does not.
+
+def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
+    """Fill a detector's pretrained part, or with an earlier model all that they share; return a digest.
+
+    What the earlier model lacks, such as a classification head, keeps its initial weights. Raises
+    WeightsError for weights that are missing or do not fit, ModelFileError for a model that does not fit, and
+    ConfigError for weights that have no use.
     """
-    if start is None:
-        source = weights.find(detector.pretrained_name, given)
-        detector.load_pretrained(source)
-        return digest_all([source])
-    if given is not None:
-        raise ConfigError(f"found --weights {given} beside --from: pretrained weights come from {start.path}")
-    state, stored = detector.state_dict(), load_tensors(start.weights)
+    if start is not None:
+        if given is not None:
+            raise ConfigError(
+                f"found --weights {given} beside --from: pretrained weights come from {start.path}"
+            )
+        take_earlier(detector, start)
+        return start.manifest.training.run.pretrained
+    if not detector.frozen:
+        if given is not None:
+            raise ConfigError(f"found --weights {given} for a method without pretrained weights")
+        return ""
+    source = weights.find(detector.pretrained_name, given)
+    detector.load_pretrained(source)
+    return fingerprint.digest_all([digest(source)])
+
+
+def take_earlier(detector: Detector, start: Bundle) -> None:
+    """Fill a detector with all that an earlier model has, too; raise ModelFileError if it does not fit."""
+    stored = load_tensors(start.weights)
+    registry.take_sizes(detector, stored)
+    state = detector.state_dict()
     earlier = {name: stored[name] for name in stored.keys() & state.keys() - detector.configured}
     for name, value in earlier.items():
         if state[name].shape != value.shape:
@@ -233,17 +263,105 @@ def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
                 f"{tuple(state[name].shape)}"
             )
     detector.load_state_dict({name: earlier.get(name, value) for name, value in state.items()})
-    return str(start.manifest["training"]["run"]["pretrained"])
 
 
-def prepare(run: Run, batches: Batches, prepared: bool) -> None:
+def try_out(detector: Detector, device: str) -> float:
+    """Score one empty image, so that settings that do not go together are refused now; return its seconds."""
+    height, width = detector.config.image_size
+    begun = time.monotonic()
+    try:
+        with torch.no_grad():
+            detector.eval()(torch.zeros(1, 3, height, width, device=device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"these settings do not go together at {height}x{width}: {reason}") from error
+    return time.monotonic() - begun
+
+
+def open_natural(
+    request: TrainingRequest, detector: Detector, memory: Memory, report: Report
+) -> NaturalImages | None:
+    """Open the images for the pretraining penalty, or report that it is off.
+
+    Raises ConfigError for a folder without images, and for a choice where there is no penalty.
+    """
+    chosen, size = request.natural_images, detector.config.image_size
+    if not detector.config.reads_natural_images:
+        if chosen != "drawn":
+            raise ConfigError(
+                f"natural images {chosen} for a run without a pretraining penalty; expected no choice"
+            )
+        return None
+    if chosen == "none":
+        tell(report, "natural images none: the pretraining penalty is off")
+        return None
+    if chosen == "drawn":
+        return Textures(size, request.seed)
+    folder = Path(chosen)
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; expected photographs for the pretraining penalty")
+    paths = images.list_images(folder, recursive=True)
+    if not paths:
+        raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
+    store = ImageStore(paths, Preprocessing(size), memory, crop=True)
+    return Photographs(store, request.seed, fingerprint.digest_names(paths))
+
+
+def encode_all(material: Material, report: Report) -> Iterator[tuple[Tensor, ...]]:
+    """Run the frozen part over every entry of an epoch; yield those of good images as batches of one."""
+    batches = material.batches
+    chosen = [
+        (index, flip)
+        for index, label in enumerate(batches.labels)
+        for flip in range(batches.flips if label else 1)
+    ]
+    for index, flip in tracked(chosen, len(chosen), report, "encoding"):
+        entry = batches.encoded.batch([(index, flip)])
+        if not batches.labels[index]:
+            yield entry
+    tell(report, f"features kept: {material.features.describe()}")
+
+
+def prepare(run: Run, material: Material, warm: bool) -> None:
     """Encode all images, and let the detector learn what it must know of the good ones.
 
-    prepared: it knows that already, from an earlier model.
+    warm: it knows that already, from an earlier model.
     """
-    entries = encode_all(batches)
-    if prepared:
+    if not run.detector.frozen:
+        return
+    entries = encode_all(material, run.report)
+    if warm:
         collections.deque(entries, 0)  # for the cache alone
     elif note := run.detector.prepare(entries):
         run.notes.append(note)
-        say(note)
+        tell(run.report, note)
+
+
+def fit(
+    detector: Detector,
+    material: Material,
+    seed: int,
+    device: str,
+    identity: dict[str, Any],
+    started: float,
+    report: Report,
+    stop: Stop,
+) -> dict[str, Any]:
+    """Fit a detector that has no steps in one pass; return how it went, for the model file."""
+    with torch.no_grad():
+        note = detector.fit(
+            Epoch(material.batches, report, stop), seeding.generator(seed, "fit", device=device)
+        )
+    if note:
+        tell(report, note)
+    return {
+        "pretrained": detector.pretrained_name,
+        "steps": 0,
+        "epochs": 1.0,
+        "seconds": round(time.monotonic() - started, 1),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "notes": [note] if note else [],
+        "history": [],
+        "run": identity,
+    }

@@ -6,24 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blemish.errors import ConfigError
-from blemish.progress import say
+from blemish.progress import tell
 from blemish.training import loop
 from blemish.training.length import Length
 from blemish.training.loop import Run
 
 
 def checkpoint_path(out: Path, resume: bool) -> Path:
-    """Say where the checkpoints of a run that writes `out` go; refuse one where another has not ended."""
+    """Return where the checkpoints of a run that writes `out` go; refuse one that another run has left."""
     path = out.with_name(out.name + ".checkpoint")
     if path.exists() and not (resume and path.is_file()):
         raise ConfigError(f"{path} is of a run that has not ended: go on with --resume, or delete it")
     return path
 
 
-def begin(run: Run, length: Length, resume: bool, reserve: float, prepare: Callable[[], None]) -> None:
-    """Prepare a new run, or go back to a checkpoint.
+def begin(
+    run: Run,
+    length: Length,
+    resume: bool,
+    reserve: Callable[[], float],
+    prepare: Callable[[], None],
+) -> None:
+    """Prepare a new run, or return to its checkpoint.
 
-    reserve: seconds of a budget for what follows training. prepare: learns what the first step needs.
+    reserve: the seconds of a budget for what follows training. prepare: learns what the first step needs.
     """
     for group in run.optimizer.param_groups:
         group["base_lr"] = group["lr"]
@@ -31,6 +37,6 @@ def begin(run: Run, length: Length, resume: bool, reserve: float, prepare: Calla
         loop.go_on(run, length)
     else:
         if resume:
-            say(f"nothing to resume at {run.path}: starting anew")
+            tell(run.report, f"nothing to resume at {run.path}: starting anew")
         prepare()
-        run.steps = loop.count_steps(run, length, reserve)
+        run.steps = loop.count_steps(run, length, reserve() if length.budget else 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blemish import images, seeding
+from blemish import seeding
 from blemish.data.loading.masks import Mask
 from blemish.data.loading.sampling import FLIPS, Entry, epoch_entries, epoch_length, flipped
 from blemish.data.loading.stores import EncodedStore, ImageStore
-from blemish.errors import DataError, ImageError
+from blemish.errors import DataError, ImageError, StoppedError
+from blemish.progress import Report, Stop, never, silent, tracked
 from blemish.types import Batch, Sample
 
 
@@ -23,15 +24,15 @@ class NaturalImages(Protocol):
 
     @property
     def digest(self) -> str:
-        """Tell a run with these from one with others."""
+        """What tells a run with these images from one with others."""
 
     def batch(self, step: int, count: int) -> Tensor:
-        """Give a step's (count, 3, H, W) float32 images in [0, 1]."""
+        """Return a step's (count, 3, H, W) float32 images in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Natural images drawn from a store, those that cannot be read left out."""
+    """Natural images sampled from a store; those that cannot be read are skipped."""
 
     store: ImageStore
     seed: int
@@ -39,10 +40,30 @@ class Photographs:
     """Of the files."""
 
     def batch(self, step: int, count: int) -> Tensor:
-        """Give a step's (count, 3, H, W) float32 images in [0, 1]; raise DataError if none can be read."""
+        """Return a step's (count, 3, H, W) float32 images in [0, 1]; raise DataError if none can be read."""
         draw = seeding.generator(self.seed, "natural", step)
         picks = torch.randint(len(self.store.paths), (count,), generator=draw).tolist()
-        return self.store.batch([readable(self.store, pick) for pick in picks], images.FULL_SCALE)
+        return self.store.batch([readable(self.store, pick) for pick in picks])
+
+
+class Epoch:
+    """The batches of a run's first epoch, which can be iterated more than once.
+
+    Progress is reported after each; once `stop` returns true, StoppedError is raised.
+    """
+
+    def __init__(self, batches: Batches, report: Report = silent, stop: Stop = never) -> None:
+        self.batches, self.report, self.stop = batches, report, stop
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield them in order."""
+        steps = range(self.batches.per_epoch)
+        for step in tracked(steps, len(steps), self.report, "fitting", unit="batch"):
+            if self.stop():
+                raise StoppedError(
+                    f"stopped after batch {step} of {len(steps)}; the same command starts anew"
+                )
+            yield self.batches.at(step)
 
 
 class Batches:
@@ -74,7 +95,7 @@ class Batches:
         self.ahead: tuple[int, Future[tuple[Tensor, Tensor | None]]] | None = None
 
     def entries(self, step: int) -> list[Entry]:
-        """Give the samples and flips of a step."""
+        """Return the samples and flips of a step."""
         epoch, place = divmod(step, self.per_epoch)
         order = epoch_entries(self.labels, self.seed, epoch, self.flips)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
@@ -83,11 +104,11 @@ class Batches:
         """Read a step's images, and natural ones where the run has them."""
         chosen = [index for index, _ in self.entries(step)]
         natural = self.natural.batch(step, len(chosen)) if self.natural is not None else None
-        images_ = self.store.batch(chosen, self.encoded.white) if self.with_images else torch.empty(0)
+        images_ = self.store.batch(chosen) if self.with_images else torch.empty(0)
         return images_, natural
 
     def at(self, step: int) -> Batch:
-        """Give a step's batch on the device."""
+        """Return a step's batch on the device."""
         if self.ahead is not None and self.ahead[0] == step:
             images_, natural = self.ahead[1].result()
         else:
@@ -107,7 +128,7 @@ class Batches:
         )
 
     def labelled_pixels(self, entries: Sequence[Entry]) -> tuple[Tensor | None, Tensor | None]:
-        """Give the (B, H, W) masks and weights of a step, None where the run has none."""
+        """Return the (B, H, W) masks and weights of a step, None where the run has none."""
         if not self.masks:
             return None, None
         masks = torch.zeros(len(entries), *self.store.size)
@@ -123,7 +144,7 @@ class Batches:
 
 
 def readable(store: ImageStore, pick: int) -> int:
-    """Give the first image from `pick` on that can be read, for a purpose that any image serves.
+    """Return the first image from `pick` on that can be read, for a purpose that any image serves.
 
     Raises DataError if there is none.
     """

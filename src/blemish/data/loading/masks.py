@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import numpy as np
 from scipy import ndimage
 
 from blemish import images
-from blemish.progress import say
 from blemish.types import BoolArray, FloatArray, LabelRules, Sample
+
+LOG = logging.getLogger(__name__)
 
 WEIGHT = 3.0
 """Of the pixel of a region that lies furthest from its border."""
@@ -40,7 +42,7 @@ def read_masks(samples: Sequence[Sample], size: tuple[int, int], rules: LabelRul
     empty = [index for index in masked if found[index] is None]
     if empty:
         first = samples[empty[0]].path
-        say(f"{len(empty)} defects have an empty mask and count as unmasked; first {first}")
+        LOG.warning("%d defects have an empty mask and count as unmasked; first %s", len(empty), first)
     return {index: mask for index, mask in found.items() if mask is not None}
 
 

@@ -13,37 +13,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from blemish.detectors.efficientad.fused import FusedEfficientAD, convolution
+from blemish.detectors.fusing import Kept
 
 STEP = 32
 """Channels are kept in multiples of this: of what a processor multiplies at once."""
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What was kept of one layer."""
-
-    layer: str
-    kept: int
-    of: int
-    error: float
-    """Root mean square change of the good images' map, or of the layer's half of it, in its deviations."""
-
-
 def reduce(
-    network: FusedEfficientAD, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
+    network: nn.Module, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
 ) -> tuple[FusedEfficientAD, list[Kept]]:
     """Keep as few channels as the tolerance allows, one layer after the other.
 
     good, other: (B, 3, H, W) batches; the error is that of the good ones. Returns a copy, and what was kept.
     """
-    made = copy.deepcopy(network)
+    made = copy.deepcopy(cast(FusedEfficientAD, network))
     with torch.no_grad():
         notes = [turn(made, number, good, other, tolerance) for number in range(len(made.halves(good[0])))]
         notes.append(narrow(made, good, other, tolerance))
@@ -80,7 +69,7 @@ def narrow(
 ) -> Kept:
     """Put a narrow layer before the second convolutions of teacher and student."""
     whole = maps(network, good)
-    channels = cast(nn.Conv2d, network.teacher[0]).in_channels
+    channels = second(network.teacher).in_channels
     bases = [basis(network, part, [*good, *other]) for part in (0, 1)]
     plain = network.trunks
     kept, error = channels, 0.0
@@ -105,7 +94,7 @@ def basis(network: FusedEfficientAD, part: int, batches: Sequence[Tensor]) -> tu
     The main axes come first: of the inputs, each channel weighted by what the convolution makes of it.
     """
     seen = [rows(network.shallow(batch).chunk(2, 1)[part]) for batch in batches]
-    weight = cast(Tensor, network.trunks[part][0].weight).double()
+    weight = second(network.trunks[part]).weight.double()
     weigh = root(torch.einsum("oixy,ojxy->ij", weight, weight))
     axes = torch.linalg.svd(weigh @ root(summed(seen)))[0]
     into, back = axes.T @ weigh, torch.linalg.solve(weigh, axes)
@@ -117,11 +106,15 @@ def basis(network: FusedEfficientAD, part: int, batches: Sequence[Tensor]) -> tu
 def squeezed(trunk: nn.Sequential, matrices: tuple[Tensor, Tensor], kept: int) -> nn.Sequential:
     """Read the input of a trunk's first convolution through `kept` channels."""
     into, back = (matrix.float() for matrix in matrices)
-    second = cast(nn.Conv2d, trunk[0])
-    weight = torch.einsum("oixy,ik->okxy", second.weight, back[:, :kept])
+    wide, rest = second(trunk), list(trunk)[1:]
+    weight = torch.einsum("oixy,ik->okxy", wide.weight, back[:, :kept])
     entrance = convolution(into[:kept, :, None, None], None)
-    rest = list(trunk)[1:]
-    return nn.Sequential(entrance, convolution(weight, second.bias, second), *rest)
+    return nn.Sequential(entrance, convolution(weight, wide.bias, wide), *rest)
+
+
+def second(trunk: nn.Sequential) -> nn.Conv2d:
+    """Return the second convolution of a network, which is the first of its trunk."""
+    return cast(nn.Conv2d, trunk[0])
 
 
 def maps(network: FusedEfficientAD, batches: Sequence[Tensor]) -> Tensor:

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from blemish.backbones import Normalise
-from blemish.backbones.pdn import CHANNELS
+from blemish.backbones.pdn import CELL, CHANNELS
 from blemish.detectors import ops
-from blemish.detectors.efficientad import CELL, Autoencoder, EfficientAD
-from blemish.detectors.fusing import enlarge, enlarging
+from blemish.detectors.efficientad.detector import Autoencoder, EfficientAD
+from blemish.detectors.fusing import Fused, enlarge, enlarging
 
 
-class FusedEfficientAD(nn.Module):
+class FusedEfficientAD(Fused):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `EfficientAD.forward`."""
 
+    full_precision = ("down", "across", "offsets")
     mean: Tensor
     offsets: Tensor
     down: Tensor
@@ -44,28 +45,24 @@ class FusedEfficientAD(nn.Module):
         self.register_buffer("down", height)
         self.register_buffer("across", width)
         self.register_buffer("mean", detector.normalise.mean.clone())
-        teacher, student = list(detector.teacher), list(detector.student)
-        first = [absorb(cast(nn.Conv2d, layers[0]), detector.normalise) for layers in (teacher, student)]
+        teacher, student = detector.teacher, detector.student
         self.windows = [window(layer) for layer in teacher if not isinstance(layer, nn.ReLU)]
-        self.first = stacked(first)
-        self.pool = teacher[2]
-        self.teacher = nn.Sequential(*copy.deepcopy(teacher[3:-1]))
-        self.student = nn.Sequential(*copy.deepcopy(student[3:-1]))
+        self.first = stacked([absorb(network.entrance, detector.normalise) for network in (teacher, student)])
+        self.pool = teacher.pool
+        self.teacher = copy.deepcopy(teacher.trunk)
+        self.student = copy.deepcopy(student.trunk)
         low, high = detector.quantiles.view(2, 2).unbind(1)
         gains = (0.1 / (CHANNELS * (high - low))).sqrt()
         self.register_buffer("offsets", 0.1 * low / (high - low))
-        last = cast(nn.Conv2d, student[-1])
-        described = normalised(cast(nn.Conv2d, teacher[-1]), detector.teacher_mean, detector.teacher_std)
-        imitated = convolution(last.weight[:CHANNELS], cast(Tensor, last.bias)[:CHANNELS])
-        self.structural = scaled(difference(described, imitated), gains[0])
+        imitate, rebuild = detector.student_heads()
+        described = normalised(teacher.last, detector.teacher_mean, detector.teacher_std)
+        self.structural = scaled(difference(described, convolution(*imitate)), gains[0])
         self.logical: nn.Conv2d | None = None
         self.autoencoder: Autoencoder | None = None
         if detector.autoencoder is not None:
-            rebuilt = convolution(last.weight[CHANNELS:], cast(Tensor, last.bias)[CHANNELS:])
-            self.logical = scaled(rebuilt, -gains[1])
+            self.logical = scaled(convolution(*rebuild), -gains[1])
             self.autoencoder = copy.deepcopy(detector.autoencoder)
-            entrance = cast(nn.Conv2d, self.autoencoder.encoder[0])
-            self.autoencoder.encoder[0] = absorb(entrance, detector.normalise)
+            self.autoencoder.entrance = absorb(self.autoencoder.entrance, detector.normalise)
             self.autoencoder.last = scaled(self.autoencoder.last, gains[1])
 
     @property

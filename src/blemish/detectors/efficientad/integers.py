@@ -13,16 +13,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from blemish.detectors.efficientad.fused import FusedEfficientAD
+from blemish.detectors.fusing import round_evenly
 
 
-def ready_for_integers(network: FusedEfficientAD, batches: Sequence[Tensor]) -> FusedEfficientAD:
+def ready_for_integers(network: nn.Module, batches: Sequence[Tensor]) -> FusedEfficientAD:
     """Make the copy of a network that quantisation starts from; batches are (B, 3, H, W) good images."""
-    made = copy.deepcopy(network)
+    made = copy.deepcopy(cast(FusedEfficientAD, network))
     equalise(made, batches)
     round_evenly(made.first)
     made.pool = convolved(made.pool, made.first.out_channels)
@@ -75,29 +77,6 @@ def divide(layer: nn.Conv2d, ranges: Tensor) -> None:
     layer.weight /= ranges[:, None, None, None]
     if layer.bias is not None:
         layer.bias /= ranges
-
-
-def first_convolution(network: nn.Module) -> nn.Conv2d | None:
-    """Give the convolution that reads the image."""
-    return next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
-
-
-def round_evenly(layer: nn.Conv2d, most: int = 127) -> None:
-    """Put a convolution's weights on the integers that they are quantised to, their sums kept, in place.
-
-    Rounding each weight to the nearest integer lets a kernel's errors add up wherever an image is smooth,
-    which is nearly everywhere. Here those that were rounded by most go to the other side, until the sum of
-    each kernel is right to half an integer. On bottle this makes a third of the error of nearest integers.
-    """
-    with torch.no_grad():
-        scale = layer.weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / most
-        exact = (layer.weight / scale).flatten(2)
-        rounded = exact.round()
-        error = rounded - exact
-        excess = error.sum(2, keepdim=True).round()
-        order = (error * -excess.sign()).argsort(2).argsort(2)
-        rounded -= torch.where(order < excess.abs(), excess.sign(), 0.0)
-        layer.weight.copy_(rounded.clamp(-most, most).view_as(layer.weight) * scale)
 
 
 def convolved(layer: nn.Module, channels: int) -> nn.Module:

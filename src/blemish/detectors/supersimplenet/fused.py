@@ -22,14 +22,15 @@ from typing_extensions import override
 
 from blemish.backbones import Backbone
 from blemish.detectors import ops
-from blemish.detectors.fusing import enlarge, enlarging
-from blemish.detectors.supersimplenet import SuperSimpleNet, by_cells
+from blemish.detectors.fusing import Fused, enlarge, enlarging
+from blemish.detectors.supersimplenet.detector import SuperSimpleNet, by_cells
 from blemish.detectors.supersimplenet.heads import SLOPE, spread, spread_shifted
 
 
-class FusedSuperSimpleNet(nn.Module):
+class FusedSuperSimpleNet(Fused):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
 
+    full_precision = ("down", "across")
     down: Tensor
     across: Tensor
     bias: Tensor
@@ -81,7 +82,7 @@ class FusedClassification(nn.Module):
         head, adaptor = detector.classification, detector.adaptor
         if head is None:
             raise ValueError("no classification head")
-        gain, shift = affine(head.convolution[1])
+        gain, shift = affine(head.norm)
         features, own = head.weights()
         features, own = features * gain[:, None], own * gain[:, None, None, None]
         adapted = detector.config.adapt_classification_features
@@ -92,7 +93,7 @@ class FusedClassification(nn.Module):
         self.layers = nn.ModuleList([linear(each) for each in torch.split(rows, channels, 1)])
         self.register_buffer("own", own.detach().clone())
         self.register_buffer("constant", constant.permute(2, 0, 1)[:, None].detach().clone())
-        shift = gain * cast(Tensor, head.convolution[0].bias) + shift
+        shift = gain * cast(Tensor, head.kernel.bias) + shift
         self.register_buffer("shift", shift.detach().clone())
         self.linear = copy.deepcopy(head.linear)
 

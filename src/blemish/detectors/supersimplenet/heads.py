@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -160,9 +160,19 @@ class ClassificationHead(nn.Module):
         )
         self.linear = nn.Linear(2 * 128 + 2, 1)
 
+    @property
+    def kernel(self) -> nn.Conv2d:
+        """The convolution."""
+        return cast(nn.Conv2d, self.convolution[0])
+
+    @property
+    def norm(self) -> nn.BatchNorm2d:
+        """The batch norm behind the convolution."""
+        return cast(nn.BatchNorm2d, self.convolution[1])
+
     def weights(self) -> tuple[Tensor, Tensor]:
         """Split the kernel: (5, 5, 128, C) for the features, (128, 1, 5, 5) for the segmentation."""
-        weight: Tensor = self.convolution[0].weight  # type: ignore[assignment]
+        weight = self.kernel.weight
         return weight[:, :-1].permute(2, 3, 0, 1), weight[:, -1:]
 
     @override
@@ -177,9 +187,9 @@ class ClassificationHead(nn.Module):
             planes = torch.cat([planes, torch.ones_like(planes)], 1)
             kernels = torch.cat([own, (features @ constant).permute(2, 0, 1)[:, None]], 1)
         planes = planes.contiguous(memory_format=torch.channels_last)
-        more = functional.conv2d(planes, kernels, self.convolution[0].bias, padding=TAPS // 2)  # type: ignore[arg-type]
+        more = functional.conv2d(planes, kernels, self.kernel.bias, padding=TAPS // 2)
         seen = seen.permute(0, 3, 1, 2) + more
-        seen = self.convolution[2](self.convolution[1](seen))
+        seen = torch.relu(self.norm(seen))
         # amax would share its gradient out among equals, and takes nine times as long
         pooled = [functional.adaptive_max_pool2d(seen, 1).flatten(1), seen.mean((2, 3))]
         maps = segmentation[:, None]

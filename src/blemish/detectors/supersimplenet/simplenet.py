@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blemish.detectors.supersimplenet import FASTER, SuperSimpleNetConfig
+from blemish.detectors.supersimplenet.config import FASTER, SuperSimpleNetConfig
 from blemish.types import Supervision
 
 DEFAULT = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)

@@ -6,7 +6,7 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
 from blemish.errors import ConfigError, ModelFileError
-from blemish.inference.engines import Choice
+from blemish.inference.choice import Choice
 from blemish.types import FloatArray
 
 PROVIDERS = {

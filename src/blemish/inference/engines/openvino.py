@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import openvino
 
 from blemish.errors import ModelFileError
-from blemish.inference.engines import Choice
+from blemish.inference.choice import Choice
 from blemish.types import FloatArray
 
 HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}

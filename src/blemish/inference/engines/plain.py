@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from blemish.devices import choose_device
-from blemish.inference.engines import Choice
+from blemish.inference.choice import Choice
 from blemish.inference.engines.pytorch import DTYPES
 from blemish.types import FloatArray
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from blemish.detectors import registry
+from blemish.detectors.base import Detector
 from blemish.detectors.fusing import Lowered
-from blemish.detectors.registry import fuse, restore
 from blemish.devices import choose_device
 from blemish.inference.bundle import Bundle
-from blemish.inference.engines import Choice
+from blemish.inference.choice import Choice
 from blemish.types import FloatArray
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def restored(opened: Bundle) -> Detector:
+    """Build the detector of a model file, with its weights; raise ModelFileError if they do not fit."""
+    manifest = opened.manifest
+    return registry.restore(manifest.method, manifest.config, opened.weights, str(opened.path))
 
 
 class PyTorch:
@@ -23,19 +32,27 @@ class PyTorch:
         self.device = choose_device(choice.device)
         if threads:
             torch.set_num_threads(threads)
-        detector = restore(opened)
+        detector = restored(opened)
         self.outputs: tuple[str, ...] = detector.outputs
-        network = Lowered(fuse(detector), DTYPES[choice.precision]).eval().to(self.device)
+        network = Lowered(detector.fused(), DTYPES[choice.precision]).eval().to(self.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.forward = torch.compile(self.network) if choice.compiled else self.network
         self.recorded: dict[int, Recorded] = {}
+        self.lock = threading.Lock()
+        """A CUDA graph has one place for its inputs and one for its outputs."""
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
         """Run (B, 3, H, W) images."""
         with torch.no_grad():  # not inference_mode: torch.compile stumbles over its tensors (2.13)
             images = torch.from_numpy(inputs)
-            found = self.compute(images) if self.device == "cpu" else self.replay(images)
-            return {name: np.asarray(tensor.cpu()) for name, tensor in zip(self.outputs, found, strict=True)}
+            if self.device == "cpu":
+                return self.named(self.compute(images))
+            with self.lock:
+                return self.named(self.replay(images))
+
+    def named(self, found: tuple[Tensor, ...]) -> dict[str, FloatArray]:
+        """Return the outputs as arrays by name."""
+        return {name: np.asarray(tensor.cpu()) for name, tensor in zip(self.outputs, found, strict=True)}
 
     def compute(self, images: Tensor) -> tuple[Tensor, ...]:
         """Run images that are on the device."""

@@ -1,4 +1,4 @@
-"""Distilling EfficientAD's teacher: a patch description network learns to give a big backbone's features.
+"""Distilling EfficientAD's teacher: a patch description network learns to predict a big backbone's features.
 
 Batzner, Heckler, König, WACV 2024: algorithm 3 of the supplement. Departures, each one word in the config,
 all undone by `--preset paper`:
@@ -10,7 +10,7 @@ all undone by `--preset paper`:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from blemish.backbones import IMAGENET, Backbone, Normalise, choose_layers, fill_backbone
-from blemish.backbones.pdn import CHANNELS, PDNS
-from blemish.detectors.base import Config, Detector
-from blemish.detectors.efficientad import CELL, MARGIN, squares
+from blemish.backbones.pdn import CELL, CHANNELS, MARGIN, PDNS
+from blemish.detectors.base import Detector
 from blemish.detectors.muon import Muon
+from blemish.detectors.ops import squares
+from blemish.detectors.settings import Config
 from blemish.errors import ConfigError
 from blemish.training import distributed
 from blemish.types import Batch
@@ -42,7 +43,7 @@ SMALLEST = 64
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig(Config):
-    """The numbers of algorithm 3."""
+    """The settings of algorithm 3."""
 
     size: Literal["small", "medium"] = "small"
     source: str = "wide_resnet101_2"
@@ -65,7 +66,7 @@ class DistillationConfig(Config):
 
     @property
     def network(self) -> str:
-        """Name the network that learns."""
+        """Name of the network that learns."""
         return f"pdn_{self.size}"
 
 
@@ -82,7 +83,7 @@ PAPER = {
 
 
 def refuse_numbers(config: DistillationConfig) -> None:
-    """Refuse numbers out of their range, and those that are none; raise ConfigError."""
+    """Raise ConfigError for numbers out of their range, and for those that are not finite."""
     c, (height, width) = config, config.image_size
     fine = height % (2 * CELL) == width % (2 * CELL) == 0 and min(height, width) >= SMALLEST
     if not fine:
@@ -106,7 +107,7 @@ def refuse_numbers(config: DistillationConfig) -> None:
 
 
 def aggregation(channels: Sequence[int]) -> list[Tensor]:
-    """Give the (384, C, 3, 3) kernels, one for each layer of C channels, that sum up to the target.
+    """Return the (384, C, 3, 3) kernels, one for each layer of C channels, that sum up to the target.
 
     Algorithm 3 unfolds 3x3 patches, averages each layer's C * 9 numbers to 1,024, joins the layers and
     averages to 384. All of it is linear, so it is one convolution per layer and a sum.
@@ -119,7 +120,7 @@ def aggregation(channels: Sequence[int]) -> list[Tensor]:
 
 
 def pooling(inputs: int, outputs: int) -> Tensor:
-    """Give the float64 (outputs, inputs) matrix of adaptive average pooling."""
+    """Return the float64 (outputs, inputs) matrix of adaptive average pooling."""
     place, number = torch.arange(inputs), torch.arange(outputs)[:, None]
     inside = (place >= number * inputs // outputs) & (place < -(-(number + 1) * inputs // outputs))
     return inside / inside.sum(1, keepdim=True, dtype=torch.float64)
@@ -178,7 +179,7 @@ class Distillation(Detector):
         return (self.config.source, "distilled", *layers, f"padding {self.config.padding}")
 
     @override
-    def load_pretrained(self, path: Path | None) -> None:
+    def load_pretrained(self, path: Path) -> None:
         fill_backbone(self.source[0].backbone, self.config.source, path)
 
     def share(self) -> None:
@@ -217,7 +218,7 @@ class Distillation(Detector):
         return {"distance": distance + (distributed.gathered(own).mean(0) - own)}
 
     def cropped(self, images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a square of each image with the part of its target that it describes.
+        """Sample a square of each image, with the part of its target that it describes.
 
         The draws are those of the whole step, of which each process takes its part.
         """
@@ -233,7 +234,3 @@ class Distillation(Detector):
     def normalised(self, target: Tensor) -> Tensor:
         """Normalise a target by its moments over the training images."""
         return (target - self.mean) / self.std
-
-    @override
-    def inspect(self, encoded: Iterable[tuple[Tensor, ...]], generator: torch.Generator) -> str:
-        return ""

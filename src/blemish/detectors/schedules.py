@@ -1,0 +1,33 @@
+"""Learning-rate schedules: the share of the steps that are done to a factor on the learning rates."""
+
+from __future__ import annotations
+
+import math
+
+
+def constant(progress: float) -> float:
+    """Hold the rate (SimpleNet)."""
+    return 1.0
+
+
+def step_95(progress: float) -> float:
+    """Hold the rate, then a tenth of it for the last 5 % (EfficientAD, algorithm 1)."""
+    return 1.0 if progress < 0.95 else 0.1
+
+
+def step_80_90(progress: float) -> float:
+    """Hold the rate, times 0.4 from 80 % and again from 90 % (SuperSimpleNet, section 4)."""
+    return 0.4 ** ((progress >= 0.8) + (progress >= 0.9))
+
+
+def one_cycle(progress: float) -> float:
+    """Rise linearly for 5 %, hold until half, fall as a cosine to 1 %: for short runs of known length."""
+    if progress < 0.05:
+        return 0.05 + 0.95 * progress / 0.05
+    if progress < 0.5:
+        return 1.0
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5))
+
+
+SCHEDULES = {"constant": constant, "step-95": step_95, "step-80-90": step_80_90, "one-cycle": one_cycle}
+"""Factor on the learning rates, by the share of the steps that are done."""

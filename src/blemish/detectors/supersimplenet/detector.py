@@ -1,0 +1,334 @@
+"""SuperSimpleNet's network, training loss and scoring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from blemish.backbones import BACKBONES, Backbone, choose_layers, fill_backbone
+from blemish.detectors import ops
+from blemish.detectors.base import Detector
+from blemish.detectors.supersimplenet.config import SuperSimpleNetConfig
+from blemish.detectors.supersimplenet.heads import (
+    ClassificationHead,
+    SegmentationHead,
+    focal,
+    layer_columns,
+    places,
+    round_up,
+    scatter_rows,
+    segmentation_losses,
+    spread,
+    spread_shifted,
+)
+from blemish.errors import ConfigError
+from blemish.types import Batch, LabelRules
+
+DOUBLINGS = 3
+"""How often the noise may be doubled."""
+TOLD_APART = 0.6
+"""Share of cells, noisy and clean alike, that must be told apart once training has got under way."""
+
+
+class SuperSimpleNet(Detector):
+    """Frozen backbone, adaptor, segmentation head, and the classification head where it is asked for."""
+
+    noise_std: Tensor
+    doublings: Tensor
+    kernel: Tensor
+
+    def __init__(self, config: SuperSimpleNetConfig) -> None:
+        super().__init__()
+        self.config: SuperSimpleNetConfig = config
+        self.backbone = Backbone(config.backbone, choose_layers(config.backbone, config.layers))
+        channels = sum(self.backbone.channels)
+        # The paper's 1x1 convolutions, as linear layers on cells whose channels lie last.
+        self.adaptor = nn.Linear(channels, channels)
+        hidden = config.hidden_channels or max(256, 2 * channels // 3)
+        self.segmentation = SegmentationHead(channels, hidden)
+        self.classification = ClassificationHead(channels) if config.classification_head else None
+        for module in (self.adaptor, self.segmentation, self.classification):
+            for part in module.modules() if module is not None else ():
+                if isinstance(part, nn.Conv2d | nn.Linear):
+                    nn.init.xavier_normal_(part.weight)
+        self.given_noise = config.noise or BACKBONES[config.backbone].published_noise
+        self.register_buffer("noise_std", torch.tensor(self.given_noise or 1.0))
+        self.register_buffer("doublings", torch.tensor(0))
+        size = 2 * math.ceil(3 * config.blur_sigma) + 1
+        self.register_buffer("kernel", ops.gaussian_kernel(config.blur_sigma or 1.0, size))
+
+    @property
+    @override
+    def pretrained_name(self) -> str:
+        return self.config.backbone
+
+    @override
+    def load_pretrained(self, path: Path) -> None:
+        fill_backbone(self.backbone, self.config.backbone, path)
+
+    @property
+    @override
+    def encoding(self) -> tuple[str, ...]:
+        return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
+
+    @property
+    @override
+    def configured(self) -> set[str]:
+        return {"kernel", "noise_std"} if self.given_noise else {"kernel"}
+
+    @property
+    @override
+    def label_rules(self) -> LabelRules:
+        return LabelRules(self.config.flip_defects, self.config.mask_dilation, self.config.distance_weights)
+
+    @override
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Give the backbone's outputs as (B, h_i, w_i, C_i), those of one size as one."""
+        return by_cells(self.backbone(images))
+
+    @override
+    def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
+        """Measure the spread of the adapted features, and set the noise by it unless its level is given.
+
+        The spread is the root mean square over channels of a channel's standard deviation. The adaptor starts
+        with unit gain, so it is measured behind it: there the noise is added.
+        """
+        with torch.no_grad():
+            _, variance = ops.channel_moments(self.adapted(parts).permute(0, 3, 1, 2) for parts in encoded)
+        spread = float(variance.mean().sqrt())
+        if not self.given_noise:
+            self.noise_std.fill_(self.config.noise_ratio * spread)
+        return f"features spread by {spread:.3g}, noise {float(self.noise_std):.3g}"
+
+    @override
+    def optimizer(self) -> torch.optim.Optimizer:
+        c = self.config
+        heads = [*self.segmentation.parameters()]
+        if self.classification is not None:
+            heads += self.classification.parameters()
+        adaptor = {"lr": c.adaptor_learning_rate, "weight_decay": c.adaptor_weight_decay}
+        head = {"lr": c.head_learning_rate, "weight_decay": c.head_weight_decay}
+        return torch.optim.AdamW(
+            [{"params": list(self.adaptor.parameters()), **adaptor}, {"params": heads, **head}], fused=True
+        )
+
+    def feature_size(self, parts: Sequence[Tensor]) -> tuple[int, int]:
+        """Say the height and width in cells, from (B, h_i, w_i, C) parts."""
+        factor = 2 if self.config.upscale else 1
+        return factor * parts[0].shape[1], factor * parts[0].shape[2]
+
+    def features(self, encoded: tuple[Tensor, ...]) -> Tensor:
+        """Join the backbone's outputs into (B, h, w, C), before the adaptor."""
+        size = self.feature_size(encoded)
+        return torch.cat([spread([part], size) for part in encoded], 3)
+
+    def adapted(self, encoded: tuple[Tensor, ...]) -> Tensor:
+        """Give the adapted features (B, h, w, C)."""
+        parts = [
+            functional.linear(x, weight)
+            for x, weight in zip(encoded, layer_columns(self.adaptor.weight, encoded), strict=True)
+        ]
+        return spread(parts, self.feature_size(encoded)) + self.adaptor.bias
+
+    def hidden(self, encoded: tuple[Tensor, ...]) -> Tensor:
+        """Give the segmentation head's first convolution of the adapted features, (B, h, w, hidden)."""
+        first = self.segmentation.first
+        weights = (first.weight @ columns for columns in layer_columns(self.adaptor.weight, encoded))
+        parts = [functional.linear(x, weight) for x, weight in zip(encoded, weights, strict=True)]
+        bias = functional.linear(self.adaptor.bias, first.weight, first.bias)
+        return spread(parts, self.feature_size(encoded)) + bias
+
+    @override
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Section 3.2: two copies of every image, each with noise under a mask of its own."""
+        size = self.feature_size(batch.encoded)
+        masks, weights = self.real_masks(batch, size)
+        if self.config.anomalies != "none":
+            masks, weights = masks.repeat(2, 1, 1), weights.repeat(2, 1, 1)
+        noisy = self.draw_masks(len(masks), size, generator)
+        if not self.config.noise_on_defects:
+            noisy = noisy & ~masks
+        masked = batch.masked.repeat(len(masks) // len(batch.masked))
+        if not self.config.noise_on_unmasked:
+            noisy = noisy & masked[:, None, None]
+        noise = self.draw_noise(int(noisy.sum()), generator)
+        target = masks | noisy
+        weights = torch.where(masks, weights, 1.0) * masked[:, None, None]
+        labels = batch.labels.repeat(len(masks) // len(batch.labels))
+        labels = torch.maximum(labels, target.flatten(1).any(1).float())
+        return self.losses(batch.encoded, noisy, noise, target, labels, weights)
+
+    def real_masks(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Bring real masks and their weights to (B, h, w): bilinearly, and anomalous from 0.5 up.
+
+        Of a mask that vanishes so, every cell that it touches is anomalous.
+        """
+        if batch.masks is None:
+            nothing = torch.zeros(len(batch.labels), *size, device=batch.labels.device)
+            return nothing.bool(), nothing
+        small = functional.interpolate(batch.masks[:, None], size, mode="bilinear")[:, 0] >= 0.5
+        touched = functional.adaptive_max_pool2d(batch.masks, size) > 0
+        vanished = ~small.flatten(1).any(1)[:, None, None]
+        small = small | (touched & vanished)
+        if batch.weights is None:
+            return small, torch.ones_like(small, dtype=torch.float32)
+        weights = functional.interpolate(batch.weights[:, None], size, mode="bilinear")[:, 0]
+        return small, torch.where(vanished, functional.adaptive_max_pool2d(batch.weights, size), weights)
+
+    def draw_masks(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """Draw (count, h, w) boolean masks of where noise goes."""
+        if self.config.anomalies == "perlin":
+            return ops.perlin_masks(count, size, self.config.perlin_threshold, generator)
+        noisy = torch.zeros(count, *size, dtype=torch.bool, device=generator.device)
+        if self.config.anomalies == "whole":
+            noisy[count // 2 :] = True
+        return noisy
+
+    def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw noise, a row of C for each of `count` noisy cells, and rows of zeros up to a round number.
+
+        A number of rows that is new at every step would leave a freed buffer of a new size at every step.
+        """
+        shape, device = (round_up(count), self.adaptor.out_features), self.noise_std.device
+        noise = torch.randn(shape, generator=generator, device=device).mul_(self.noise_std)
+        noise[count:] = 0
+        return noise
+
+    def losses(
+        self,
+        encoded: tuple[Tensor, ...],
+        noisy: Tensor,
+        noise: Tensor,
+        masks: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Section 3.3, on N = one or more copies of the B encoded images.
+
+        noisy: (N, h, w) booleans, the cells that get the rows of `noise` in order (what rows are left over
+        are zeros); masks: (N, h, w) booleans, what is anomalous; labels: (N,) likewise of whole images;
+        weights: (N, h, w) of the cells in the segmentation's loss, 0 where a cell is left out.
+        """
+        logits = self.segment(encoded, noisy, noise)
+        target = masks.flatten().float()
+        weight = torch.ones_like(target) if weights is None else weights.flatten().float()
+        terms = segmentation_losses(logits, target, weight, focal_loss=self.config.focal_loss)
+        if self.classification is not None:
+            seen = logits.detach() if self.config.stop_gradient else logits
+            score = self.classify(encoded, seen.view(noisy.shape), noisy, noise).float()
+            terms["score"] = focal(score, labels).mean()
+        return terms
+
+    def segment(self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor) -> Tensor:
+        """Give the segmentation logits of every cell, (N h w,) float32.
+
+        A cell without noise is the same in all copies, so it is computed once: rows are the B images' cells,
+        then the noisy ones.
+        """
+        rows = self.hidden(encoded).flatten(0, 2)
+        cells, copies = len(rows), noisy.numel() // len(rows)
+        if not len(noise):
+            logits: Tensor = self.segmentation(rows)
+            return logits.float().repeat(copies)
+        places = noisy.flatten().nonzero()[:, 0]
+        origin = functional.pad(places % cells, (0, len(noise) - len(places)))
+        counts = (~noisy).view(copies, cells).sum(0).float()
+        counts = functional.pad(counts, (0, len(places)), value=1.0)
+        counts = functional.pad(counts, (0, len(noise) - len(places)))
+        added = rows[origin] + functional.linear(noise, self.segmentation.first.weight).to(rows.dtype)
+        logits = self.segmentation(torch.cat([rows, added]), counts).float()
+        clean, changed = logits[:cells].repeat(copies), logits[cells : cells + len(places)]
+        return clean.index_copy(0, places, changed)
+
+    def classify(
+        self,
+        encoded: tuple[Tensor, ...],
+        segmentation: Tensor,
+        noisy: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Score images by the classification head, (N,) logits, given their (N, h, w) segmentation."""
+        head = self.classification
+        if head is None:
+            raise ConfigError(
+                "this model has no classification head; expected --set classification_head=true"
+            )
+        adapt = self.config.adapt_classification_features
+        kernel = head.weights()[0]
+        columns = layer_columns(self.adaptor.weight if adapt else kernel, encoded)
+        parts = []
+        for x, part in zip(encoded, columns, strict=True):
+            weight = kernel @ part if adapt else part
+            parts.append([functional.linear(x, row.flatten(0, 1)) for row in weight])
+        size = self.feature_size(encoded)
+        seen = spread_shifted(parts, size, len(kernel))
+        if noisy is not None and noise is not None:
+            seen = seen.repeat(len(noisy) // len(seen), 1, 1, 1)
+            rows = functional.linear(noise, kernel.flatten(0, 2)).view(-1, *kernel.shape[:3])
+            seen = seen + scatter_rows(rows.to(seen.dtype), places(noisy, len(noise)), (len(noisy), *size))
+        score: Tensor = head(seen, self.adaptor.bias if adapt else None, segmentation)
+        return score
+
+    @override
+    def inspect(self, encoded: Iterable[tuple[Tensor, ...]], generator: torch.Generator) -> str:
+        """See whether noisy cells are told from clean ones on held-out images; if not, double the noise.
+
+        At most DOUBLINGS times: what then still fails does not fail for want of noise.
+        """
+        raising = self.config.raise_noise and self.config.anomalies != "none"
+        if not raising or self.given_noise or self.doublings >= DOUBLINGS:
+            return ""
+        right = []
+        self.eval()
+        with torch.no_grad():
+            for parts in encoded:
+                shape = (1, *self.feature_size(parts))
+                noisy = torch.rand(shape, generator=generator, device=generator.device) < 0.5
+                logits = self.segment(parts, noisy, self.draw_noise(int(noisy.sum()), generator))
+                right.append(((logits > 0) == noisy.flatten()).double().mean())
+        self.train()
+        share = float(torch.stack(right).mean())
+        if share >= TOLD_APART:
+            return ""
+        self.noise_std.mul_(2)
+        self.doublings += 1
+        raised = f"noise raised to {float(self.noise_std):.3g}"
+        return f"only {share:.0%} of noisy and clean cells are told apart; {raised}"
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Section 3.4: the logits, resized and blurred, are the map."""
+        encoded = self.encode(images)
+        hidden = self.hidden(encoded)
+        cells: Tensor = self.segmentation(hidden.flatten(0, 2)).view(hidden.shape[:3])
+        size = (images.shape[2], images.shape[3])
+        maps = functional.interpolate(cells[:, None], size, mode="bilinear")[:, 0]
+        if self.config.blur_sigma:
+            maps = ops.gaussian_blur(maps, self.kernel)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        if "head" in self.config.statistics:
+            statistics["head"] = self.classify(encoded, cells)
+        return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+
+    @override
+    def fused(self) -> nn.Module:
+        from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet
+
+        return FusedSuperSimpleNet(self).eval()
+
+
+def by_cells(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Lay (B, C_i, h_i, w_i) outputs out as (B, h_i, w_i, C_i), those of one size as one."""
+    parts: list[Tensor] = []
+    for x in outputs:
+        if parts and parts[-1].shape[2:] == x.shape[2:]:
+            parts[-1] = torch.cat([parts[-1], x], 1)
+        else:
+            parts.append(x)
+    return tuple(x.permute(0, 2, 3, 1).contiguous() for x in parts)

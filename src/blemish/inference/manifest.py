@@ -1,0 +1,190 @@
+"""The manifest of a model file as a record: everything the file says of itself.
+
+Field names and nesting are those of manifest.json (docs/model-file.md). Fields with a default came later
+than the first files of format 1, which lack them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+
+from blemish.data.folds import FoldRecord
+from blemish.errors import ConfigError, ModelFileError
+from blemish.images import Preprocessing
+from blemish.inference.choice import Choice
+from blemish.types import Calibration
+
+
+@dataclass(frozen=True)
+class UsedFiles:
+    """Short digests of the images that a model has seen."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+    before: tuple[str, ...] = ()
+    """Images that an earlier model was trained on, or that earlier thresholds were set from."""
+
+    @property
+    def all(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset((*self.train, *self.held_out, *self.before))
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename={"start": "from"}):
+    """What a training run was made of: two runs that agree in all of it end in the same weights."""
+
+    model: str
+    preset: str
+    supervision: str = "none"
+    config: dict[str, Any]
+    images: str
+    """SHA-256 over the training images, their labels and masks."""
+    held_out: str
+    """SHA-256 over the held-out images."""
+    natural_images: str | int = "none"
+    start: str = ""
+    """SHA-256 of the weights that the run went on from; empty for a new model."""
+    torch: str = ""
+    blemish: str = ""
+    seed: int
+    precision: str
+    white: float = 0.0
+    device: str = ""
+    pretrained: str
+    """SHA-256 of the pretrained weights; empty where the method has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """How a model was trained."""
+
+    pretrained: str
+    """Name of the network whose pretrained weights the model stands on; empty where there is none."""
+    steps: int
+    epochs: float
+    seconds: float
+    device: str
+    threads: int
+    notes: tuple[str, ...]
+    history: tuple[dict[str, float], ...]
+    run: RunRecord
+    data: str
+    good_images: int
+    defective_images: int = 0
+    masked_images: int = 0
+    held_out_images: int
+    fold: FoldRecord | None = None
+    files: UsedFiles | None = None
+    graph_difference: float
+
+
+class ExportRecord(
+    msgspec.Struct, frozen=True, kw_only=True, rename={"in_floating_point": "in floating point"}
+):
+    """How an export was made from its model, and how far the two agree."""
+
+    limits: dict[str, float]
+    agreement: dict[str, dict[str, Any]]
+    flops: int
+    reduced: tuple[dict[str, Any], ...]
+    in_floating_point: tuple[str, ...]
+    thresholds: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model file says of itself."""
+
+    method: str
+    config: dict[str, Any]
+    preprocessing: Preprocessing
+    outputs: tuple[str, ...]
+    calibration: Calibration
+    training: TrainingRecord
+    versions: dict[str, str]
+    engine: Choice = field(default_factory=Choice)
+    export: ExportRecord | None = None
+
+    @property
+    def used(self) -> frozenset[str]:
+        """Short digests of all images that the model has seen; empty where an early file lists none."""
+        return self.training.files.all if self.training.files else frozenset()
+
+    @classmethod
+    def untrained(
+        cls, method: str, config: dict[str, Any], preprocessing: Preprocessing, outputs: tuple[str, ...]
+    ) -> Manifest:
+        """Return the manifest of a model without training: by its thresholds every part is good."""
+        infinite = float("inf")
+        calibration = Calibration((), (), (), (), (), *(0.0,) * 4, 0, *(infinite,) * 3)
+        run = RunRecord(
+            model=method,
+            preset="",
+            config=config,
+            images="",
+            held_out="",
+            seed=0,
+            precision="",
+            pretrained="",
+        )
+        training = TrainingRecord(
+            pretrained="",
+            steps=0,
+            epochs=0.0,
+            seconds=0.0,
+            device="",
+            threads=0,
+            notes=(),
+            history=(),
+            run=run,
+            data="",
+            good_images=0,
+            held_out_images=0,
+            graph_difference=0.0,
+        )
+        return cls(method, config, preprocessing, outputs, calibration, training, {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON has it. An export alone names its engine."""
+        record: dict[str, Any] = msgspec.to_builtins(self)
+        if self.export is None:
+            record = {name: value for name, value in record.items() if name not in ("engine", "export")}
+        return record
+
+    @classmethod
+    def from_json(cls, record: object, name: str) -> Manifest:
+        """Read what `to_json` wrote; `name` is of the file, for messages.
+
+        Raises ModelFileError that names the first field that is missing or does not fit.
+        """
+        try:
+            return msgspec.convert(record, cls)
+        except msgspec.ValidationError as error:
+            raise ModelFileError(f"{name} is damaged: {sentence(str(error))}") from error
+        except ConfigError as error:
+            raise ModelFileError(f"{name} asks for an engine that is not known here: {error}") from error
+
+
+def sentence(complaint: str) -> str:
+    """Reword msgspec's complaint, such as "Expected `int`, got `str` - at `$.training.steps`"."""
+    what, _, where = complaint.partition(" - at ")
+    place = where.strip("`").removeprefix("$").lstrip(".") or "the whole of it"
+    if what.startswith("Object missing required field"):
+        missing = what.split("`")[1]
+        return f"found no field {place + '.' if where else ''}{missing} in its manifest; expected one"
+    return f"{place} in its manifest does not fit: {what[0].lower()}{what[1:]}"
+
+
+def recalibrated(manifest: Manifest, calibration: Calibration, used: tuple[str, ...]) -> Manifest:
+    """Return a manifest with another calibration; used: short digests of the good images behind it.
+
+    They are the held-out images from now on. The earlier ones stay known, so that no evaluation counts them.
+    """
+    files = manifest.training.files
+    if files is not None:
+        before = tuple(sorted({*files.before, *files.held_out}))
+        files = replace(files, held_out=used, before=before)
+    return replace(manifest, calibration=calibration, training=replace(manifest.training, files=files))
