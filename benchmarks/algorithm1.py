@@ -19,7 +19,7 @@ from torch.nn.functional import conv2d
 
 from blemish import seeding
 from blemish.data.loading.batches import Batches
-from blemish.detectors.efficientad import EfficientAD
+from blemish.detectors.efficientad.detector import EfficientAD
 from blemish.training.loop import Run
 
 CHANNELS = 384

@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             model="supersimplenet",
             out=Path(folder) / "model.blemish",
             settings={"image_size": options.image_size, "backbone": options.backbone},
-            weights_file=options.weights,
+            weights=options.weights,
             epochs=options.epochs,
             memory=int(options.memory * 2**30),
             cache=options.cache,

@@ -49,7 +49,7 @@ from typing_extensions import override
 from blemish import demo, images, seeding
 from blemish.data.loading.batches import Batches, Photographs
 from blemish.data.loading.cache import Memory
-from blemish.detectors.efficientad import EfficientAD
+from blemish.detectors.efficientad.detector import EfficientAD
 from blemish.detectors.registry import build, configure
 from blemish.files import write_whole
 from blemish.training import loop, run
@@ -136,7 +136,7 @@ def begin(job: Job) -> Run:
                 model=job.model,
                 out=Path(folder) / "model.blemish",
                 layout="mvtec",
-                weights_file=job.weights,
+                weights=job.weights,
                 natural_images=job.natural,
                 preset="paper",
                 settings={"batch_size": 1},

@@ -122,7 +122,7 @@ def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int
             options.data,
             model=given.get("model", "supersimplenet"),
             out=(options.keep or Path(folder)) / f"{options.out.stem}.{name}.{seed}.blemish",
-            weights_file=options.weights,
+            weights=options.weights,
             settings=settings,
             steps=options.steps,
             seed=seed,

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from blemish.detectors import ops
 from blemish.detectors.base import Detector
-from blemish.detectors.supersimplenet import SuperSimpleNet
+from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import SLOPE
 
 

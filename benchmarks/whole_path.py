@@ -25,7 +25,7 @@ from blemish import images
 from blemish.benchmark import machine
 from blemish.errors import ImageError
 from blemish.inference.calibration import image_scores
-from blemish.inference.engines import BACKENDS, PRECISIONS
+from blemish.inference.choice import BACKENDS, PRECISIONS
 from blemish.inference.predictor import Predictor, Prepared, load
 
 One = TypeVar("One")

@@ -77,7 +77,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
         data,
         model="supersimplenet",
         out=file,
-        weights_file=weights,
+        weights=weights,
         settings=drawn.TINY,
         steps=drawn.STEPS,
         precision="fp32",

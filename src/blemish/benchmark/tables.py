@@ -19,11 +19,6 @@ from blemish.tables import aligned
 
 MILLISECONDS = ("mean_ms", "deviation_ms", "median_ms", "p99_ms")
 
-SOURCES = (
-    "PUBLISHED by others, on OTHER MACHINES: GPUs, half precision, latency at batch 1, throughput at 16.\n"
-    "A6000: EfficientAD, WACV 2024. V100S: SuperSimpleNet, ICPR 2024. What is above was not measured there."
-)
-
 STREAM = "With decoding, resizing and the verdict, the next files being read meanwhile:"
 
 WORK = "Work, and the shortest time in which the fastest matrix product of this machine could do it:"
@@ -37,8 +32,8 @@ def table(found: Benchmark) -> str:
     fastest = {row.contender.choice.precision: row.rate for row in found.rows if row.rate}
     by = [f"Fastest in {name}: {rate.by}, measured in each round." for name, rate in fastest.items()]
     parts.append("\n".join([WORK, aligned(work(found)), *by]))
-    columns, *lines = published()
-    parts.append(f"{SOURCES}\n{aligned([columns, *([cell or '-' for cell in line] for line in lines)])}")
+    sources, (columns, *lines) = published()
+    parts.append(f"{sources}\n{aligned([columns, *([cell or '-' for cell in line] for line in lines)])}")
     return "\n\n".join(parts)
 
 
@@ -157,15 +152,16 @@ def shown(value: float | None, form: str, scale: float = 1) -> str:
     return "-" if value is None else format(value / scale, form)
 
 
-def published() -> list[list[str]]:
-    """Return the published figures: the head of the table, then a row for each method."""
-    text = (resources.files("blemish.benchmark") / "published.csv").read_text("utf-8")
-    return list(csv.reader(text.splitlines()))
+def published() -> tuple[str, list[list[str]]]:
+    """Return where the published figures come from, and the figures: a head, then a row for each method."""
+    lines = (resources.files("blemish.benchmark") / "published.csv").read_text("utf-8").splitlines()
+    sources = [line.removeprefix("# ") for line in lines if line.startswith("#")]
+    return "\n".join(sources), list(csv.reader(line for line in lines if not line.startswith("#")))
 
 
 def write_json(found: Benchmark, path: Path) -> None:
     """Write everything: the machine, the plan, each row's figures and every run's seconds."""
-    (_, *columns), *lines = published()
+    _, ((_, *columns), *lines) = published()
     record = {
         "machine": found.machine,
         "plan": found.plan,

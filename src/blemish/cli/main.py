@@ -119,6 +119,11 @@ COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], s
     ("export", run_export, export_arguments, "write a model in another format or precision, if it agrees"),
     ("benchmark", run_benchmark, benchmark_arguments, "measure how long models take, side by side"),
     ("weights", run_weights, weights_arguments, "list, add or fetch pretrained weights"),
-    ("distill", run_distill, distill_arguments, "make a teacher for EfficientAD from a backbone"),
+    (
+        "distill",
+        run_distill,
+        distill_arguments,
+        "distil a teacher network from a backbone",
+    ),
     ("demo", run_demo, demo_arguments, "draw parts, train, evaluate, report: no download, no images needed"),
 )

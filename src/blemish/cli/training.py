@@ -220,7 +220,7 @@ def run_weights(options: argparse.Namespace) -> int:
 def distill_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare what `distill` takes."""
     sub.add_argument("images", type=Path, metavar="IMAGES", help="folder of natural images of anything")
-    sub.add_argument("--size", required=True, metavar="S", help="small or medium: EfficientAD-S or -M")
+    sub.add_argument("--size", required=True, metavar="S", help="of the teacher: small or medium")
     sub.add_argument(
         "--out", type=Path, required=True, metavar="F.safetensors", help="the teacher's file to write"
     )

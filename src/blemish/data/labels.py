@@ -86,8 +86,8 @@ def supervise(
     """Settle the supervision: what is asked for, or for auto what the data tell and the model can learn from.
 
     Returns the split with the defects that train, the supervision, and what the model makes no use of, for
-    the user, or "". Raises ConfigError for an unknown supervision and for one that the model cannot learn from,
-    DataError for what the data lack.
+    the user, or "". Raises ConfigError for an unknown supervision and for one that the model cannot learn
+    from, DataError for what the data lack.
     """
     known: dict[str, Supervision] = {name: name for name in SUPERVISIONS}
     chosen = known.get(asked, recognise(parts.train_defects))

@@ -20,7 +20,7 @@ class Fused(nn.Module):
     """A fused network: (B, 3, H, W) images in [0, 1] to the detector's outputs, in float32."""
 
     full_precision: tuple[str, ...] = ()
-    """Buffers that stay in float32 whatever the layers compute in: they make the map from what layers give."""
+    """Buffers that stay in float32 whatever the layers compute in: they make the map from the last layers."""
 
 
 class Lowered(nn.Module):

@@ -1,0 +1,43 @@
+"""Make files/format1.blemish and what it says of drawn parts: run once, when a format is released.
+
+    python tests/make_format1.py
+
+The model file stays in the repository as it is: every later version of Blemish must read it and score the
+same. A new format number gets a file of its own.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import drawn
+from blemish.training import run
+
+FILES = Path(__file__).parent
+GOOD, BAD = range(5000, 5004), range(6000, 6004)
+"""Numbers of the drawn parts."""
+
+
+def make() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = run.train(
+            drawn.data_set(folder / "drawn", train=16),
+            model="supersimplenet",
+            out=FILES / "format1.blemish",
+            weights=drawn.tiny_weights(folder / "weights.safetensors"),
+            settings=drawn.TINY,
+            steps=200,
+            precision="fp32",
+        )
+    verdicts = [model.predict(drawn.part(number)) for number in GOOD]
+    verdicts += [model.predict(drawn.spotted(number)[0]) for number in BAD]
+    found = [
+        {"score": v.score, "label": v.label, "p_value": v.p_value, "peak": float(v.map.max())}
+        for v in verdicts
+    ]
+    (FILES / "format1.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    make()

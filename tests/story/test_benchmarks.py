@@ -1,0 +1,180 @@
+"""The benchmark of EfficientAD's step: its transcription and the product minimise the same thing."""
+
+import importlib
+import re
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import drawn
+from blemish import seeding
+from blemish.backbones.pdn import CHANNELS, PDNS
+from blemish.detectors.efficientad.detector import EfficientAD, jitter, sometimes_grey
+from blemish.detectors.registry import build, configure
+from blemish.training import loop
+from blemish.types import Batch
+
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
+
+SIZE = (256, 256)
+REORDERING = ("channels-last", "topk", "one pass")
+"""Gains that change the order of sums and no more."""
+
+
+@pytest.fixture(scope="module")
+def algorithm1(folder_of_benchmarks: None) -> ModuleType:
+    return importlib.import_module("algorithm1")
+
+
+@pytest.fixture(scope="module")
+def benchmark(folder_of_benchmarks: None) -> ModuleType:
+    return importlib.import_module("efficientad_step")
+
+
+def narrow_pdn(channels: int = CHANNELS, *, padding: bool = False) -> nn.Sequential:
+    """Build a network with outputs of a patch description network's size, at a hundredth of the cost."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(8, 8, 4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(8, channels, 6),
+    )
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PDNS, "pdn_small", narrow_pdn)
+        yield
+
+
+def detector() -> EfficientAD:
+    """Build the paper's, with statistics of its teacher that are not neutral."""
+    built = build("efficientad-s", configure("efficientad-s", "paper"), 0)
+    assert isinstance(built, EfficientAD)
+    built.teacher_mean.copy_(0.1 * torch.randn(CHANNELS, 1, 1, generator=seeding.generator(0)))
+    built.teacher_std.copy_(0.05 + 0.1 * torch.rand(CHANNELS, 1, 1, generator=seeding.generator(1)))
+    return built
+
+
+def pictures(seed: int) -> tuple[Tensor, Tensor]:
+    """Draw an image and a photograph."""
+    part = torch.from_numpy(drawn.part(seed, SIZE).copy()).permute(2, 0, 1)[None] / 255
+    return part, torch.rand(1, 3, *SIZE, generator=seeding.generator(seed, "photograph"))
+
+
+@pytest.mark.parametrize("gains", [(), REORDERING], ids=["plain", "reordered"])
+def test_the_transcription_minimises_what_we_do(algorithm1: ModuleType, gains: tuple[str, ...]) -> None:
+    ours = detector()
+    plain = algorithm1.Transcription(ours, gains)
+    for seed in range(2):
+        image, photograph = pictures(seed)
+        with torch.no_grad():
+            batch = Batch(image, ours.encode(image), torch.zeros(1), torch.ones(1) > 0, natural=photograph)
+        expected = ours.loss(batch, seeding.generator(seed, "step"))
+        found = plain.losses(image, photograph, seeding.generator(seed, "step"))
+        assert list(found) == list(expected) == ["hard", "penalty", "autoencoder", "student_autoencoder"]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        for one, two in zip(gradients(found, plain), gradients(expected, ours), strict=True):
+            assert float((one - two).norm()) < 1e-3 * float(two.norm())
+
+
+def gradients(terms: dict[str, Tensor], trained: Any) -> tuple[Tensor, ...]:
+    total = torch.stack(list(terms.values())).sum()
+    parameters = [*trained.student.parameters(), *trained.autoencoder.parameters()]
+    return torch.autograd.grad(total, parameters)
+
+
+def test_the_transcription_changes_images_as_ours(algorithm1: ModuleType) -> None:
+    image, photograph = pictures(0)
+    greys = 0
+    for seed in range(12):
+        found = algorithm1.change(image, seeding.generator(seed))
+        torch.testing.assert_close(found, jitter(image, seeding.generator(seed)), rtol=0, atol=1e-6)
+        found = algorithm1.sometimes_grey(photograph, seeding.generator(seed))
+        expected = sometimes_grey(photograph, 0.3, seeding.generator(seed))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        greys += not torch.equal(found, photograph)
+    assert 0 < greys < 12
+
+
+# --- the rows ---
+
+
+@pytest.fixture(scope="module")
+def job(benchmark: ModuleType, narrow: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Lay out what the benchmark draws for itself."""
+    options = {"images": 6, "data": None, "natural": None, "weights": None, "model": "efficientad-s"}
+    given = benchmark.argparse.Namespace(**options, warm_up=1, steps=2)
+    return benchmark.lay_out(given, tmp_path_factory.mktemp("laid out"))
+
+
+def test_every_row_takes_the_same_steps(benchmark: ModuleType, job: Any) -> None:
+    losses = {}
+    for name in ("plain", "ours - bfloat16", "every gain"):
+        found = benchmark.measure(benchmark.dataclasses.replace(job, variant=name))
+        assert len(found["seconds"]) == 2
+        losses[name] = torch.tensor([[each[term] for term in benchmark.TERMS] for each in found["losses"]])
+    plain = losses["plain"]
+    assert float((plain[1, :4] / plain[0, :4] - 1).abs().min()) > 0.04
+    # Our targets are kept in half precision; bfloat16 has 8 binary digits.
+    torch.testing.assert_close(losses["ours - bfloat16"], plain, rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses["every gain"], plain, rtol=2e-2, atol=0)
+
+
+def test_what_is_left_out_of_ours_was_there(benchmark: ModuleType, job: Any) -> None:
+    def state(name: str) -> dict[str, Any]:
+        run = benchmark.begin(benchmark.dataclasses.replace(job, variant=name))
+        weight = run.detector.student[-1].weight
+        read, threads = run.batches.read, set()
+
+        def noted(step: int) -> Any:
+            threads.add(threading.get_ident())
+            return read(step)
+
+        run.batches.read = noted
+        loop.one_step(run, 0)
+        run.batches.ahead[1].result()
+        return {
+            "cached teacher": bool(run.batches.encoded.cache.kept),
+            "channels-last": weight.is_contiguous(memory_format=torch.channels_last),
+            "bfloat16": run.dtype == torch.bfloat16,
+            "fused Adam": run.optimizer.param_groups[0]["fused"] is True,
+            "prefetch": threads != {threading.get_ident()},
+        }
+
+    everything = state("ours")
+    assert all(everything.values())
+    for gain in everything:
+        assert state(f"ours - {gain}") == everything | {gain: False}
+
+
+def test_the_table_compares_within_a_round(benchmark: ModuleType) -> None:
+    seconds = {"plain": [[3.0, 2.0, 9.0], [12.0]], "ours": [[1.0], [3.0]], "ours - prefetch": [[2.0], [4.5]]}
+    lines = [re.findall(r"\d+\.\d+", line) for line in benchmark.table(seconds)]
+    assert lines[0] == ["7.500", "3.000", "12.000", "1.00", "1.00", "1.00"]
+    assert lines[1] == ["2.000", "1.000", "3.000", "3.50", "3.00", "4.00"]
+    assert lines[2][3:] == ["2.08", "1.50", "2.67", "1.75", "1.50", "2.00"]
+
+
+def test_the_chart_overlays_both_in_a_panel_for_each_term(benchmark: ModuleType) -> None:
+    losses = {
+        name: [dict.fromkeys(benchmark.TERMS, factor / (step + 1)) for step in range(250)]
+        for name, factor in (("plain", 1.0), ("ours", 1.1))
+    }
+    lines = ElementTree.fromstring(benchmark.chart(losses)).findall(".//{*}polyline")
+    assert len(lines) == 2 * len(benchmark.TERMS)
+    points = [[tuple(map(float, p.split(","))) for p in line.attrib["points"].split()] for line in lines]
+    assert {len(each) for each in points} == {83}  # 250 steps by threes
+    assert points[1][0][1] == 0  # the higher one begins at the top
+    assert max(y for _, y in points[0]) == benchmark.HEIGHT
+    assert all(lower[1] > higher[1] for lower, higher in zip(points[0], points[1], strict=True))

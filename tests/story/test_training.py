@@ -1,0 +1,631 @@
+"""A run ends in the same bytes however often it is killed, and every number of it follows from the seed."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import drawn
+from blemish import images, seeding
+from blemish.data.loading.batches import Batches, Photographs, readable
+from blemish.data.loading.cache import FeatureCache, Memory
+from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.detectors.schedules import SCHEDULES
+from blemish.detectors.supersimplenet.detector import SuperSimpleNet
+from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
+from blemish.inference import bundle
+from blemish.training import checkpoint, loop, run
+from blemish.training.length import Length, check_length, seconds
+from blemish.types import Batch, Sample
+from drawn import Tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 30
+SCRIPT = """
+import sys
+from blemish import cli, loop
+loop.CHECKPOINT_SECONDS = 0
+loop.HISTORY = 10
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def command(tiny: Tiny, out: Path, *more: str) -> list[str]:
+    """Give the words of a training run that writes a checkpoint after every step."""
+    settings = [f"--set={key}={as_word(value)}" for key, value in drawn.TINY.items()]
+    words = ["train", tiny.data, "--model", "supersimplenet", "--out", out, "--weights", tiny.weights]
+    words += ["--precision", "fp32", "--device", "cpu", *settings, *more]
+    return [sys.executable, "-c", SCRIPT, *map(str, words)]
+
+
+def as_word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    # One thread: small tensors lose more than they gain by two.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def reached(path: Path) -> int:
+    """Give the step of a checkpoint that is being replaced over and over; 0 where it was just then."""
+    try:
+        return int(checkpoint.header(path)["step"]) if path.is_file() else 0
+    except ModelFileError:
+        return 0
+
+
+def wait_for_step(process: subprocess.Popen[str], path: Path, step: int) -> None:
+    """Wait until a run's checkpoint has got to a step."""
+    deadline = time.monotonic() + 60
+    while reached(path) < step:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def train(tiny: Tiny, out: Path, **changes: Any) -> bundle.Bundle:
+    """Train as the tiny model was, but for some changes; give the model file."""
+    given: dict[str, Any] = {
+        "model": "supersimplenet",
+        "weights": tiny.weights,
+        "settings": drawn.TINY,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    if not {"steps", "epochs", "budget"} & set(changes):
+        given["steps"] = STEPS
+    run.train(tiny.data, out=out, **given | changes)
+    return bundle.read(out)
+
+
+@pytest.fixture
+def unsealed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """Have runs end with their parameters in this list, without the export that takes most of the time."""
+    found: list[dict[str, Tensor]] = []
+
+    def keep(path: Path, detector: torch.nn.Module, *arguments: Any) -> None:
+        path.write_bytes(b"trained")
+        found.append({key: value.clone() for key, value in detector.state_dict().items()})
+
+    monkeypatch.setattr(run, "seal", keep)
+    monkeypatch.setattr(bundle, "read", lambda path: None)
+    return found
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# --- the story: killed, killed again, interrupted, and the same in the end ---
+
+
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A point of the loss curve is then the mean over three steps, which a kill may fall between.
+    monkeypatch.setattr(loop, "HISTORY", 10)
+    whole = train(tiny, tmp_path / "whole.blemish")
+    out, path = tmp_path / "killed.blemish", tmp_path / "killed.blemish.checkpoint"
+    for number, step in enumerate((5, 14)):
+        resume = ["--resume"] * (number > 0)
+        process = start(command(tiny, out, "--steps", str(STEPS), *resume))
+        wait_for_step(process, path, step)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not out.exists()
+    assert checkpoint.header(path)["step"] < STEPS
+    process = start(command(tiny, out, "--steps", str(STEPS), "--resume"))
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert "going on from step" in said
+    resumed = bundle.read(out)
+    assert resumed.weights == whole.weights
+    assert resumed.calibration == whole.calibration
+    histories = [opened.manifest["training"]["history"] for opened in (resumed, whole)]
+    assert histories[0] == histories[1]
+    assert [point["step"] for point in histories[0]] == [3.0 * number for number in range(1, 11)]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_a_checkpoint(tiny: Tiny, tmp_path: Path, number: int) -> None:
+    out, path = tmp_path / "stopped.blemish", tmp_path / "stopped.blemish.checkpoint"
+    process = start(command(tiny, out, "--steps", "100000"))
+    wait_for_step(process, path, 2)
+    process.send_signal(number)
+    stdout, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stdout == ""
+    last = said.splitlines()[-1]
+    assert last.startswith("blemish: stopped after step ")
+    assert "--resume" in last
+    assert str(path) in last
+    assert "Traceback" not in said
+    assert checkpoint.header(path)["step"] == int(last.split()[4])
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_stopping_within_the_process_leaves_the_signals_as_they_were(
+    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    one_step = loop.one_step
+
+    def interrupted(run: loop.Run, step: int) -> dict[str, float]:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return one_step(run, step)
+
+    train(tiny, tmp_path / "whole.blemish")
+    monkeypatch.setattr(loop, "one_step", interrupted)
+    with pytest.raises(StoppedError, match=r"stopped after step 4 of 30, kept in .*--resume"):
+        train(tiny, tmp_path / "m.blemish")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    monkeypatch.setattr(loop, "one_step", one_step)
+    train(tiny, tmp_path / "m.blemish", resume=True)
+    assert equal(*unsealed)
+
+
+# --- resuming ---
+
+
+@pytest.fixture
+def stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the model file of a run that stopped after its fourth step."""
+    out = tmp_path / "m.blemish"
+    one_step = loop.one_step
+
+    def failing(run: loop.Run, step: int) -> dict[str, float]:
+        if step == 4:
+            run.save()
+            raise InterruptedError
+        return one_step(run, step)
+
+    monkeypatch.setattr(loop, "one_step", failing)
+    with pytest.raises(InterruptedError):
+        train(tiny, out)
+    monkeypatch.setattr(loop, "one_step", one_step)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 1}, "its seed is 0, not 1"),
+        ({"settings": drawn.TINY | {"hidden_channels": 17}}, r"its config is .*'hidden_channels': 16.*17"),
+        ({"precision": "bf16"}, "its precision is float32, not bfloat16"),
+        ({"preset": "paper"}, "its preset is default, not paper"),
+        ({"steps": STEPS + 1}, f"is of a run of {STEPS} steps, not {STEPS + 1}"),
+    ],
+)
+def test_another_run_is_not_resumed(tiny: Tiny, stopped: Path, changes: dict[str, Any], says: str) -> None:
+    path = stopped.with_name(stopped.name + ".checkpoint")
+    before = path.read_bytes()
+    with pytest.raises(ModelFileError, match=says) as raised:
+        train(tiny, stopped, resume=True, **{"settings": drawn.TINY} | changes)
+    assert str(path) in str(raised.value)
+    assert path.read_bytes() == before
+
+
+def test_a_run_on_other_images_or_weights_is_not_resumed(tiny: Tiny, stopped: Path, tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", bad=1)
+    (root / "train/good/000.png").write_bytes(images.png_bytes(drawn.part(777)))
+    with pytest.raises(ModelFileError, match=r"its (images|held_out) is [0-9a-f]{64}, not [0-9a-f]{64}"):
+        train(Tiny(root, tiny.weights, tiny.file, tiny.model), stopped, resume=True)
+    other = drawn.tiny_weights(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(ModelFileError, match="its pretrained is "):
+        train(Tiny(tiny.data, other, tiny.file, tiny.model), stopped, resume=True)
+
+
+def test_images_may_move_between_stop_and_resume(
+    tiny: Tiny, stopped: Path, tmp_path: Path, unsealed: list[dict[str, Tensor]]
+) -> None:
+    """What counts is what the images hold, not where they lie."""
+    root = drawn.data_set(tmp_path / "elsewhere" / "parts", bad=0)
+    train(Tiny(root, tiny.weights, tiny.file, tiny.model), stopped, resume=True)
+    train(tiny, tmp_path / "whole.blemish")
+    assert equal(*unsealed)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(500)])
+def test_a_damaged_checkpoint_is_refused(tiny: Tiny, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.blemish.checkpoint"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
+        train(tiny, tmp_path / "m.blemish", resume=True)
+    path.write_bytes(tiny.weights.read_bytes())  # safetensors, but no checkpoint
+    with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
+        train(tiny, tmp_path / "m.blemish", resume=True)
+
+
+def test_a_truncated_checkpoint_is_refused(tiny: Tiny, stopped: Path) -> None:
+    path = stopped.with_name(stopped.name + ".checkpoint")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
+        train(tiny, stopped, resume=True)
+
+
+def test_resuming_nothing_starts_anew_and_says_so(
+    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny, tmp_path / "m.blemish", steps=2, resume=True)
+    assert "nothing to resume at" in capsys.readouterr().err
+    train(tiny, tmp_path / "m.blemish", steps=2)
+    assert equal(*unsealed)
+
+
+def test_without_resume_a_checkpoint_is_not_overwritten(tiny: Tiny, stopped: Path) -> None:
+    path = stopped.with_name(stopped.name + ".checkpoint")
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="of a run that has not ended: go on with --resume, or delete it"):
+        train(tiny, stopped)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_brings_back_every_number(tmp_path: Path) -> None:
+    def making() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        return network, torch.optim.AdamW(network.parameters(), lr=0.1)
+
+    def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        network(torch.arange(12.0).view(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    one, other = making(), making()
+    step(*one)
+    checkpoint.save(tmp_path / "c", *one, {"step": 1, "notes": ["ä"]})
+    assert checkpoint.header(tmp_path / "c") == {"step": 1, "notes": ["ä"]}
+    checkpoint.load(tmp_path / "c", *other)
+    for made in (one, other):
+        step(*made)
+    assert equal(one[0].state_dict(), other[0].state_dict())
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+# --- length ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("90s", 90), ("10m", 600), ("2h", 7200), ("1.5h", 5400), (" 3s ", 3), ("0.5s", 0.5)]
+)
+def test_durations(text: str, value: float) -> None:
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", "m", "10 m", "-3s", "0s", "0.0h", "1d", "1e3s", "ten minutes", "1s1s"]
+)
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected a duration such as 90s, 10m or 2h"):
+        seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("length", "says"),
+    [
+        (Length(steps=0), "steps 0: expected more than 0"),
+        (Length(epochs=-1), "epochs -1: expected more than 0"),
+        (Length(budget=0.0), r"budget 0\.0: expected more than 0"),
+        (Length(steps=1, epochs=1), "steps and epochs were both given"),
+        (Length(steps=1, budget=1.0), "steps and budget were both given"),
+    ],
+)
+def test_impossible_lengths_are_refused(length: Length, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_length(length)
+
+
+def test_epochs_are_counted_in_steps(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]) -> None:
+    # 12 good images: 5 held out, 7 to train on; batches of 3 make 3 steps an epoch.
+    settings = drawn.TINY | {"batch_size": 3}
+    train(tiny, tmp_path / "m.blemish", settings=settings, epochs=2)
+    train(tiny, tmp_path / "m.blemish", settings=settings, steps=6)
+    train(tiny, tmp_path / "m.blemish", settings=settings | {"epochs": 2, "steps": 0}, steps=None)
+    assert equal(unsealed[0], unsealed[1])
+    assert equal(unsealed[0], unsealed[2])
+
+
+def test_a_budget_that_is_too_short_is_refused_before_training(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a budget of 2 s leaves 0 s to train in.*give at least 1\d s"):
+        train(tiny, tmp_path / "m.blemish", budget="2s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_equals_the_steps_that_it_prints(
+    tiny: Tiny,
+    tmp_path: Path,
+    unsealed: list[dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A clock on which everything takes the same time on every machine.
+    clock = SimpleNamespace(monotonic=itertools.count(0, 0.1).__next__)
+    with monkeypatch.context() as patch:
+        for room in (training, loop):
+            patch.setattr(room, "time", clock)
+        train(tiny, tmp_path / "m.blemish", budget="25s")
+    said = capsys.readouterr().err
+    steps = int(said.split("--steps ")[1].split(")")[0])
+    assert steps >= 20
+    train(tiny, tmp_path / "m.blemish", steps=steps)
+    assert equal(*unsealed)
+
+
+def test_a_budget_is_kept(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]) -> None:
+    # A clock that goes on by a second whenever it is read, which is once in every step.
+    elapsed = itertools.count(0.0, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(monotonic=elapsed.__next__)
+        for room in (training, loop):
+            patch.setattr(room, "time", clock)
+        train(tiny, tmp_path / "m.blemish", budget=100.0)
+    assert 30 < next(elapsed) <= 100  # some of it is kept for what follows training
+
+
+# --- draws ---
+
+
+def test_schedules_have_their_corners() -> None:
+    table = {
+        "constant": {0: 1, 0.5: 1, 1: 1},
+        "step-95": {0: 1, 0.9499: 1, 0.95: 0.1, 1: 0.1},
+        "step-80-90": {0: 1, 0.7999: 1, 0.8: 0.4, 0.8999: 0.4, 0.9: 0.16, 1: 0.16},
+        "one-cycle": {0: 0.05, 0.025: 0.525, 0.05: 1, 0.4999: 1, 0.5: 1, 0.75: 0.505, 1: 0.01},
+    }
+    assert set(table) == set(SCHEDULES)
+    for name, corners in table.items():
+        for progress, factor in corners.items():
+            assert SCHEDULES[name](progress) == pytest.approx(factor, abs=1e-9), (name, progress)
+
+
+def test_the_schedule_sets_the_rates(
+    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+    one_step = loop.one_step
+
+    def noted(run: loop.Run, step: int) -> dict[str, float]:
+        losses = one_step(run, step)
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+        return losses
+
+    monkeypatch.setattr(loop, "one_step", noted)
+    train(tiny, tmp_path / "m.blemish", steps=10, settings=drawn.TINY | {"schedule": "step-80-90"})
+    expected = [[1e-4 * factor, 1e-2 * factor] for factor in [1] * 8 + [0.4, 0.16]]
+    np.testing.assert_allclose(rates, expected)
+
+
+def test_the_settings_change_the_result(
+    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]
+) -> None:
+    """A setting, a seed and a schedule that did nothing would show here."""
+    for changes in (
+        {},
+        {"seed": 1},
+        {"settings": drawn.TINY | {"schedule": "step-95"}},
+        {"precision": "bf16"},
+    ):
+        train(tiny, tmp_path / "m.blemish", steps=3, **changes)
+    for one, other in itertools.combinations(unsealed, 2):
+        assert not equal(one, other)
+
+
+def test_the_seed_alone_decides(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]) -> None:
+    """Neither earlier draws nor the memory for images change a run, and it leaves torch's own draws alone."""
+    torch.manual_seed(1)
+    untouched = torch.get_rng_state()
+    train(tiny, tmp_path / "m.blemish", steps=5)
+    assert torch.equal(torch.get_rng_state(), untouched)
+    torch.manual_seed(2)
+    train(tiny, tmp_path / "m.blemish", steps=5, memory=0)
+    assert equal(*unsealed)
+
+
+def test_every_step_draws_anew(
+    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+    loss = SuperSimpleNet.loss
+
+    def noted(self: SuperSimpleNet, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        seeds.append(generator.initial_seed())
+        return loss(self, batch, generator)
+
+    monkeypatch.setattr(SuperSimpleNet, "loss", noted)
+    for seed in (0, 1, 0):
+        train(tiny, tmp_path / "m.blemish", steps=4, seed=seed)
+    assert len(set(seeds)) == 8
+    assert seeds[:4] == seeds[8:]
+
+
+def test_a_generator_is_of_its_purpose_alone() -> None:
+    def number(*arguments: Any) -> float:
+        return float(torch.rand(1, generator=seeding.generator(*arguments)))
+
+    labels: list[tuple[Any, ...]] = [
+        (0,),
+        (1,),
+        (0, "step"),
+        (0, "step", 1),
+        (0, "step", 11),
+        (0, "epoch", 1),
+    ]
+    labels += [(0, "step", 1, 1), (1, "step", 1)]
+    assert len({number(*each) for each in labels}) == len(labels)
+    assert number(0, "step", 1) == number(0, "step", 1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file({key: value * np.nan for key, value in load_file(tiny.weights).items()}, weights)
+    with pytest.raises(ConfigError, match="the loss became nan at step 1: lower the learning rate"):
+        train(Tiny(tiny.data, weights, tiny.file, tiny.model), tmp_path / "m.blemish")
+    assert not (tmp_path / "m.blemish").exists()
+
+
+# --- stores and batches ---
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Draw seven images of two sizes, two of them with 12 bits in 16."""
+    found = []
+    for number in range(7):
+        path = tmp_path / f"{number}.png"
+        images.write_png(path, drawn.part(number, (40, 48) if number % 2 else (32, 32)))
+        found.append(path)
+    return found
+
+
+def encode(batch: Tensor) -> tuple[Tensor, ...]:
+    return batch.mean(1, keepdim=True) / 3, batch[:, :, ::2, ::2].square()
+
+
+def test_a_budget_of_memory_changes_no_image(paths: list[Path]) -> None:
+    size, one = (32, 32), 32 * 32 * 3
+    everything = torch.cat(list(ImageStore(paths, size, Memory(1 << 30)).fill().batches(255.0)))
+    assert everything.shape == (7, 3, 32, 32)
+    for budget, kept in ((0, 0), (one - 1, 0), (one, 1), (3 * one, 3), (1 << 30, 7)):
+        memory = Memory(budget)
+        store = ImageStore(paths, size, memory).fill()
+        for _ in range(2):
+            assert torch.equal(torch.cat(list(store.batches(255.0, size=3))), everything)
+        assert len(store.kept) == kept
+        assert memory.left == budget - kept * one >= 0
+
+
+def test_an_image_in_a_store_is_what_prediction_reads(paths: list[Path]) -> None:
+    store = ImageStore(paths, (48, 32), Memory(0))
+    for index, path in enumerate(paths):
+        found = store.batch([index], 255.0)[0].numpy()
+        assert np.array_equal(found, images.prepare(images.read(path), (48, 32), 255.0))
+
+
+def test_deep_images_set_the_white_level(paths: list[Path], tmp_path: Path) -> None:
+    assert ImageStore(paths, (32, 32), Memory(0)).fill().maxima == {}
+    from PIL import Image
+
+    deep = np.full((32, 32), 1000, np.uint16)
+    deep[3, 4] = 3000
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    store = ImageStore([*paths, tmp_path / "deep.png"], (32, 32), Memory(0)).fill()
+    assert store.maxima == {7: 3000}
+    assert float(store.batch([7], 4095.0)[0, 0, 3, 4]) == pytest.approx(3000 / 4095)
+
+
+def test_photographs_are_cropped_from_twice_the_size(tmp_path: Path) -> None:
+    image = drawn.part(1, (64, 96))
+    images.write_png(tmp_path / "p.png", image)
+    cropped = ImageStore([tmp_path / "p.png"], (32, 48), Memory(0), crop=True).resized(0)
+    assert np.array_equal(cropped, image[16:48, 24:72])
+
+
+def make_batches(paths: list[Path], **changes: Any) -> Batches:
+    samples = [Sample(path, 0, "good") for path in paths]
+    store = ImageStore(paths, (32, 32), Memory(1 << 30))
+    encoded = EncodedStore(encode, store, 255.0, FeatureCache(Memory(1 << 30)), "cpu")
+    return Batches(samples, store, encoded, **{"batch_size": 3, "seed": 0} | changes)
+
+
+def test_every_image_has_one_turn_in_an_epoch(paths: list[Path]) -> None:
+    batches = make_batches(paths)
+    assert batches.per_epoch == 3
+    epochs = [[batches.entries(step) for step in range(start, start + 3)] for start in range(0, 30, 3)]
+    for epoch in epochs:
+        assert sorted(itertools.chain(*epoch)) == [(index, 0) for index in range(7)]
+        assert [len(entries) for entries in epoch] == [3, 3, 1]
+    assert len({tuple(itertools.chain(*epoch)) for epoch in epochs}) > 5
+    other = make_batches(paths, seed=1)
+    assert any(other.entries(step) != batches.entries(step) for step in range(2))
+
+
+def test_more_in_a_batch_than_there_are_images_is_all_of_them(paths: list[Path]) -> None:
+    batches = make_batches(paths, batch_size=100)
+    assert batches.per_epoch == 1
+    everything = [(index, 0) for index in range(7)]
+    assert all(sorted(batches.entries(step)) == everything for step in range(3))
+
+
+def same(one: Batch, other: Batch) -> bool:
+    tensors = [
+        [b.images, *b.encoded, b.labels, b.masked, *([] if b.natural is None else [b.natural])]
+        for b in (one, other)
+    ]
+    return all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+
+
+def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
+    in_order, backwards = (make_batches(paths, natural=photographs(paths)) for _ in range(2))
+    expected = [in_order.at(step) for step in range(8)]
+    for step in (7, 2, 3, 3, 0, 1, 6, 5, 4):
+        assert same(backwards.at(step), expected[step]), step
+    for step, batch in enumerate(expected):
+        chosen = [index for index, _ in in_order.entries(step)]
+        assert torch.equal(batch.images, in_order.store.batch(chosen, 255.0))
+        assert torch.equal(batch.labels, torch.zeros(len(chosen)))
+        assert batch.masked.all()
+        assert batch.masks is None
+        assert batch.weights is None
+        assert batch.natural is not None
+        assert batch.natural.shape == batch.images.shape
+        assert all(len(part) == len(chosen) for part in batch.encoded)
+
+
+def photographs(paths: list[Path]) -> Photographs:
+    return Photographs(ImageStore(paths, (32, 32), Memory(0), crop=True), 0, "the digest")
+
+
+def test_photographs_are_drawn_from_all_of_them(paths: list[Path]) -> None:
+    chosen = photographs(paths)
+    all_of_them = chosen.store.batch(range(7), 65535.0)
+    batches, seen = make_batches(paths, natural=chosen), Counter[int]()
+    for step in range(30):
+        natural = batches.read(step)[1]
+        assert natural is not None
+        for one in natural:
+            seen[next(n for n in range(7) if torch.equal(one, all_of_them[n]))] += 1
+    assert set(seen) == set(range(7))
+
+
+def test_a_photograph_that_cannot_be_read_gives_its_turn_to_the_next(paths: list[Path]) -> None:
+    chosen = photographs(paths)
+    paths[4].write_bytes(b"none")
+    batches = make_batches(paths, natural=chosen, batch_size=7, with_images=False)
+    others = chosen.store.batch([0, 1, 2, 3, 5, 6], 65535.0)
+    for step in range(5):
+        natural = batches.read(step)[1]
+        assert natural is not None
+        assert all(any(torch.equal(one, other) for other in others) for one in natural)
+    for path in paths:
+        path.write_bytes(b"none")
+    with pytest.raises(DataError, match=r"none of the 7 photographs beside .* can be read"):
+        readable(chosen.store, 3)
+
+
+def test_without_images_none_are_decoded(paths: list[Path]) -> None:
+    batches = make_batches(paths, with_images=False)
+    assert batches.at(0).images.numel() == 0
+    assert batches.at(0).natural is None
+
+
+def test_an_unreadable_image_is_named(paths: list[Path]) -> None:
+    paths[4].write_bytes(paths[4].read_bytes()[:200])
+    with pytest.raises(ImageError, match=r"4\.png is damaged or truncated"):
+        ImageStore(paths, (32, 32), Memory(0)).fill()

@@ -1,0 +1,252 @@
+"""From presets and settings in words to a config, or one sentence that says what is wrong."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from blemish.detectors.efficientad.config import EfficientADConfig
+from blemish.detectors.registry import METHODS, build, configure, with_schedule
+from blemish.detectors.settings import SCHEDULE, Config
+from blemish.errors import ConfigError
+from blemish.types import Supervision
+
+
+def as_text(value: Any) -> str:
+    """Write a setting as a command line has it."""
+    if isinstance(value, tuple):
+        return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
+    return str(value)
+
+
+def another(name: str, value: Any) -> Any:
+    """Give another value of a field."""
+    named = {
+        "image_size": (288, 320),
+        "statistics": ("top_mean", "maximum"),
+        "layers": ("stage2",),
+        "schedule": "step-95",
+        "backbone": "resnet18",
+        "anomalies": "none",
+        "size": "medium" if value == "small" else "small",
+        "edges": "reflect",
+        "optimiser": "adam",
+        "crop": 64,
+    }
+    if name in named:
+        return named[name]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else 0.97 * value + 0.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_field_is_reachable_as_text(method: str) -> None:
+    default = configure(method)
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        assert configure(method, settings={field.name: as_text(value)}) == default
+        other = another(field.name, value)
+        beside = {"crop": 0} if field.name == "padding" else {}
+        changed = configure(method, settings={field.name: as_text(other)} | beside)
+        assert changed == dataclasses.replace(default, **{field.name: other}, **beside) != default
+        assert type(getattr(changed, field.name)) is type(value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("image_size", "256", "height and width"),
+        ("image_size", "256x-256", "at least 32"),
+        ("image_size", "256x256x3", "height and width"),
+        ("image_size", "wide", "image_size=wide"),
+        ("batch_size", "0", "at least 1"),
+        ("batch_size", "1.5", "expected int"),
+        ("schedule", "one-cycl", "did you mean 'one-cycle'"),
+        ("statistics", "", "no statistics"),
+        ("statistics", "maximun", "did you mean 'maximum'"),
+        ("batchsize", "1", "did you mean 'batch_size'"),
+    ],
+)
+def test_wrong_settings_are_refused(method: str, key: str, value: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as raised:
+        configure(method, settings={key: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_kind_of_anomalies_or_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="anomalies=perlin2 does not fit; expected 'perlin' or 'whole'"):
+        configure("supersimplenet", settings={"anomalies": "perlin2"})
+    with pytest.raises(ConfigError, match="simplenet has no preset 'journal'; there are default, paper"):
+        configure("simplenet", "journal")
+
+
+def test_booleans_are_said_in_words() -> None:
+    for text, value in {
+        "true": True,
+        "False": False,
+        "on": True,
+        "off": False,
+        "1": True,
+        "0": False,
+    }.items():
+        assert configure("efficientad-s", settings={"penalty": text}).penalty is value
+    with pytest.raises(ConfigError, match="penalty=maybe"):
+        configure("efficientad-s", settings={"penalty": "maybe"})
+
+
+def test_the_presets_are_those_documented() -> None:
+    presets = {name: tuple(method.presets) for name, method in METHODS.items()}
+    assert presets == {
+        "efficientad-s": ("default", "paper"),
+        "efficientad-m": ("default", "paper"),
+        "supersimplenet": ("default", "paper", "journal"),
+        "simplenet": ("default", "paper"),
+    }
+    for size in ("s", "m"):
+        paper = configure(f"efficientad-{size}", "paper")
+        assert isinstance(paper, EfficientADConfig)
+        # Algorithm 1 of the paper, to the number.
+        assert (paper.steps, paper.learning_rate, paper.weight_decay) == (70_000, 1e-4, 1e-5)
+        assert (paper.schedule, paper.batch_size, paper.statistics) == ("step-95", 1, ("maximum",))
+        assert (paper.hard_quantile, paper.low_quantile, paper.high_quantile) == (0.999, 0.9, 0.995)
+        assert (paper.dropout, paper.penalty, paper.autoencoder, paper.padding) == (0.2, True, True, False)
+        assert (paper.crop, paper.optimiser) == (0, "adam")
+        assert paper.image_size == (256, 256)
+    # Section 4.2 of SuperSimpleNet's paper, and the authors' settings.
+    paper = configure("supersimplenet", "paper")
+    assert (paper.backbone, paper.layers, paper.image_size) == ("wide_resnet50_2", (), (256, 256))
+    assert (paper.batch_size, paper.steps, paper.epochs) == (32, 0, 300)
+    assert (paper.schedule, paper.statistics, paper.noise) == ("step-80-90", ("head",), 0.015)
+    assert paper.classification_head
+    rates = ("adaptor_learning_rate", "adaptor_weight_decay", "head_learning_rate", "head_weight_decay")
+    assert [getattr(paper, name) for name in rates] == [1e-4, 1e-2, 2e-4, 1e-5]
+    assert (paper.hidden_channels, paper.perlin_threshold, paper.blur_sigma) == (1024, 0.2, 4.0)
+    assert paper.stop_gradient
+    assert paper.focal_loss
+    assert paper.upscale
+    assert paper.adapt_classification_features
+
+    assert (paper.anomalies, paper.noise_on_defects, paper.noise_on_unmasked) == ("perlin", False, False)
+    # SimpleNet's paper: no upscaling, whole copies with noise, one loss, constant rates, the map's maximum.
+    for wanted in ("default", "paper"):
+        old = configure("simplenet", wanted)
+        assert not old.upscale
+        assert not old.classification_head
+        assert not old.focal_loss
+        assert old.anomalies == "whole"
+    assert (old.backbone, old.batch_size, old.steps, old.epochs) == ("wide_resnet50_2", 8, 0, 160)
+    assert (old.schedule, old.hidden_channels, old.noise) == ("constant", 1024, 0.015)
+    assert old.statistics == ("maximum",)
+
+
+def changed(one: Config, other: Config) -> dict[str, Any]:
+    """Give the fields of another config that differ from one's, with their values."""
+    values = dataclasses.asdict(other)
+    return {name: values[name] for name, value in dataclasses.asdict(one).items() if value != values[name]}
+
+
+LEARNS = {"classification_head": True, "stop_gradient": False, "clip_norm": 1.0, "statistics": ("head",)}
+"""What learning from real defects changes in the default config; the presets have a head anyway."""
+MASKED = {"perlin_threshold": 0.6, "raise_noise": False}
+FASTER = {"adaptor_learning_rate": 1e-3, "head_learning_rate": 2e-3}
+IN_PAPER = {"stop_gradient": False, "clip_norm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "supervision", "changes"),
+    [
+        ("default", "weak", LEARNS | FASTER),
+        ("default", "mixed", LEARNS | FASTER | MASKED),
+        ("default", "full", LEARNS | FASTER | MASKED),
+        ("paper", "weak", IN_PAPER),
+        ("paper", "mixed", IN_PAPER | MASKED),
+        ("paper", "full", IN_PAPER | MASKED),
+        ("journal", "weak", IN_PAPER),
+        *(
+            (
+                "journal",
+                known,
+                IN_PAPER | MASKED | {"mask_dilation": 7, "distance_weights": True},
+            )
+            for known in ("mixed", "full")
+        ),
+    ],
+)
+def test_supervision_changes_what_the_paper_changes_with_it(
+    preset: str, supervision: Supervision, changes: dict[str, Any]
+) -> None:
+    """Section 4: the gradient flows, its norm is 1 at most, masks are sparser where real ones are known."""
+    without = configure("supersimplenet", preset)
+    assert without.perlin_threshold == 0.2
+    assert changed(without, configure("supersimplenet", preset, supervision=supervision)) == changes
+
+
+def test_the_journal_extension_differs_from_the_paper_by_its_own_rules() -> None:
+    base, journal = configure("supersimplenet", "paper"), configure("supersimplenet", "journal")
+    assert changed(base, journal) == {"adapt_classification_features": False, "noise_on_unmasked": True}
+
+
+@pytest.mark.parametrize("supervision", ["mixed", "full"])
+def test_masks_change_in_simplenet_only_the_anomalies_that_it_does_not_draw(supervision: Supervision) -> None:
+    for preset, changes in (("default", MASKED | FASTER), ("paper", MASKED)):
+        without = configure("simplenet", preset)
+        assert changed(without, configure("simplenet", preset, supervision=supervision)) == changes
+
+
+def test_what_a_method_can_learn_from_is_listed_with_each_preset() -> None:
+    able = {name: {tuple(each.regimes) for each in one.presets.values()} for name, one in METHODS.items()}
+    assert able == {
+        "efficientad-s": {("none",)},
+        "efficientad-m": {("none",)},
+        "supersimplenet": {("none", "weak", "mixed", "full")},
+        "simplenet": {("none", "mixed", "full")},
+    }
+
+
+def test_a_setting_overrides_what_supervision_sets() -> None:
+    given = {"perlin_threshold": 0.3, "clip_norm": "0", "statistics": "maximum"}
+    found = configure("supersimplenet", settings=given, supervision="full")
+    assert (found.perlin_threshold, found.clip_norm, found.statistics) == (0.3, 0.0, ("maximum",))
+    assert found.classification_head
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_without_the_head_that_supervision_brings_the_map_gives_the_score(preset: str) -> None:
+    off = {"classification_head": False}
+    found = configure("supersimplenet", preset, off, supervision="full")
+    assert found.statistics == configure("supersimplenet").statistics
+    asked = off | {"statistics": "head"}  # by name it is refused
+    with pytest.raises(ConfigError, match="classification_head=true"):
+        build("supersimplenet", configure("supersimplenet", preset, asked, supervision="full"), 0)
+
+
+def test_a_setting_overrides_a_preset() -> None:
+    assert configure("efficientad-s", "paper", {"steps": "5"}).steps == 5
+
+
+def test_the_head_cannot_score_unless_it_is_built() -> None:
+    with pytest.raises(ConfigError, match="classification_head=true"):
+        build("supersimplenet", configure("supersimplenet", settings={"statistics": "head"}), 0)
+
+
+@pytest.mark.parametrize("supervision", ["none", "full"])
+def test_the_papers_schedule_is_the_papers_with_labels_too(supervision: Supervision) -> None:
+    paper = vars(configure("supersimplenet", "paper", supervision=supervision))
+    usual = vars(configure("supersimplenet", supervision=supervision))
+    ours = vars(
+        configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", {}), supervision)
+    )
+    assert {key: ours[key] for key in SCHEDULE & ours.keys()} == {
+        key: paper[key] for key in SCHEDULE & ours.keys()
+    }
+    assert {key: ours[key] for key in ours.keys() - SCHEDULE} == {
+        key: usual[key] for key in ours.keys() - SCHEDULE
+    }
+
+
+@pytest.mark.parametrize(("given", "length"), [({"steps": 500}, (500, 0)), ({"epochs": 7}, (0, 7))])
+def test_a_length_that_is_set_goes_before_the_papers(given: dict[str, Any], length: tuple[int, int]) -> None:
+    config = configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", given))
+    assert (config.steps, config.epochs) == length
