@@ -48,8 +48,8 @@ class Autoencoder(nn.Module):
         """The convolution that reads the image."""
         return cast(nn.Conv2d, self.encoder[0])
 
-    @entrance.setter
-    def entrance(self, layer: nn.Conv2d) -> None:
+    def replace_entrance(self, layer: nn.Conv2d) -> None:
+        """Put another convolution in the place of the one that reads the image."""
         self.encoder[0] = layer
 
     @override

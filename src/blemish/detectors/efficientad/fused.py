@@ -62,7 +62,7 @@ class FusedEfficientAD(Fused):
         if detector.autoencoder is not None:
             self.logical = scaled(convolution(*rebuild), -gains[1])
             self.autoencoder = copy.deepcopy(detector.autoencoder)
-            self.autoencoder.entrance = absorb(self.autoencoder.entrance, detector.normalise)
+            self.autoencoder.replace_entrance(absorb(self.autoencoder.entrance, detector.normalise))
             self.autoencoder.last = scaled(self.autoencoder.last, gains[1])
 
     @property
