@@ -1,16 +1,20 @@
 """What every test stands on: no network, one thread for what is small, and a small model trained once."""
 
 import ipaddress
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch counts the cores that it is to share
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
+import blemish
 import drawn
-from blemish.training import run
 
 
 def refuse_remote(address: Any) -> None:
@@ -28,7 +32,7 @@ def refuse_remote(address: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
-    """Refuse sockets to other machines, and to look up their names."""
+    """Refuse sockets to other machines, and looking up their names."""
 
     def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: socket.socket, *arguments: Any) -> Any:
@@ -52,7 +56,7 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Let what a test draws without a generator of its own be the same in every run."""
+    """Make random draws without a generator of their own the same in every run."""
     torch.manual_seed(0)
 
 
@@ -73,7 +77,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
     weights = drawn.tiny_weights(folder / "lite0.safetensors")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = run.train(
+    model = blemish.train(
         data,
         model="supersimplenet",
         out=file,
