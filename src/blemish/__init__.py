@@ -1,11 +1,11 @@
-"""Blemish finds defects on manufactured parts: from good images to a verdict, in milliseconds.
+"""Blemish finds defects on manufactured parts: train on good images, judge new ones in milliseconds.
 
 >>> import blemish
 >>> model = blemish.load("bottle.blemish")  # doctest: +SKIP
 >>> model.predict("part.png").label  # doctest: +SKIP
 'ok'
 
-Names are imported when they are first used, so that a PC without torch can judge images and help is instant.
+Names are imported on first use, so that a PC without torch can judge images and `--help` is instant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What to compute on: device, precision, cores, and how memory is kept."""
+"""Choose the device and the precision, count the cores, and tune memory allocation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
-"""What training computes in, by our name, and torch's name for it."""
+"""The precisions of training: Blemish's name to torch's name."""
 
 
 def cores() -> int:
-    """Count the processor's cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if sys.version_info >= (3, 13):
         return os.process_cpu_count() or 1
     if sys.platform == "linux":
@@ -26,7 +26,7 @@ def cores() -> int:
 
 
 def choose_device(name: str) -> str:
-    """Resolve "auto" to cuda or cpu; raise ConfigError for a device that this machine lacks."""
+    """Resolve "auto" to cuda or cpu; raise ConfigError for an unknown or unavailable device."""
     import torch
 
     if name == "auto":
@@ -39,7 +39,10 @@ def choose_device(name: str) -> str:
 
 
 def choose_precision(name: str, device: str) -> torch.dtype:
-    """Resolve "auto" to bfloat16 where the device multiplies it faster than float32, else to float32."""
+    """Resolve "auto" to bfloat16 where the hardware accelerates it, otherwise to float32.
+
+    Raises ConfigError for an unknown precision.
+    """
     import torch
 
     if name in PRECISIONS:
@@ -55,7 +58,7 @@ def choose_precision(name: str, device: str) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed buffers: returning them at every step costs a third of the time.
+    """Make glibc keep large freed buffers: returning them to the system takes a third of each step's time.
 
     Does nothing on systems without glibc.
     """

@@ -1,55 +1,56 @@
-"""What a user can fix.
+"""The errors that a user can fix.
 
-    BlemishError            any of these: one sentence that says what was found, where, what was expected
-    ├── ImageError          a file that is no readable image
-    ├── DataError           a folder, manifest, mask or split that cannot be used
-    ├── ConfigError         an option or value that does not exist or does not fit
-    ├── WeightsError        pretrained weights that are missing or do not fit their network
-    ├── ModelFileError      a model file or checkpoint that is damaged, foreign or missing
-    ├── OutputError         a place or disk that does not take a file
-    ├── ExportError         a graph that differs from the model it was written from
-    ├── MetricError         a metric that is not defined on what it was given
-    └── StoppedError        a training run that was asked to stop, and can go on
+    BlemishError            base class; the message says what was found, where, and what was expected
+    ├── ImageError          a file cannot be read as an image
+    ├── DataError           a folder, manifest, mask or split cannot be used
+    ├── ConfigError         an option or value is unknown, out of range or in conflict with another
+    ├── WeightsError        pretrained weights are missing or do not fit their network
+    ├── ModelFileError      a model file or checkpoint is missing, damaged or not from Blemish
+    ├── OutputError         a file cannot be written
+    ├── ExportError         an exported graph disagrees with its source model
+    ├── MetricError         a metric is undefined for its input
+    └── StoppedError        a run stopped on request
 
-The command line prints the sentence and exits with status 2. Everything else is a bug, with its traceback.
+The command line prints the message and exits with status 2. Any other exception is a bug and keeps its
+traceback.
 """
 
 
 class BlemishError(Exception):
-    """Something a user can fix; the message is one sentence."""
+    """An error that a user can fix; the message is one sentence."""
 
 
 class ImageError(BlemishError):
-    """A file that is no readable image."""
+    """A file cannot be read as an image."""
 
 
 class DataError(BlemishError):
-    """A folder, manifest, mask or split that cannot be used."""
+    """A folder, manifest, mask or split cannot be used."""
 
 
 class ConfigError(BlemishError):
-    """An option or value that does not exist or does not fit."""
+    """An option or value is unknown, out of range or in conflict with another."""
 
 
 class WeightsError(BlemishError):
-    """Pretrained weights that are missing or do not fit their network."""
+    """Pretrained weights are missing or do not fit their network."""
 
 
 class ModelFileError(BlemishError):
-    """A model file or checkpoint that is damaged, foreign or missing."""
+    """A model file or checkpoint is missing, damaged or not from Blemish."""
 
 
 class MetricError(BlemishError):
-    """A metric that is not defined on what it was given."""
+    """A metric is undefined for its input."""
 
 
 class OutputError(BlemishError):
-    """A place or disk that does not take a file."""
+    """A file cannot be written."""
 
 
 class ExportError(BlemishError):
-    """A graph that differs from the model it was written from."""
+    """An exported graph disagrees with its source model."""
 
 
 class StoppedError(BlemishError):
-    """A training run that was asked to stop, and can go on."""
+    """A run stopped on request."""

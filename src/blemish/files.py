@@ -1,4 +1,4 @@
-"""Files written atomically, and digests of their content."""
+"""Write files atomically, compute digests, and check that output paths are writable."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ REFUSALS = {
         "EROFS",
     )
 }
-"""Error numbers by which a folder or a disk refuses a file."""
+"""Error numbers of writes that fail because of the folder or the disk, which become OutputError."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that is renamed to it on success and removed on failure.
 
-    Missing parent folders are created. The bytes are on the disk before the name changes. Raises OutputError
-    if the folder or the disk refuses the file.
+    Missing parent folders are created. The data is flushed to disk before the rename. Raises OutputError if
+    the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
@@ -66,20 +66,20 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    r"""Write text to `path` atomically, as UTF-8; bytes of a file name that are not UTF-8 become \udc.. ."""
+    r"""Write `text` to `path` atomically, as UTF-8; undecodable bytes of file names become \udc.. escapes."""
     write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, record: object) -> None:
-    """Write a record as indented JSON, atomically; see `plain` for what becomes of its values."""
+    """Write a record atomically as indented JSON, its values converted by `plain`."""
     write_text(path, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into what JSON has.
+    """Convert a value to types that JSON supports.
 
-    Dataclasses become objects, tuples arrays, NumPy's numbers Python's, numbers that are not finite null,
-    and everything else, such as a path, its text.
+    Dataclasses and mappings become objects, tuples become arrays, NumPy scalars become Python scalars,
+    non-finite numbers become null, and anything else, such as a path, becomes its string.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
@@ -95,29 +95,29 @@ def plain(value: Any) -> Any:
 
 
 SHORT = 16
-"""Digits of a SHA-256 that identify an image among millions."""
+"""Number of hexadecimal digits of a SHA-256 that suffice to tell millions of images apart."""
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+    """Return the SHA-256 digest of a file's content as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def short_digest(path: Path) -> str:
-    """Return the first SHORT digits of a file's SHA-256."""
+    """Return the first SHORT hexadecimal digits of a file's SHA-256 digest."""
     return digest(path)[:SHORT]
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError for a file that could not be written, before any work starts; create nothing."""
+    """Check before any work starts that a file can be written; raise OutputError, and create nothing."""
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder, expected the name of a file")
     check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:
-    """Raise OutputError for a folder that could not be created or written to; create nothing."""
+    """Check that a folder is writable or can be created; raise OutputError, and create nothing."""
     nearest = folder
     while not nearest.exists():
         nearest = nearest.parent

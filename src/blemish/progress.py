@@ -1,7 +1,7 @@
-"""How a long task reports on itself and is asked to stop.
+"""Progress events of long tasks, and requests to stop them.
 
-The library prints nothing and handles no signals. A task calls `report` with events and asks `stop` between
-two steps; what they do is up to the caller, who may be on another thread.
+The library prints nothing and handles no signals. A task passes events to `report` and polls `stop` between
+steps; what these callables do is up to the caller, who may be on another thread.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import TypeVar
 
 @dataclass(frozen=True)
 class Event:
-    """One report of a running task: progress, a message, or both."""
+    """One event of a running task: progress, a message, or both."""
 
     phase: str = ""
-    """What is being done, such as "encoding" or "training"; empty for a message alone."""
+    """Name of the current phase, such as "encoding" or "training"; empty for a message alone."""
     step: int = 0
-    """Steps done so far."""
+    """Number of steps completed."""
     steps: int = 0
-    """Steps of the whole phase; 0 where there is no progress to show."""
+    """Number of steps in the phase; 0 if there is no progress to show."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """The loss terms of the last training step, by name, and their sum as "loss"."""
+    """Loss terms of the latest training step by name, and their sum as "loss"."""
     message: str = ""
     """One sentence for the user."""
     unit: str = "step"
-    """What a step is: a step, an image, a layer."""
+    """What one step processes, such as an image or a layer."""
     source: str = ""
-    """Which of several parallel tasks reports; empty for a single one."""
+    """Name of the task if several run in parallel, otherwise empty."""
 
 
 Report = Callable[[Event], None]
@@ -37,23 +37,23 @@ Item = TypeVar("Item")
 
 
 def silent(event: Event) -> None:
-    """Ignore an event."""
+    """Ignore the event: the default for `report`."""
 
 
 def never() -> bool:
-    """Never ask to stop."""
+    """Return False: the default for `stop`."""
     return False
 
 
 def tell(report: Report, message: str) -> None:
-    """Report a message."""
+    """Report an event that consists of a message alone."""
     report(Event(message=message))
 
 
 def tracked(
     items: Iterable[Item], total: int, report: Report, phase: str, *, unit: str = "image"
 ) -> Iterator[Item]:
-    """Yield items, reporting the phase's progress before the first and after each of them."""
+    """Yield the items, reporting progress before the first and after each one."""
     report(Event(phase, 0, total, unit=unit))
     for number, item in enumerate(items, 1):
         yield item

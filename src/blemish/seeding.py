@@ -1,4 +1,4 @@
-"""Random generators, one for each purpose of a run."""
+"""Random generators, one for each use of randomness in a run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
 
 def initial_seed(seed: int, *labels: str | int) -> int:
-    """Return the seed of one purpose of one run: 63 bits, from the run's seed and the labels alone."""
+    """Return a 63-bit seed derived from the run's seed and the labels of one use of randomness."""
     text = "/".join(str(part) for part in (seed, *labels))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *labels: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a generator for one purpose of one run, such as (seed, "step", 17).
+    """Return a generator for one use of randomness in a run, such as (seed, "step", 17).
 
-    Every random draw of a run comes from such a generator, so a checkpoint carries no random state.
+    All random numbers of a run come from such generators, so checkpoints need no random state.
     """
     import torch
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,), gap: str = "  ") -> str:
-    """Lay rows of equal length out in columns: those in `left` flush left, the others flush right.
+    """Format rows of equal length as columns; those in `left` are left-aligned, the others right-aligned.
 
     >>> print(aligned([["row", "ms"], ["plain", "10.25"]]))
     row       ms

@@ -1,4 +1,4 @@
-"""The records that cross the seams between rooms: frozen, and none of them computes."""
+"""The frozen dataclasses that packages exchange; they hold data and compute nothing."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ AnyArray = npt.NDArray[Any]
 
 SplitName = Literal["train", "validation", "test", ""]
 Supervision = Literal["none", "weak", "mixed", "full"]
-"""What is labelled among the training images: good ones only; defects without masks; some masked; all."""
+"""Labels of the training images: good images only, or also defective ones with no, some or all masks."""
 Label = Literal["ok", "review", "defect"]
 
 
 @dataclass(frozen=True)
 class Saturation:
-    """From how many pixels on a region counts as found whole, for one kind of defect."""
+    """The saturation threshold of one kind of defect: the overlap at which a region counts as fully found."""
 
     pixel_value: int
-    """Of this kind in mask files, 1 to 255."""
+    """Value that marks this kind of defect in mask files, 1 to 255."""
     threshold: float
-    """A number of pixels, or a share of the region's area."""
+    """A number of pixels or, if `relative`, a share of the region's area."""
     relative: bool
 
 
@@ -41,72 +41,72 @@ class Sample:
     label: int
     """0 good, 1 defective."""
     kind: str
-    """The kind of defect, the folder's name as a rule; "good" for a good part."""
+    """Kind of defect, usually the name of the folder; "good" for a good part."""
     split: SplitName = ""
-    """What the layout says the image is for; empty where the layout does not say."""
+    """The part of the data set to which the layout assigns the image; empty if it assigns none."""
     masks: tuple[Path, ...] = ()
-    """Mask files whose union is the defect. None: not masked (or good)."""
+    """Mask files whose union marks the defect; empty for a good image or a defect without a mask."""
     saturations: tuple[Saturation, ...] = ()
-    """Of the kinds of defect in the data set, where it says; then each mask file is one region."""
+    """Saturation of each kind of defect, if the data set defines it; each mask file is then one region."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one training step reads."""
+    """The input of one training step."""
 
     images: Tensor
-    """(B, 3, H, W) float32 RGB, 1.0 at the white level; empty where a detector trains on `encoded` alone."""
+    """(B, 3, H, W) float32 RGB, 1.0 at the white level; empty if the detector trains on `encoded` alone."""
     encoded: tuple[Tensor, ...]
-    """What the detector's frozen part makes of the images, float32."""
+    """Outputs of the detector's frozen part for the images, float32."""
     labels: Tensor
     """(B,) float32: 0 good, 1 defective."""
     masked: Tensor
-    """(B,) booleans: whether it is known which pixels are defective; false for a defect without a mask."""
+    """(B,) bool: whether the defective pixels are known; false for a defect without a mask."""
     masks: Tensor | None = None
-    """(B, H, W) float32, 1 where a pixel is defective; None: there are no masks in this run."""
+    """(B, H, W) float32, 1 for defective pixels; None if the run has no masks."""
     weights: Tensor | None = None
-    """(B, H, W) float32, of each defective pixel in the loss; None: all count alike."""
+    """(B, H, W) float32 weights of the defective pixels in the loss; None for equal weights."""
     natural: Tensor | None = None
-    """(B, 3, H, W) float32 natural images in [0, 1] for the pretraining penalty; None: it is off."""
+    """(B, 3, H, W) float32 natural images in [0, 1] for the pretraining penalty; None if it is off."""
     progress: float = 0.0
-    """Share of the run's steps that are done, 0 at the first."""
+    """Share of the run's steps already completed, 0 at the first step."""
 
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How training reads labelled defects."""
+    """How training uses labelled defects."""
 
     flips: bool = True
-    """Whether each is also shown flipped, in both directions and turned."""
+    """Whether each defective image is also used flipped: horizontally, vertically and both."""
     dilation: int = 0
-    """Side of the square that widens their masks, in pixels of the image; odd, or 0."""
+    """Side in image pixels of the square by which masks are dilated; odd, or 0 for no dilation."""
     weighted: bool = False
-    """Whether a pixel of a mask is weighted by its distance to the border of its region."""
+    """Whether the pixels of a mask are weighted by their distance from the border of their region."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What held-out good images say about scores, and the thresholds that follow."""
+    """The scores of held-out good images and the thresholds derived from them."""
 
     statistics: tuple[str, ...]
-    """Names of the K numbers that the graph returns for an image."""
+    """Names of the K statistics that the graph computes for an image."""
     centers: tuple[float, ...]
     scales: tuple[float, ...]
     """The image score is max over k of (statistic_k - centers_k) / scales_k."""
     scores: tuple[float, ...]
     """Image scores of the held-out good images, ascending."""
     pixel_maxima: tuple[float, ...]
-    """Largest map value of each held-out good image, ascending."""
+    """Maximum of the map of each held-out good image, ascending."""
     false_reject_rate: float
-    """Share of good parts that may be called defect."""
+    """Requested share of good parts that may be labelled defect."""
     review_rate: float
-    """Share of good parts that may be called review or defect."""
+    """Requested share of good parts that may be labelled review or defect."""
     confidence: float
-    """Probability with which the promise on the false-reject rate holds."""
+    """Confidence level of `promised_rate`."""
     promised_rate: float
-    """The false-reject rate that the defect threshold does promise at that confidence."""
+    """False-reject rate that the defect threshold guarantees at that confidence level."""
     images_needed: int
-    """Held-out good images that the asked-for rate needs, at the least."""
+    """Minimum number of held-out good images for which the requested rate can be guaranteed."""
     defect_threshold: float
     review_threshold: float
     pixel_threshold: float
@@ -114,15 +114,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Region:
-    """One connected region of a map above the pixel threshold, in pixels of the image.
+    """A connected region of the map above the pixel threshold, in pixels of the image.
 
-    It is found on the map as the network gives it, whatever the size at which the map is asked for.
+    Regions are found in the map at the network's input size, whatever size of map is requested.
     """
 
     box: tuple[int, int, int, int]
-    """x0, y0, x1, y1; the last two exclusive. It covers every pixel that the region touches."""
+    """x0, y0, x1, y1, the last two exclusive; covers every image pixel that the region touches."""
     area: int
-    """In pixels of the image, rounded."""
+    """In image pixels, rounded."""
     peak: float
     """Largest map value in the region."""
     peak_xy: tuple[int, int]
@@ -130,29 +130,28 @@ class Region:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a model says of one image."""
+    """The result for one image."""
 
     path: str
-    """Empty for an image that came as an array."""
+    """Empty if the image was passed as an array."""
     label: Label
     score: float
     """Raw; higher is worse."""
     p_value: float
-    """Share of good parts at least this odd, from the held-out good images."""
+    """Estimated share of good parts that are at least as anomalous as the image."""
     regions: tuple[Region, ...]
     map: FloatArray = field(repr=False, compare=False)
-    """Raw. (h, w), the network's input size; where the full size was asked for, the image's own (H, W)."""
+    """Raw values at the network's input size (h, w), or at the image's own size (H, W) on request."""
     parts: dict[str, FloatArray] = field(default_factory=dict, repr=False, compare=False)
-    """The maps that `map` was joined from, where the method has several and they were asked for. As the
-    network gives them, or at the image's own size."""
+    """The maps of which `map` is composed, on request and if the method has several; same size as `map`."""
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One test image of an evaluation."""
+    """The result for one test image of an evaluation."""
 
     path: str
-    """Relative to the data set."""
+    """Relative to the root of the data set."""
     kind: str
     truth: int
     """0 good, 1 defective."""
@@ -163,14 +162,14 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """The metrics of one kind of defect against all good test images. None: not defined here."""
+    """The metrics of one kind of defect against all good test images; None if undefined."""
 
     kind: str
     """"all" for the whole test set."""
     good: int
     defective: int
     masked: int
-    """Defective images with a mask, on which the pixel metrics stand."""
+    """Number of defective images with a mask, from which the pixel-level metrics are computed."""
     image_auroc: float | None
     image_ap: float | None
     image_f1_max: float | None
@@ -179,12 +178,12 @@ class MetricRow:
     pixel_f1_max: float | None
     aupro: float | None
     saturated_pro: float | None = None
-    """Up to a false-positive rate of 0.05; None in every row where the data set names no saturation."""
+    """Up to a false-positive rate of 0.05; None if the data set defines no saturation."""
 
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One image that the report shows in full."""
+    """One image shown in the report."""
 
     title: str
     result: ImageResult
@@ -193,24 +192,24 @@ class Exhibit:
     map: FloatArray = field(repr=False)
     """(H, W)."""
     mask: BoolArray | None = field(repr=False)
-    """(H, W); None where the image has no mask."""
+    """(H, W); None if the image has no mask."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a labelled data set."""
+    """The results of a model on a labelled data set."""
 
     data: str
-    """Name of the data set's folder."""
+    """Folder name of the data set."""
     rows: tuple[MetricRow, ...]
-    """The whole test set first, then one row for each kind of defect."""
+    """The whole test set first, then one row per kind of defect."""
     intervals: dict[str, tuple[float, float]]
-    """95 % bootstrap interval of each image-level metric over the whole set, by field name of MetricRow."""
+    """95 % bootstrap intervals of the image-level metrics on the whole test set, by field of MetricRow."""
     images: tuple[ImageResult, ...]
     skipped: tuple[str, ...]
     """One sentence for each image that could not be read."""
     calibration: Calibration
     provenance: dict[str, Any]
-    """What the model file says of itself, flat: method, backbone, image size, seed, versions, digest, ..."""
+    """Origin of the model from its manifest, flattened: method, network, image size, seed, versions, ..."""
     exhibits: tuple[Exhibit, ...]
-    """Worst mistakes first, then best finds."""
+    """The worst mistakes first, then the clearest detections."""

@@ -1,6 +1,6 @@
-"""Pretrained networks: images to feature maps. One dictionary lists them all.
+"""Pretrained networks that map images to feature maps, all listed in `BACKBONES`.
 
-A backbone brings the normalisation that its weights were trained with, so a detector never has to know it.
+A backbone includes the normalisation with which its weights were trained, so that detectors need not know it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one backbone."""
+    """The properties of one backbone."""
 
     build: Callable[[Sequence[str]], nn.Module]
     layers: tuple[str, ...]
-    """Every output that can be asked for."""
+    """Names of the layers whose outputs are available."""
     default: tuple[str, ...]
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
-    """Mean and standard deviation per channel, for RGB in [0, 1]."""
+    """Per-channel mean and standard deviation, for RGB in [0, 1]."""
     published_noise: float | None = None
-    """Standard deviation of SuperSimpleNet's noise, where the paper's number belongs to these weights."""
+    """Standard deviation of SuperSimpleNet's noise, if the paper's value was tuned for these weights."""
 
 
 def _resnet(name: str, published_noise: float | None = None) -> Entry:
@@ -53,7 +53,7 @@ BACKBONES = {
 
 
 class Normalise(nn.Module):
-    """Subtract a mean and divide by a deviation per channel: (B, C, H, W) to the same."""
+    """Subtract a per-channel mean and divide by a per-channel standard deviation, (B, C, H, W)."""
 
     mean: Tensor
     std: Tensor
@@ -69,7 +69,7 @@ class Normalise(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A frozen pretrained network with its normalisation: (B, 3, H, W) in [0, 1] to its layers' outputs."""
+    """A frozen pretrained network with its normalisation; maps (B, 3, H, W) in [0, 1] to layer outputs."""
 
     def __init__(self, name: str, layers: Sequence[str]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Backbone(nn.Module):
 
     @override
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode: a frozen network's batch statistics never move."""
+        """Stay in evaluation mode, since the batch statistics of a frozen network must not change."""
         return super().train(False)
 
     @override
@@ -91,7 +91,7 @@ class Backbone(nn.Module):
 
 
 def choose_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
-    """Check the layers asked for, or give the backbone's default ones; raise ConfigError."""
+    """Return the requested layers, or the defaults if none; raise ConfigError for an unknown name."""
     if name not in BACKBONES:
         raise ConfigError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
     known = BACKBONES[name].layers
@@ -102,11 +102,11 @@ def choose_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
 
 
 def fill_backbone(backbone: Backbone, name: str, path: Path | None = None) -> None:
-    """Fill a backbone from `path`, or from where `weights.find` finds it; raise WeightsError."""
+    """Load the weights of a backbone from `path` or else as found by `weights.find`; raise WeightsError."""
     weights.fill(backbone.network, weights.find(name, path), whole=skeleton(name))
 
 
 def skeleton(name: str) -> nn.Module:
-    """Build a whole network without memory for its parameters: names and shapes to compare with."""
+    """Build the complete network on the meta device: parameter names and shapes without memory."""
     with torch.device("meta"):
         return pdn.PDNS[name]() if name in pdn.PDNS else BACKBONES[name].build(BACKBONES[name].layers)

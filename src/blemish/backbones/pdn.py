@@ -10,27 +10,27 @@ from typing import cast
 from torch import Tensor, nn
 
 CHANNELS = 384
-"""Length of the teacher's description of a patch."""
+"""Length of the output vectors of a teacher."""
 CELL = 4
-"""Pixels of the image on each side of a cell of the map."""
+"""Side of one cell of the output map, in image pixels."""
 MARGIN = 4
-"""Cells that an unpadded network loses on each side of the map."""
+"""Number of cells that a network without padding loses at each edge of the map."""
 
 
 class PDN(nn.Sequential):
-    """A patch description network: an entrance with its pooling, a trunk, and a last convolution.
+    """A patch description network: first convolution and pooling, trunk, last convolution.
 
-    Parameters are named by their position, as in every published file of weights.
+    Parameters are named by position, as in all published weights.
     """
 
     @property
     def entrance(self) -> nn.Conv2d:
-        """The convolution that reads the image."""
+        """The first convolution, which reads the image."""
         return cast(nn.Conv2d, self[0])
 
     @property
     def pool(self) -> nn.Module:
-        """The pooling behind the entrance and its ReLU."""
+        """The pooling after the first convolution and its ReLU."""
         return self[2]
 
     @property
@@ -40,21 +40,21 @@ class PDN(nn.Sequential):
 
     @property
     def last(self) -> nn.Conv2d:
-        """The convolution that gives the description."""
+        """The last convolution, which outputs the description."""
         return cast(nn.Conv2d, self[-1])
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the last convolution reads."""
+        """Return the input of the last convolution."""
         for layer in list(self)[:-1]:
             images = layer(images)
         return images
 
 
 def pdn_small(channels: int = CHANNELS, *, padding: bool = False) -> PDN:
-    """Map (B, 3, H, W) to (B, channels, H/4 - 8, W/4 - 8), or to H/4, W/4 with padding.
+    """Build a network from (B, 3, H, W) to (B, channels, H/4 - 8, W/4 - 8), or to H/4, W/4 with padding.
 
-    One output vector sees 33 x 33 pixels. The paddings serve the distillation of a teacher; for anomaly
-    detection the published numbers are reached without them.
+    The receptive field of an output vector is 33 x 33 pixels. Padding is used to distil a teacher; the
+    published results of anomaly detection are reached without it.
     """
     pad = int(padding)
     return PDN(
@@ -71,7 +71,7 @@ def pdn_small(channels: int = CHANNELS, *, padding: bool = False) -> PDN:
 
 
 def pdn_medium(channels: int = CHANNELS, *, padding: bool = False) -> PDN:
-    """Map (B, 3, H, W) to (B, channels, H/4 - 8, W/4 - 8), or to H/4, W/4 with padding; see `pdn_small`."""
+    """Build the larger network, with the input and output sizes of `pdn_small`."""
     pad = int(padding)
     return PDN(
         nn.Conv2d(3, 256, 4, padding=3 * pad),

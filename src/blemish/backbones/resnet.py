@@ -1,8 +1,9 @@
-"""ResNets and Wide ResNets with torchvision's parameter names, up to any of their four stages.
+"""ResNets and Wide ResNets with torchvision's parameter names, built up to any of their four stages.
 
-He et al., CVPR 2016; Zagoruyko and Komodakis, BMVC 2016. In the first form of ResNet-50 the stride of a stage
-sits in its first 1x1 convolution; torchvision moved it to the 3x3 convolution. Weights for one form give
-nonsense in the other without any error, so the form is part of the backbone's name.
+He et al., CVPR 2016; Zagoruyko and Komodakis, BMVC 2016. In the original version of ResNet-50, the stride of
+a stage is in its first 1x1 convolution; torchvision moved it to the 3x3 convolution. Weights of one version
+load into the other without an error but give meaningless results, so the version is part of the backbone's
+name.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class Form:
-    """The numbers that make one ResNet."""
+    """The configuration of one ResNet."""
 
     blocks: tuple[int, int, int, int]
     bottleneck: bool = True
     width: int = 64
-    """Channels of the 3x3 convolutions in the first stage."""
+    """Channels of the 3x3 convolutions of the bottlenecks in the first stage."""
     stride_in_first: bool = False
-    """True for the first form: the stride sits in conv1 of a bottleneck, not in conv2."""
+    """True for the original version, with the stride in conv1 of a bottleneck instead of conv2."""
 
 
 FORMS = {
@@ -38,7 +39,7 @@ LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: (B, inputs, H, W) to (B, outputs, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut: (B, inputs, H, W) to (B, outputs, H/stride, W/stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut: (B, inputs, H, W) to (B, outputs, H/stride, W/stride)."""
+    """1x1, 3x3, 1x1 convolutions and a shortcut: (B, inputs, H, W) to (B, outputs, H/stride, W/stride)."""
 
     def __init__(self, inputs: int, width: int, outputs: int, stride: int, stride_in_first: bool) -> None:
         super().__init__()
@@ -76,14 +77,14 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Build the projection beside a block; empty where shapes agree."""
+    """Build the shortcut of a block: a projection, or empty if the shapes agree."""
     if inputs == outputs and stride == 1:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 def stage(form: Form, index: int, inputs: int) -> tuple[nn.Sequential, int]:
-    """Build stage `index` (0 to 3) and say how many channels leave it."""
+    """Build stage `index` (0 to 3); return it with its number of output channels."""
     stride = 1 if index == 0 else 2
     plain = 64 * 2**index
     outputs = 4 * plain if form.bottleneck else plain
@@ -99,9 +100,9 @@ def stage(form: Form, index: int, inputs: int) -> tuple[nn.Sequential, int]:
 
 
 class ResNet(nn.Module):
-    """Map (B, 3, H, W), already normalised, to the outputs of the named stages.
+    """Map normalised (B, 3, H, W) images to the outputs of the named stages.
 
-    layer1 to layer4 have stride 4, 8, 16, 32. Stages behind the last one asked for are not built.
+    layer1 to layer4 have strides of 4, 8, 16 and 32. Stages after the last requested one are not built.
     """
 
     def __init__(self, form: Form, layers: Sequence[str]) -> None:

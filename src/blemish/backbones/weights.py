@@ -1,7 +1,7 @@
-"""Where pretrained weights come from, and whether they fit.
+"""Find, check, store and download pretrained weights.
 
-In this order: a path given by the user; a folder named by BLEMISH_WEIGHTS; the user's cache; what an
-installed package ships; and, only when asked by `blemish weights fetch`, the publisher's address.
+They are searched for in this order: a path given by the user, the folder named by BLEMISH_WEIGHTS, the user's
+cache, an installed package. They are downloaded from the publisher only by `blemish weights fetch`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from blemish.files import whole_file
 
 VARIABLE = "BLEMISH_WEIGHTS"
 HEADS = ("fc.", "_fc.", "_conv_head.", "_bn1.")
-"""Parameters of classification heads, which no backbone here has."""
+"""Prefixes of the parameters of classification heads, which no backbone here has."""
 
 
 _DAMAGE = (
@@ -46,24 +46,24 @@ _DAMAGE = (
     AssertionError,
     struct.error,
 )
-"""What torch and safetensors raise at files that are damaged or something else, by trial."""
+"""What torch and safetensors raise for damaged or unrelated files, found by experiment."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one network's weights can be had."""
+    """Sources of the weights of one network."""
 
     package: tuple[str, str] | None = None
-    """An installed package and the file inside it."""
+    """Name of a package, and the path of the file inside it."""
     address: str | None = None
     licence: str = "unknown"
-    """Of the weights, as their publisher says."""
+    """Licence of the weights as stated by their publisher."""
     digest: str | None = None
-    """Leading hexadecimal digits of the file's SHA-256, as its publisher gives them."""
+    """Leading hexadecimal digits of the file's SHA-256, as published."""
 
 
 def _torchvision(file: str) -> Source:
-    # torchvision's publishers name each file after the first digits of its SHA-256.
+    # torchvision's file names end with the first digits of the file's SHA-256.
     digest = file.rsplit("-", 1)[1].removesuffix(".pth")
     return Source(
         address=f"https://download.pytorch.org/models/{file}", digest=digest, licence="BSD-3-Clause"
@@ -86,12 +86,12 @@ SOURCES = {
 
 
 def cache_folder() -> Path:
-    """Say where this user's weights are kept."""
+    """Return the folder of the user's cache of weights."""
     return Path(platformdirs.user_cache_dir("blemish", appauthor=False)) / "weights"
 
 
 def candidates(name: str) -> list[Path]:
-    """List the places where a network's weights may lie without the network, best first."""
+    """Return the local paths where the weights of a network may be, in order of precedence."""
     folders = [cache_folder()]
     if named := os.environ.get(VARIABLE):
         folders.insert(0, Path(named))
@@ -104,12 +104,12 @@ def candidates(name: str) -> list[Path]:
 
 
 def available(name: str) -> Path | None:
-    """Give the file that `find` would use, or None."""
+    """Return the file that `find` would return without a path, or None."""
     return next((path for path in candidates(name) if path.is_file()), None)
 
 
 def find(name: str, path: Path | None = None) -> Path:
-    """Give the file of a network's weights, or raise WeightsError with the ways to supply it."""
+    """Return the file of a network's weights; raise WeightsError with the ways to supply it."""
     if path is not None:
         if not path.is_file():
             raise WeightsError(f"no weights file {path}")
@@ -127,7 +127,7 @@ def find(name: str, path: Path | None = None) -> Path:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """Read what a teacher's file says of how it was made; empty for weights that say nothing."""
+    """Return the metadata of a teacher's file on how it was distilled; empty for other weights."""
     try:
         with safe_open(path, "pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {}).get("blemish", "{}"))
@@ -139,17 +139,17 @@ def facts(path: Path) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Tensor]:
     """Read parameters from a safetensors file or a torch checkpoint (tensors only), as float32.
 
-    Raises WeightsError for a file that is neither. Code inside a checkpoint is never run.
+    Raises WeightsError for a file that is neither. Code in a checkpoint is never executed.
     """
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is unusual in a file that then cannot be read
+                warnings.simplefilter("ignore")  # about peculiarities of files that cannot be read anyway
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        # Neither library's text helps here: torch's advises to run what is in the file.
+        # Neither library's message helps: torch's suggests running code from the file.
         raise WeightsError(
             f"{path} holds no readable weights; expected a whole safetensors file or a torch file of tensors"
         ) from error
@@ -159,16 +159,16 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def fill(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> None:
-    """Load a file's parameters into a network; raise WeightsError with the first that differ."""
+    """Load a file's parameters into a network; raise WeightsError for the first that does not fit."""
     state = fitting(network, path, whole=whole)
     network.load_state_dict({key: state.get(key, value) for key, value in network.state_dict().items()})
 
 
 def fitting(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> dict[str, Tensor]:
-    """Read those of a file's parameters that a network has; raise WeightsError with the first that differ.
+    """Return those of a file's parameters that a network has; raise WeightsError for the first misfit.
 
-    whole: the same network with all its stages, where `network` lacks the last ones; parameters that only the
-    whole one has, and those of a classification head, are passed over. Batch counters may be missing.
+    whole: the complete network, if `network` lacks the last stages. Parameters that only the complete network
+    has, and those of a classification head, are ignored. Counters of batches may be missing.
     """
     state, wanted = read(path), network.state_dict()
     known = wanted | (whole.state_dict() if whole else {})
@@ -188,9 +188,9 @@ def fitting(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -
 
 
 def keep(name: str, path: Path, network: nn.Module) -> Path:
-    """Copy weights into the user's cache after a check that they fit `network`; say where they are now.
+    """Copy weights into the user's cache after checking that they fit `network`; return the new path.
 
-    What a teacher's file says of itself is kept, too.
+    The metadata of a teacher's file is preserved.
     """
     state, made = fitting(network, path), facts(path)
     target = cache_folder() / f"{name}.safetensors"
@@ -204,7 +204,10 @@ def keep(name: str, path: Path, network: nn.Module) -> Path:
 
 
 def fetch(name: str, network: nn.Module) -> Path:
-    """Download a network's weights from their publisher into the user's cache, if the digest agrees."""
+    """Download a network's weights from their publisher to the user's cache; return the path.
+
+    Raises WeightsError if the download fails, its digest differs, or the weights do not fit `network`.
+    """
     source = SOURCES[name]
     if not source.address or not source.digest:
         raise WeightsError(f"{name} has no publisher's address; use `blemish weights add {name} FILE`")

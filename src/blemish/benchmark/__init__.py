@@ -1,1 +1,1 @@
-"""How long models take, side by side: `run` is the entrance."""
+"""Time models side by side, with `run`."""

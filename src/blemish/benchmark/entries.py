@@ -1,4 +1,4 @@
-"""Who takes part in a benchmark: a model file or an untrained method, and what runs it how."""
+"""The entries of a benchmark: a model file or an untrained method, and how it is run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 Rewrite = Callable[["Detector"], "nn.Module"]
 
 PACKAGES = {"torch": "train", "openvino": "openvino"}
-"""Which of a backend's packages comes with which extra of ours."""
+"""The extra of Blemish that installs each backend's package."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Who is asked to take part, and what was said of how: "" and None are up to the source."""
+    """An entry as the user gives it; empty fields are determined by the source."""
 
     source: str
     """A model file or a method's name."""
     plain: bool = False
-    """Whether the method's own network runs, and not the fused one."""
+    """Whether to run the method's own network instead of the fused one."""
     backend: str = ""
     precision: str = ""
 
@@ -48,14 +48,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Work:
-    """What a network computes for one image. FLOPs count a multiply-add as two."""
+    """What a network computes for one image. A multiply-add counts as two FLOPs."""
 
     parameters: int
-    """Of the detector, whose fused network may have fewer or more."""
+    """Those of the detector; its fused network may have fewer or more."""
     flops: int
-    """Of the network that runs."""
+    """Those of the network that runs."""
     plain_flops: int
-    """Of the detector's own network, before it is fused."""
+    """Those of the detector's own network, before it is fused."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Contender:
 
     name: str
     opened: Bundle
-    """The model file, or what one of an untrained detector would hold; without thresholds then."""
+    """The model file, or the equivalent for an untrained detector, without thresholds."""
     choice: Choice
     network: Rewrite | None = None
-    """Makes the plain network of a detector; None: the model file runs as it does in use."""
+    """Builds the plain network of a detector; None: the model file runs as in normal use."""
     channels_last: bool = False
-    """Of a plain network in PyTorch."""
+    """Whether a plain network in PyTorch uses the channels-last layout."""
     trained: bool = True
     work: Work | None = None
-    """None where torch is not installed, or the weights are of an earlier version."""
+    """None if torch is not installed, or if the weights are of an earlier version."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class Contender:
 
 
 def read_entry(text: str) -> Entry:
-    """Read [plain:]SOURCE[:backend[:precision]]; raise ConfigError.
+    """Parse [plain:]SOURCE[:backend[:precision]]; raise ConfigError if it does not fit.
 
     >>> read_entry("plain:efficientad-s:openvino:bf16")
     Entry(source='efficientad-s', plain=True, backend='openvino', precision='bf16')
@@ -104,10 +104,10 @@ def prepare(
     settings: Mapping[str, Any] | None = None,
     report: Report = silent,
 ) -> Contender:
-    """Find or build what an entry speaks of, and choose how it runs; raise ConfigError or ModelFileError.
+    """Open or build what an entry names, and choose how it runs; raise ConfigError or ModelFileError.
 
-    device: "" as the file says. On a GPU the precision is half unless something says otherwise. settings:
-    of an untrained method; its weights are drawn, since time does not depend on them.
+    device: "" for that of the file. On a GPU the precision is half unless another is given. settings: those
+    of an untrained method, whose weights are random, since they do not affect the timing.
     """
     if entry.is_file and settings:
         raise ConfigError(
@@ -121,9 +121,9 @@ def prepare(
 
 
 def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
-    """Settle backend, precision and device; raise ConfigError for what the machine or the graph has not.
+    """Choose backend, precision and device; raise ConfigError for what the machine or the graph lacks.
 
-    ONNX Runtime computes in what the graph holds, so half precision on CUDA is PyTorch's by default.
+    ONNX Runtime computes in the precision of the graph, so half precision on CUDA runs in PyTorch by default.
     """
     start = Choice() if entry.plain else opened.manifest.engine
     quantised = start.precision == "int8"
@@ -140,7 +140,7 @@ def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
 
 
 def untrained(name: str, settings: Mapping[str, Any]) -> Bundle:
-    """Build a method with random weights, as a model file would hold it: without a graph or thresholds."""
+    """Build a method with random weights as the contents of a model file, without graph and thresholds."""
     from safetensors.torch import save
 
     from blemish.detectors import registry
@@ -155,12 +155,12 @@ def untrained(name: str, settings: Mapping[str, Any]) -> Bundle:
 
 
 def unchanged(detector: Detector) -> nn.Module:
-    """Return the detector's own network."""
+    """Return the detector itself, which is its own network."""
     return detector
 
 
 def complete(contender: Contender, report: Report) -> Contender:
-    """Count a contender's work, and trace its graph where the model file has none that fits."""
+    """Count a contender's work, and trace its graph if the model file has none that fits."""
     traced = contender.choice.backend != "torch" and (contender.network or not contender.trained)
     if not traced and find_spec("torch") is None:
         return contender
@@ -173,14 +173,14 @@ def complete(contender: Contender, report: Report) -> Contender:
     except ModelFileError as error:
         if traced or contender.choice.backend == "torch":
             raise
-        tell(report, f"not counting FLOPs: {error}")  # a graph of an earlier version runs all the same
+        tell(report, f"not counting FLOPs: {error}")  # a graph of an earlier version runs nevertheless
         return contender
     size, export = contender.image_size, contender.opened.manifest.export
     network = contender.network(detector) if contender.network else detector.fused()
     plain = flops(detector, size) if contender.network is None else 0
     count = flops(network, size)
     if contender.network is None and contender.choice.backend != "torch" and export is not None:
-        count = export.flops  # fewer, with fewer channels
+        count = export.flops  # fewer with reduced channels
     work = Work(sum(each.numel() for each in detector.parameters()), count, plain or count)
     opened = contender.opened
     if traced:
@@ -189,7 +189,7 @@ def complete(contender: Contender, report: Report) -> Contender:
 
 
 def open_contender(contender: Contender, threads: int) -> Engine:
-    """Make a contender ready to run; raise ConfigError or ModelFileError."""
+    """Prepare a contender for running; raise ConfigError or ModelFileError."""
     if contender.network is None:
         return open_engine(contender.opened, contender.choice, threads)
     outputs = contender.opened.manifest.outputs

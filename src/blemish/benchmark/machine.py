@@ -1,4 +1,4 @@
-"""What a measurement was made on: processor, memory, GPU, versions. Imports nothing heavy."""
+"""The machine of a measurement: processor, memory, GPU, versions. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ INSTRUCTIONS = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimddp", "bf16", "i8mm", "sve"),
 )
-"""Names in /proc/cpuinfo of what makes products fast, on x86 and on ARM."""
+"""Instruction sets that make matrix products fast, on x86 and on ARM, as named in /proc/cpuinfo."""
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, and what computes on it."""
+    """A machine and its software."""
 
     processor: str
     instructions: tuple[str, ...]
-    """Those of INSTRUCTIONS that it has, where the system says."""
+    """Those of INSTRUCTIONS that it has, if the system reports them."""
     cores: int
-    """That this process may use."""
+    """Number that this process may use."""
     memory: int
-    """Bytes; 0 where the system does not say."""
+    """Bytes; 0 if the system does not report them."""
     gpus: tuple[str, ...]
     system: str
     versions: dict[str, str]
-    """Of Blemish, Python and those of PACKAGES that are installed."""
+    """Those of Blemish, Python and the installed PACKAGES."""
 
 
 def describe() -> Machine:
@@ -57,7 +57,7 @@ def describe() -> Machine:
 
 
 def installed() -> dict[str, str]:
-    """Give the versions of those of PACKAGES that are installed."""
+    """Return the versions of those of PACKAGES that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -68,7 +68,7 @@ def installed() -> dict[str, str]:
 
 
 def resident() -> int | None:
-    """Give the bytes that this process has in memory, and forget its peak; None where Linux is not."""
+    """Return this process's resident memory in bytes, and reset its peak; None except on Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -77,12 +77,12 @@ def resident() -> int | None:
 
 
 def peak_resident() -> int:
-    """Give the most bytes that this process had in memory since `resident` was asked."""
+    """Return the peak of this process's resident memory in bytes since the last call of `resident`."""
     return 1024 * number(r"^VmHWM:\s*(\d+) kB", read("/proc/self/status"))
 
 
 def read(path: str | Path) -> str:
-    """Read a file of the system, which other systems do not have."""
+    """Return the text of a system file; empty where the system has none."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -90,6 +90,6 @@ def read(path: str | Path) -> str:
 
 
 def number(pattern: str, text: str) -> int:
-    """Give the number that a pattern finds on a line, or 0."""
+    """Return the number that a pattern finds on a line, or 0."""
     found = re.search(pattern, text, re.M)
     return int(found[1]) if found else 0

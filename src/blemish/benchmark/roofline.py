@@ -1,7 +1,8 @@
-"""How fast a network could be: its FLOPs over the fastest matrix product that this machine does.
+"""How fast a network could be: its FLOPs at the rate of the fastest matrix product on this machine.
 
-The fastest is looked for among what is installed, in the precision asked for: PyTorch's matrix product and
-convolution, and OpenVINO's. A convolution is a product, too, and on some processors the faster one.
+The fastest is chosen among the installed packages, in the precision asked for: the matrix products and
+convolutions of PyTorch and OpenVINO. A convolution is a matrix product, too, and on some processors the
+faster one.
 """
 
 from __future__ import annotations
@@ -10,40 +11,37 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from blemish.inference.choice import Choice
 
-if TYPE_CHECKING:
-    pass
-
 SECONDS = 0.1
-"""That each kind of product is given, and at least three runs."""
+"""Time for each kind of product; at least three runs are made."""
 
 SIDE = {"cpu": 2048, "cuda": 8192, "tensorrt": 8192}
-"""Of the square matrices."""
+"""Side of the square matrices, by device."""
 
 CELLS, CHANNELS, WINDOW = 28, 512, 3
-"""Height and width, channels in and out, and kernel of the convolution: it fits a processor's cache."""
+"""Height and width, channels in and out, and kernel size of the convolution; it fits a processor's cache."""
 
 Product = tuple[str, int, Callable[[], object]]
-"""A name, the FLOPs of one, and what does one."""
+"""A name, the FLOPs of one run, and a function that runs it once."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """The fastest product of a machine in one precision."""
+    """The rate of the fastest product of a machine in one precision."""
 
     flops: float
-    """A second."""
+    """FLOPs per second."""
     by: str
-    """What did it."""
+    """Name of the product."""
 
 
 def fastest(choice: Choice, threads: int, clock: Callable[[], float] = time.perf_counter) -> Rate | None:
-    """Measure the fastest product in a choice's precision on its device; None where nothing can do one."""
+    """Measure the fastest product in a choice's precision on its device; None if nothing can run one."""
     found = []
     for name, count, run in products(choice, threads):
         run()
@@ -58,7 +56,7 @@ def fastest(choice: Choice, threads: int, clock: Callable[[], float] = time.perf
 
 
 def products(choice: Choice, threads: int) -> Iterator[Product]:
-    """Give the products of what is installed."""
+    """Yield the products of the installed packages."""
     if choice.device == "cpu" and choice.precision != "fp16" and find_spec("openvino") is not None:
         yield from of_openvino(choice, threads)
     if find_spec("torch") is not None:
@@ -66,7 +64,7 @@ def products(choice: Choice, threads: int) -> Iterator[Product]:
 
 
 def of_torch(choice: Choice, threads: int) -> Iterator[Product]:
-    """Give PyTorch's products: of matrices, and but for int8 a convolution."""
+    """Yield PyTorch's products: of matrices and, on a CPU except in int8, a convolution."""
     import torch
     from torch.nn import functional
 
@@ -89,7 +87,7 @@ def of_torch(choice: Choice, threads: int) -> Iterator[Product]:
 
 
 def waited(tensor: Any) -> Any:
-    """Wait until a GPU has made a tensor."""
+    """Wait until a GPU has computed a tensor, and return it."""
     if tensor.is_cuda:
         import torch
 
@@ -98,7 +96,7 @@ def waited(tensor: Any) -> Any:
 
 
 def of_openvino(choice: Choice, threads: int) -> Iterator[Product]:
-    """Give OpenVINO's products, of numbers quantised in the graph for int8."""
+    """Yield OpenVINO's products; for int8, the graph quantises their operands."""
     import openvino
     from openvino import opset13 as operations
 
@@ -121,7 +119,7 @@ def of_openvino(choice: Choice, threads: int) -> Iterator[Product]:
         return operations.fake_quantize(node, *ends, *ends, levels)
 
     def compiled(inputs: Any, node: Any) -> Callable[[], object]:
-        highest = operations.reduce_max(node, np.array([0, 1]), False)  # so that no result is copied
+        highest = operations.reduce_max(node, np.array([0, 1]), False)  # so that no large result is copied
         model = openvino.Model([highest], [inputs])
         with same_signal_stack():
             request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()

@@ -1,12 +1,12 @@
-"""How long models take, by the papers' protocol, several of them side by side.
+"""Time models by the papers' protocol, several of them side by side.
 
 The protocol (EfficientAD's supplement, followed by SuperSimpleNet): the input is already resized and on the
-host; a run copies it to the device, computes, and copies the map and the score back. On a GPU 1,000 runs warm
-up and 1,000 are timed, five times; on a processor as many as fit a time limit.
+host; a run copies it to the device, computes, and copies the map and the score back. On a GPU, 1,000 warm-up
+runs and 1,000 timed runs are made, five times; on a CPU, as many as fit a time limit.
 
-Each row is a process of its own, so that no row has another's threads, memory or environment, and the rows
-take turns: every round has a short burst of each. What slows the machine down slows all of them, and a ratio
-is taken within a round.
+Each row runs in a process of its own, so that no row has another's threads, memory or environment, and the
+rows take turns: every round has a short burst of each. What slows the machine down thus slows all of them,
+and ratios are computed within a round.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from blemish.progress import Report, silent, tell
 from blemish.types import FloatArray
 
 WARM_UP_SHARE = 0.1
-"""Of a burst's seconds."""
+"""Share of a burst's time for warming up."""
 
 LATENCY_SHARE = 0.6
-"""Of a row's seconds; the rest is for the throughput."""
+"""Share of a row's time for the latency; the rest is for the throughput."""
 
 ROOMS = {"torch": "pytorch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
-"""Where each backend's engine is."""
+"""Module of each backend's engine."""
 
 KILLED = -9
-"""The status of a process that the system killed."""
+"""Exit status of a process that the system killed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How often what is run."""
+    """How many runs are made, and of what."""
 
     threads: int
     rounds: int = 5
     warm_up: int = 1000
-    """Runs before those that are timed, in each round, within a tenth of its seconds."""
+    """Runs before the timed ones in each round, within a tenth of its time."""
     runs: int = 1000
-    """Timed runs in each round, within its seconds."""
+    """Timed runs in each round, within its time."""
     seconds: float = math.inf
-    """For each row in all rounds together; one run to warm up and one that is timed there are always."""
+    """Time limit for each row over all rounds; at least one warm-up run and one timed run are always made."""
     batch: int = 16
-    """Images in each run that measures the throughput; 1: none does."""
+    """Images in each run that measures the throughput; 1: it is not measured."""
 
 
 @dataclass(frozen=True)
 class Burst:
-    """Some runs of one row."""
+    """A number of runs of one row, within a time limit."""
 
     batch: int
     warm_up: int
@@ -79,48 +79,48 @@ class Burst:
 
 @dataclass(frozen=True)
 class Stream:
-    """Files to judge, with decoding and resizing, within a time."""
+    """Judging files, with decoding and resizing, within a time limit."""
 
     seconds: float
 
 
 @dataclass
 class Timings:
-    """What one row took: seconds of every run, round by round."""
+    """The timings of one row: seconds of every run, round by round."""
 
     latency: list[list[float]] = field(default_factory=list)
     throughput: list[list[float]] = field(default_factory=list)
-    """Of runs of a whole batch; fewer rounds where they take long."""
+    """Those of runs on a whole batch; fewer rounds if they take long."""
     stream: list[float] = field(default_factory=list)
-    """Between one verdict on a file and the next."""
+    """Seconds between one verdict on a file and the next."""
     memory: int | None = None
-    """Bytes that the framework reserved at most over one run, on a processor those that the process gained
-    from before the model was opened; None where nobody knows."""
+    """Largest number of bytes reserved by the framework during one run; on a CPU, bytes that the process
+    gained since before the model was opened; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender and what it took."""
+    """One contender and its timings."""
 
     contender: Contender
     timings: Timings
     rate: Rate | None
-    """The fastest matrix product in its precision."""
+    """The fastest matrix product in its precision, or None."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All rows of one benchmark; ratios are to the first."""
+    """All rows of one benchmark; ratios are relative to the first."""
 
     machine: Machine
     plan: Plan
     rows: tuple[Row, ...]
     images: str
-    """Where they came from."""
+    """Where the images came from."""
 
 
 Ask = Callable[[Burst | Stream], list[float]]
-"""Has one row run, and gives the seconds of each run."""
+"""Makes one row run, and returns the seconds of each run."""
 
 
 def run(
@@ -128,7 +128,8 @@ def run(
 ) -> Benchmark:
     """Measure contenders side by side; raise what opening one of them raises.
 
-    paths: images whose decoding and resizing is measured as well; none: random numbers stand in for images.
+    paths: images whose decoding and resizing is measured as well; without them, random numbers are the
+    images.
     """
     if paths:
         for each in contenders:
@@ -158,7 +159,7 @@ def run(
 
 
 def take_turns(number: int, asks: Sequence[Ask], timings: Sequence[Timings], plan: Plan) -> None:
-    """Let all rows run a burst, in one round; the throughput's waits while it has had its time."""
+    """Run a burst of every row in one round; the throughput is skipped while a row has used up its time."""
     each = plan.seconds / plan.rounds
     for ask, one in zip(asks, timings, strict=True):
         one.latency.append(ask(Burst(1, plan.warm_up, plan.runs, LATENCY_SHARE * each)))
@@ -172,7 +173,7 @@ def take_turns(number: int, asks: Sequence[Ask], timings: Sequence[Timings], pla
 def burst(
     engine: Engine, inputs: FloatArray, wanted: Burst, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """Warm up, then give the seconds of each run, until there are enough or the time is over."""
+    """Warm up, then return the seconds of each run, up to the number of runs or the time limit."""
     start = clock()
     for _ in range(wanted.warm_up):
         engine.run(inputs)
@@ -196,9 +197,9 @@ def judge(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Judge files, over and over, until the time is over; give the seconds from each verdict to the next.
+    """Judge files over and over until the time limit; return the seconds from each verdict to the next.
 
-    Raises ImageError for a file that cannot be read: it would count for less than it takes.
+    Raises ImageError for an unreadable file, which would take less time than a judged one.
     """
     start = clock()
 
@@ -220,7 +221,7 @@ def judge(
 
 @contextmanager
 def worker(contender: Contender, plan: Plan, paths: Sequence[Path]) -> Iterator[tuple[Ask, int | None]]:
-    """Open a contender in a process of its own; give what has it run, and the bytes that it takes."""
+    """Open a contender in a process of its own; yield a function that makes it run, and its bytes."""
     spawn = get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=serve, args=(there, contender, plan, paths), daemon=True)
@@ -249,7 +250,7 @@ def worker(contender: Contender, plan: Plan, paths: Sequence[Path]) -> Iterator[
 
 
 def ended(name: str, status: int | None) -> Exception:
-    """Say why a row's process is no more."""
+    """Return the exception that explains why a row's process has ended."""
     if status != KILLED:
         return RuntimeError(f"the process of {name} ended with status {status}")
     return StoppedError(
@@ -258,7 +259,7 @@ def ended(name: str, status: int | None) -> Exception:
 
 
 def serve(connection: Connection, contender: Contender, plan: Plan, paths: Sequence[Path]) -> None:
-    """Hold one contender in this process and run it as it is asked to, until nobody is there to ask."""
+    """Open one contender in this process and run it on request, until the parent closes the connection."""
     deaf()
     try:
         importlib.import_module(f"blemish.inference.engines.{ROOMS[contender.choice.backend]}")
@@ -280,12 +281,12 @@ def serve(connection: Connection, contender: Contender, plan: Plan, paths: Seque
 
 
 def deaf() -> None:
-    """Leave Ctrl-C to the parent, which then ends this process."""
+    """Ignore Ctrl-C, which the parent handles by ending this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def images(contender: Contender, count: int, model: Predictor | None, paths: Sequence[Path]) -> FloatArray:
-    """Give (count, 3, H, W) inputs: of the files, over and over, or random numbers in [0, 1)."""
+    """Return (count, 3, H, W) inputs: the files, repeated as needed, or random numbers in [0, 1)."""
     if model is not None:
         chosen = [paths[number % len(paths)] for number in range(count)]
         return np.concatenate([model.prepare(path).inputs for path in chosen])
@@ -294,7 +295,7 @@ def images(contender: Contender, count: int, model: Predictor | None, paths: Seq
 
 
 def memory(engine: Engine, inputs: FloatArray, choice: Choice, before: int | None) -> int | None:
-    """Give the bytes that one run takes at most; before: what the process had before the model."""
+    """Return the peak number of bytes of one run; before: the process's bytes before the model was opened."""
     engine.run(inputs)
     if choice.device == "cpu":
         if before is None or machine.resident() is None:
@@ -314,20 +315,20 @@ def memory(engine: Engine, inputs: FloatArray, choice: Choice, before: int | Non
 # --- the fastest matrix products ---
 
 Rates = dict[tuple[str, str], Rate | None]
-"""By precision and device."""
+"""The fastest products by precision and device."""
 
 
 def key(choice: Choice) -> tuple[str, str]:
-    """Say what of a choice a matrix product depends on."""
+    """Return the parts of a choice that the speed of a matrix product depends on."""
     return choice.precision, choice.device
 
 
 def measure_rates(pool: Executor, choices: Sequence[Choice], threads: int) -> Rates:
-    """Measure the fastest matrix product for each precision and device, in a process of its own."""
+    """Measure the fastest matrix product for each precision and device, in another process."""
     each = {key(choice): choice for choice in choices}
     return {name: pool.submit(roofline.fastest, choice, threads).result() for name, choice in each.items()}
 
 
 def highest(rates: Sequence[Rate | None]) -> Rate | None:
-    """Give the fastest of several rounds: what slowed the others down was not the machine."""
+    """Return the fastest of several rounds; the others were slowed down by something else on the machine."""
     return max((rate for rate in rates if rate), key=lambda rate: rate.flops, default=None)

@@ -1,4 +1,4 @@
-"""A benchmark as tables and as JSON, with the published figures beside it: pure but for writing the file."""
+"""A benchmark as tables and as JSON, beside the published figures. Pure except for writing the file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORK = "Work, and the shortest time in which the fastest matrix product of this 
 
 
 def table(found: Benchmark) -> str:
-    """Lay a benchmark out for a terminal: machine, times, what was computed, and the published figures."""
+    """Format a benchmark for a terminal: machine, times, what was computed, and the published figures."""
     parts = [machine_lines(found.machine, found.plan.threads), protocol(found), aligned(times(found))]
     if any(row.timings.stream for row in found.rows):
         parts.append(f"{STREAM}\n{aligned(streams(found))}")
@@ -49,7 +49,7 @@ def machine_lines(machine: Machine, threads: int) -> str:
 
 
 def protocol(found: Benchmark) -> str:
-    """Describe how many runs of what were timed."""
+    """Describe what was timed, and in how many runs."""
     plan = found.plan
     limit = "" if plan.seconds == math.inf else f", within {plan.seconds:g} s a row"
     turns = "rows taking turns, each in a process of its own; " if len(found.rows) > 1 else ""
@@ -62,7 +62,7 @@ def protocol(found: Benchmark) -> str:
 
 
 def times(found: Benchmark) -> list[list[str]]:
-    """Return the lines of latency and throughput, and of ratios to the first row."""
+    """Return the table of latency and throughput, and of ratios to the first row."""
     against = len(found.rows) > 1
     head = ["row", "input", "ms", "+-", "median", "p99", "runs"]
     throughput = [f"images/s at {found.plan.batch}"] * (found.plan.batch > 1)
@@ -79,7 +79,7 @@ def times(found: Benchmark) -> list[list[str]]:
 
 
 def streams(found: Benchmark) -> list[list[str]]:
-    """Return the lines of files judged from the disk."""
+    """Return the table of files judged from disk."""
     lines = [["row", "ms", "median", "p99", "files", "images/s"]]
     for row in found.rows:
         seconds = row.timings.stream
@@ -90,7 +90,7 @@ def streams(found: Benchmark) -> list[list[str]]:
 
 
 def work(found: Benchmark) -> list[list[str]]:
-    """Return the lines of parameters, FLOPs, memory and roofline."""
+    """Return the table of parameters, FLOPs, memory and roofline."""
     head = ["row", "M parameters", "GFLOP", "unfused", "MB", "GFLOP/s", "fastest"]
     lines = [[*head, "shortest ms", "reached"]]
     for row in found.rows:
@@ -112,7 +112,7 @@ def work(found: Benchmark) -> list[list[str]]:
 
 
 def figures(row: Row, batch: int) -> dict[str, Any]:
-    """Sum a row up; None for what was not measured."""
+    """Return the figures of a row; None for what was not measured."""
     rounds, every = row.timings.latency, [second for one in row.timings.latency for second in one]
     means = [1000 * statistics.fmean(one) for one in rounds]
     median = float(np.median(every))
@@ -139,7 +139,7 @@ def figures(row: Row, batch: int) -> dict[str, Any]:
 
 
 def ratio(first: Row, row: Row) -> tuple[float, float, float]:
-    """Return how many times as fast as the first a row was: median, least and greatest over the rounds."""
+    """Return how many times as fast as the first a row was: median, minimum and maximum over the rounds."""
     each = [
         statistics.median(one) / statistics.median(other)
         for one, other in zip(first.timings.latency, row.timings.latency, strict=True)
@@ -148,19 +148,19 @@ def ratio(first: Row, row: Row) -> tuple[float, float, float]:
 
 
 def shown(value: float | None, form: str, scale: float = 1) -> str:
-    """Write a number in units of a scale, or "-" where there is none."""
+    """Format a number in units of a scale, or "-" if there is none."""
     return "-" if value is None else format(value / scale, form)
 
 
 def published() -> tuple[str, list[list[str]]]:
-    """Return where the published figures come from, and the figures: a head, then a row for each method."""
+    """Return the sources of the published figures, and the figures: a header, then a row for each method."""
     lines = (resources.files("blemish.benchmark") / "published.csv").read_text("utf-8").splitlines()
     sources = [line.removeprefix("# ") for line in lines if line.startswith("#")]
     return "\n".join(sources), list(csv.reader(line for line in lines if not line.startswith("#")))
 
 
 def write_json(found: Benchmark, path: Path) -> None:
-    """Write everything: the machine, the plan, each row's figures and every run's seconds."""
+    """Write everything: the machine, the plan, and the figures and all timings of each row."""
     _, ((_, *columns), *lines) = published()
     record = {
         "machine": found.machine,
@@ -176,7 +176,7 @@ def write_json(found: Benchmark, path: Path) -> None:
 
 
 def row_record(found: Benchmark, row: Row) -> dict[str, Any]:
-    """Return everything about a row."""
+    """Return everything about a row, as JSON values."""
     middle, least, greatest = ratio(found.rows[0], row)
     contender, timings = row.contender, row.timings
     return {

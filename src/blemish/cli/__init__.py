@@ -1,1 +1,1 @@
-"""The command line: `main` is the entrance."""
+"""The command line; its entry point is `main.main`."""

@@ -1,4 +1,4 @@
-"""The command line as `python -m blemish.cli`, for torchrun and where no script is installed."""
+"""Run the command line as `python -m blemish.cli`, for torchrun or if no script is installed."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Commands about data: check, demo."""
+"""The commands check and demo."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from blemish.detectors.registry import DEFAULT
 
 
 def check_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `check` takes."""
+    """Declare the arguments of `check`."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest of a data set")
     add_layout(sub)
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """Say what is in a folder and what is wrong with it; 1 if anything is."""
+    """Print the contents and problems of a data set; return 1 if there are problems."""
     from blemish.data.check import check, format
 
     report = check(options.data, options.layout)
@@ -26,16 +26,18 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def demo_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `demo` takes."""
+    """Declare the arguments of `demo`."""
     sub.add_argument(
-        "--out", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (demo)"
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder to write to (demo)"
     )
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing and the training (0)")
-    sub.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    sub.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the images and the training (0)"
+    )
+    sub.add_argument("--steps", type=int, metavar="N", help="number of optimiser steps")
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """Render parts, train, evaluate, write a report, and print where everything is."""
+    """Render parts, train, evaluate, write a report, and print where the results are."""
     from blemish import demo
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.evaluation import report

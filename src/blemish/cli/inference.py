@@ -1,4 +1,4 @@
-"""Commands of the command line for inference: make it faster, and measure how long it takes."""
+"""The commands export and benchmark."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from blemish.detectors.registry import METHODS
 from blemish.errors import ConfigError, DataError
 
 REDUCED = 0.03
-"""Map error of each cut of `--reduced`, in standard deviations of the good images' maps."""
+"""Default map error per cut of `--reduced`, in standard deviations of the maps of good images."""
 
 
 def export_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `export` takes."""
+    """Declare the arguments of `export`."""
     sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
     sub.add_argument("--format", required=True, metavar="FORMAT", help="onnx or openvino")
     sub.add_argument("--precision", default="fp32", metavar="P", help="fp32, fp16, bf16 or int8 (fp32)")
@@ -26,16 +26,21 @@ def export_arguments(sub: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a model file, NAME.blemish, or a bare graph: NAME.onnx, or NAME.xml for OpenVINO",
+        help="file to write: a model file (.blemish), or a bare graph (.onnx, or .xml for OpenVINO)",
     )
     sub.add_argument(
         "--data",
         type=Path,
         required=True,
         metavar="DATA",
-        help="what the model was trained on, for its held-out good images",
+        help="the training data set, for its held-out good images",
     )
-    sub.add_argument("--evaluation", type=Path, metavar="DATA", help="compare on labelled images, too")
+    sub.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="DATA",
+        help="labelled images on which to compare the models as well",
+    )
     sub.add_argument(
         "--reduced",
         type=float,
@@ -43,12 +48,12 @@ def export_arguments(sub: argparse.ArgumentParser) -> None:
         const=REDUCED,
         default=0.0,
         metavar="ERROR",
-        help=f"fewer channels, each cut changing the map by at most this much ({REDUCED})",
+        help=f"reduce channels, with at most this map error per cut, in standard deviations ({REDUCED})",
     )
 
 
 def run_export(options: argparse.Namespace) -> int:
-    """Write a model in another format or precision; 1 if it differs too much from the trained model."""
+    """Export a model to another format or precision; return 1 if it differs too much from the original."""
     from blemish.cli.terminal import Terminal
     from blemish.errors import ExportError
     from blemish.exporting.pipeline import export
@@ -65,36 +70,56 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def benchmark_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `benchmark` takes."""
+    """Declare the arguments of `benchmark`."""
     who = sub.add_mutually_exclusive_group(required=True)
-    who.add_argument("file", nargs="?", metavar="F.blemish", help="a model file, run as it says unless told")
-    who.add_argument("--model", metavar="M", help=f"an untrained detector: {', '.join(METHODS)}")
+    who.add_argument(
+        "file", nargs="?", metavar="F.blemish", help="a model file, run as the file says unless overridden"
+    )
+    who.add_argument(
+        "--model", metavar="M", help=f"an untrained detector of this method: {', '.join(METHODS)}"
+    )
     who.add_argument(
         "--compare",
         nargs="+",
         metavar="ENTRY",
-        help="several side by side: [plain:]F.blemish or METHOD[:BACKEND[:PRECISION]]",
+        help="entries to compare: [plain:]F.blemish or METHOD[:BACKEND[:PRECISION]]",
     )
-    sub.add_argument("--backend", default="", metavar="B", help="onnxruntime, openvino or torch")
+    sub.add_argument("--backend", default="", metavar="B", help="engine: onnxruntime, openvino or torch")
     sub.add_argument("--precision", default="", metavar="P", help="fp32, fp16 or bf16 (fp16 on a GPU)")
     sub.add_argument("--device", default="", metavar="D", help="cpu, cuda or tensorrt (as the file says)")
-    sub.add_argument("--plain", action="store_true", help="the method's own network, not the fused one")
-    sub.add_argument("--threads", type=int, default=0, metavar="N", help="of a processor (all its cores)")
-    sub.add_argument("--batch", type=int, default=16, metavar="N", help="for the throughput (16); 1: none")
-    sub.add_argument("--seconds", type=float, metavar="S", help="for each row (10; no limit on a GPU)")
-    sub.add_argument("--rounds", type=int, default=5, metavar="N", help="in which rows take turns (5)")
-    sub.add_argument("--image-size", metavar="HxW", help="of an untrained detector's input (256x256)")
+    sub.add_argument(
+        "--plain", action="store_true", help="run the method's own network instead of the fused one"
+    )
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="number of CPU threads (all cores)")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="batch size for throughput (16); 1 skips throughput",
+    )
+    sub.add_argument(
+        "--seconds", type=float, metavar="S", help="time limit per entry in seconds (10; none on a GPU)"
+    )
+    sub.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of rounds in which the entries take turns (5)",
+    )
+    sub.add_argument("--image-size", metavar="HxW", help="input size of an untrained detector (256x256)")
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of an untrained detector"
     )
     sub.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="measure reading and judging these files, too"
+        "--images", type=Path, metavar="FOLDER", help="also measure reading and judging these files"
     )
-    sub.add_argument("--json", type=Path, metavar="F", help="write every figure")
+    sub.add_argument("--json", type=Path, metavar="F", help="write all results as JSON")
 
 
 def run_benchmark(options: argparse.Namespace) -> int:
-    """Measure how long a model takes, or several side by side."""
+    """Measure the inference time of one or several models and print the results."""
     from blemish.benchmark import run as benchmark
     from blemish.benchmark import tables
     from blemish.benchmark.entries import prepare
@@ -117,7 +142,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
 
 
 def asked(options: argparse.Namespace) -> list[Any]:
-    """Read who is to run, with what the other options say of those that say nothing themselves."""
+    """Return the requested entries, with unspecified fields filled in from the other options."""
     from dataclasses import replace
 
     from blemish.benchmark.entries import Entry, read_entry
@@ -138,7 +163,7 @@ def asked(options: argparse.Namespace) -> list[Any]:
 
 
 def planned(options: argparse.Namespace) -> Any:
-    """Settle how often what is run; raise ConfigError for numbers that cannot be."""
+    """Return the plan of threads, rounds, seconds and batch size; raise ConfigError for invalid numbers."""
     from blemish.benchmark.run import Plan
     from blemish.devices import cores
 
@@ -154,7 +179,7 @@ def planned(options: argparse.Namespace) -> Any:
 
 
 def listed(folder: Path | None) -> list[Path]:
-    """List the images of a folder, to its depth; raise DataError where there are none."""
+    """Return the images of a folder and its subfolders; raise DataError if there are none."""
     if folder is None:
         return []
     from blemish.images.reading import list_images

@@ -1,4 +1,4 @@
-"""Commands that judge images: evaluate, predict, calibrate."""
+"""The commands evaluate, predict and calibrate."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ from blemish.cli.options import (
 
 
 def evaluate_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `evaluate` takes."""
+    """Declare the arguments of `evaluate`."""
     sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with labelled test images")
-    sub.add_argument("--json", type=Path, metavar="F", help="write every figure")
-    sub.add_argument("--csv", type=Path, metavar="F", help="write one row per image")
-    sub.add_argument("--report", type=Path, metavar="F.html", help="write one self-contained page")
-    sub.add_argument(
-        "--memory", type=float, default=2.0, metavar="GB", help="for the scores of all pixels (2)"
-    )
+    sub.add_argument("--json", type=Path, metavar="F", help="write all results as JSON")
+    sub.add_argument("--csv", type=Path, metavar="F", help="write one row per image as CSV")
+    sub.add_argument("--report", type=Path, metavar="F.html", help="write a self-contained HTML report")
+    sub.add_argument("--memory", type=float, default=2.0, metavar="GB", help="memory for pixel scores (2)")
     add_layout(sub)
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    """Measure a model on a labelled data set; 2 if some images could not be read."""
+    """Evaluate a model on a labelled data set; return 2 if some images could not be read."""
     from blemish.cli.terminal import Terminal
     from blemish.evaluation import report
     from blemish.evaluation.run import evaluate, table
@@ -58,20 +56,29 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def predict_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `predict` takes."""
+    """Declare the arguments of `predict`."""
     sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
     sub.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE_OR_DIR", help="images, or folders of them"
     )
-    sub.add_argument("--jsonl", type=Path, metavar="F", help="write the lines here, not to standard output")
-    sub.add_argument("--maps", type=Path, metavar="DIR", help="write the raw anomaly maps")
-    sub.add_argument("--map-format", choices=("tiff", "npy"), default="tiff", help="32-bit TIFF, or NPY")
-    sub.add_argument("--overlays", type=Path, metavar="DIR", help="write images with what is odd in colour")
-    sub.add_argument("--threads", type=int, default=0, metavar="N", help="for one image (all cores)")
+    sub.add_argument(
+        "--jsonl", type=Path, metavar="F", help="write the JSON lines to this file instead of standard output"
+    )
+    sub.add_argument("--maps", type=Path, metavar="DIR", help="write the raw anomaly maps to this folder")
+    sub.add_argument(
+        "--map-format",
+        choices=("tiff", "npy"),
+        default="tiff",
+        help="format of the maps: 32-bit TIFF (default) or NPY",
+    )
+    sub.add_argument(
+        "--overlays", type=Path, metavar="DIR", help="write each image with its anomaly map in colour over it"
+    )
+    sub.add_argument("--threads", type=int, default=0, metavar="N", help="number of threads (all cores)")
 
 
 def run_predict(options: argparse.Namespace) -> int:
-    """Judge images, one JSON line each; 2 if some could not be read."""
+    """Judge images and write one JSON line for each; return 2 if some could not be read."""
     from blemish.cli.terminal import Terminal
     from blemish.inference import bulk
     from blemish.inference.predictor import load
@@ -89,15 +96,20 @@ def run_predict(options: argparse.Namespace) -> int:
 
 
 def calibrate_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `calibrate` takes."""
+    """Declare the arguments of `calibrate`."""
     sub.add_argument("model", type=Path, metavar="F.blemish", help="a model file")
-    sub.add_argument("images", type=Path, metavar="GOOD_IMAGES", help="folder of good images, not trained on")
+    sub.add_argument(
+        "images",
+        type=Path,
+        metavar="GOOD_IMAGES",
+        help="folder of good images that the model was not trained on",
+    )
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
     sub.add_argument("--out", type=Path, required=True, metavar="F2.blemish", help="the model file to write")
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    """Set a model's thresholds again from good images, without training."""
+    """Set a model's thresholds anew from good images, without training."""
     from blemish.cli.terminal import Terminal
     from blemish.inference.calibration import describe
     from blemish.inference.recalibration import calibrate

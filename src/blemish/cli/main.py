@@ -1,8 +1,8 @@
-"""The command line: one function per command, and what is heavy imported inside it.
+"""The entry point of the command line. Each command is one function, which imports heavy packages itself.
 
-Results go to standard output, progress and messages to standard error. Exit status: 0 done; 1 the command ran
-and the answer is no; 2 something the user can fix, in one line; 70 an internal error, with its traceback; 130
-interrupted.
+Results go to standard output, progress and messages to standard error. Exit status: 0 success; 1 the command
+completed with a negative result; 2 an error that the user can fix, reported in one line; 70 an internal
+error, with its traceback; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from blemish.errors import BlemishError
 EXTRAS = dict.fromkeys(("torch", "onnx", "onnxscript", "safetensors", "scipy"), "train") | {
     "openvino": "openvino"
 }
-"""The extra that installs each package that some commands need."""
+"""Name of the extra that installs each optional package."""
 CRASHED = 70
-"""Exit status of an internal error: 1 always means that the answer is no."""
+"""Exit status of an internal error; not 1, which always means a negative result."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status."""
+    """Run a command and return its exit status."""
     options = parser().parse_args(arguments)
     share_cores()
     from blemish.cli.terminal import shown_warnings
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("blemish: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing is to be flushed at exit.
+        # The reader of the output has closed it; avoid a second error when streams are flushed at exit.
         sys.stderr.close()
         return 0
     except Exception:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def crashed() -> int:
-    """Print the traceback of an internal error; return its exit status."""
+    """Print the traceback of an internal error and return its exit status."""
     traceback.print_exc()
     print(
         "blemish: this is an error in Blemish itself; please report it with the lines above", file=sys.stderr
@@ -86,15 +86,16 @@ def crashed() -> int:
 
 
 def share_cores() -> None:
-    """Let threads that wait for each other sleep, before torch is loaded, unless the user has chosen.
+    """Make waiting OpenMP threads sleep instead of spin, unless the user has chosen otherwise.
 
-    Threads that spin take the core from whatever else runs on it, and then wait for it themselves.
+    Spinning threads take cores from other work, for which they may then have to wait. Must be called before
+    torch is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parser() -> Parser:
-    """Return the parser of all commands."""
+    """Return the argument parser of all commands."""
     top = Parser(prog="blemish", description="Find defects on manufactured parts, from good images only.")
     top.add_argument("--version", action="version", version=f"blemish {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -106,9 +107,9 @@ def parser() -> Parser:
 
 
 COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], str], ...] = (
-    ("check", run_check, check_arguments, "say what is in a folder of images, and what is wrong with it"),
-    ("train", run_train, train_arguments, "train a model on good images, calibrate it, write a model file"),
-    ("evaluate", run_evaluate, evaluate_arguments, "measure a model on labelled images, with a report"),
+    ("check", run_check, check_arguments, "summarise a data set and report its problems"),
+    ("train", run_train, train_arguments, "train a model on good images and calibrate its thresholds"),
+    ("evaluate", run_evaluate, evaluate_arguments, "evaluate a model on labelled images and write reports"),
     (
         "predict",
         run_predict,
@@ -116,8 +117,8 @@ COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], s
         "judge images: score, label, p-value, regions, maps, overlays",
     ),
     ("calibrate", run_calibrate, calibrate_arguments, "set a model's thresholds anew from good images"),
-    ("export", run_export, export_arguments, "write a model in another format or precision, if it agrees"),
-    ("benchmark", run_benchmark, benchmark_arguments, "measure how long models take, side by side"),
+    ("export", run_export, export_arguments, "export a model to another format or precision, and check it"),
+    ("benchmark", run_benchmark, benchmark_arguments, "measure the inference time of one or several models"),
     ("weights", run_weights, weights_arguments, "list, add or fetch pretrained weights"),
     (
         "distill",
@@ -125,5 +126,5 @@ COMMANDS: tuple[tuple[str, Command, Callable[[argparse.ArgumentParser], None], s
         distill_arguments,
         "distil a teacher network from a backbone",
     ),
-    ("demo", run_demo, demo_arguments, "draw parts, train, evaluate, report: no download, no images needed"),
+    ("demo", run_demo, demo_arguments, "render parts, train and evaluate: no images or download needed"),
 )

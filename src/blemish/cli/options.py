@@ -1,4 +1,4 @@
-"""What several commands share: the methods' names, options that recur, and how values are read."""
+"""The parser, and options and conversions that several commands share."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from blemish.errors import ConfigError
 Command = Callable[[argparse.Namespace], int]
 
 
-RATE_HELP = "share of good parts that may be called defect (0.01)"
+RATE_HELP = "accepted share of good parts that are called defective (0.01)"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:  # type: ignore[explicit-override]  # in Python from 3.12 on
-        """Say what is wrong with the arguments, and where the right ones are listed."""
+        """Exit with status 2 and a message that refers to --help."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def gigabytes(count: float) -> int:
-    """Give bytes; raise ConfigError for a number that is none of memory."""
+    """Convert gigabytes to bytes; raise ConfigError for an invalid number."""
     if not 0 <= count < 2**20:
         raise ConfigError(f"memory {count:g}: expected gigabytes, 0 or more")
     return int(count * 2**30)
 
 
 def refuse_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> None:
-    """Refuse places that could not be written, before work goes into what is to be written there."""
+    """Check before any work starts that outputs can be written; raise OutputError."""
     from blemish.files import check_folder, check_writable
 
     for file in files:
@@ -43,7 +43,7 @@ def refuse_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> 
 
 
 def settings(texts: Sequence[str]) -> dict[str, str]:
-    """Read settings written as KEY=VALUE; raise ConfigError for what is not."""
+    """Parse settings written as KEY=VALUE; raise ConfigError for any other form."""
     found = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -54,27 +54,44 @@ def settings(texts: Sequence[str]) -> dict[str, str]:
 
 
 def add_length(sub: argparse.ArgumentParser, *, epochs_help: str) -> None:
-    """Declare how long a run trains."""
+    """Declare the options for the length of a training run."""
     length = sub.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    length.add_argument("--steps", type=int, metavar="N", help="number of optimiser steps")
     length.add_argument("--epochs", type=int, metavar="N", help=epochs_help)
-    length.add_argument("--budget", metavar="TIME", help="wall time for everything, such as 90s, 10m or 2h")
+    length.add_argument(
+        "--budget", metavar="TIME", help="wall-clock time for the whole run, such as 90s, 10m or 2h"
+    )
 
 
 def add_machine(sub: argparse.ArgumentParser) -> None:
-    """Declare what a training run asks of the machine."""
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same weights (0)")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    """Declare the options for the seed, the device, memory and resuming."""
     sub.add_argument(
-        "--memory", type=float, default=4.0, metavar="GB", help="for decoded and encoded images (4)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed; the same seed gives the same weights (0)",
+    )
+    sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    sub.add_argument("--precision", default="auto", help="auto (default), fp32 or bf16")
+    sub.add_argument(
+        "--memory",
+        type=float,
+        default=4.0,
+        metavar="GB",
+        help="memory for decoded images, and as much again for features (4)",
     )
     sub.add_argument(
-        "--cache", default="auto", metavar="DIR", help="keep encoded images there, or auto, or off"
+        "--cache",
+        default="auto",
+        metavar="DIR",
+        help="feature cache: auto (default), off, or a folder to share among runs",
     )
-    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    sub.add_argument("--resume", action="store_true", help="continue from the checkpoint beside --out")
 
 
 def add_layout(sub: argparse.ArgumentParser) -> None:
-    """Declare the layout of a data set."""
-    sub.add_argument("--layout", default="auto", help="auto, csv, folder, mvtec, loco, visa, ksdd2 or sensum")
+    """Declare the option for the layout of a data set."""
+    sub.add_argument(
+        "--layout", default="auto", help="auto (default), csv, folder, mvtec, loco, visa, ksdd2 or sensum"
+    )

@@ -1,4 +1,4 @@
-"""What a person sees while something runs, and how they stop it: progress, messages, warnings, signals."""
+"""Show progress, messages and warnings of a running command, and handle requests to stop it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from blemish.progress import Event
 
 FORMAT = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LIVE_SECONDS, LOG_SECONDS = 0.2, 30.0
-"""Between two updates of a line of progress: on a terminal, where it renews itself, and in a log."""
+"""Seconds between updates of a progress line on a terminal, and between lines in a log."""
 
 
 class Line:
-    """The progress of one phase: a line that renews itself on a terminal, or a line every half minute."""
+    """The progress of one phase: a line updated in place on a terminal, or a new line every half minute."""
 
     def __init__(self, title: str, first: Event, *, live: bool) -> None:
         self.title, self.live, self.initial = title, live, first.step
@@ -28,7 +28,7 @@ class Line:
         self.start = self.shown = time.monotonic()
 
     def show(self, event: Event) -> None:
-        """Show how far the phase is, if it is time to."""
+        """Show the progress of an event if an update is due or the phase has ended."""
         now, ended = time.monotonic(), event.step >= event.steps
         if now - self.shown < self.every and not ended:
             return
@@ -49,17 +49,19 @@ class Line:
 
 
 class Terminal:
-    """Shows events on standard error, which is not the result."""
+    """Shows events on standard error, so that standard output holds only results."""
 
     def __init__(self, *, progress: bool = True) -> None:
-        """progress: whether to show it; messages are always shown."""
+        """Show messages and, unless `progress` is false, progress."""
         self.progress = progress
         self.lines: dict[tuple[str, str], Line] = {}
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         if event.message:
-            print(f"{event.source}: {event.message}" if event.source else event.message, file=sys.stderr)
+            clear = "\r\x1b[K" if any(line.live for line in self.lines.values()) else ""
+            message = f"{event.source}: {event.message}" if event.source else event.message
+            print(f"{clear}{message}", file=sys.stderr)
         if not (self.progress and event.steps):
             return
         name = event.source, event.phase
@@ -75,7 +77,7 @@ class Terminal:
 
 @contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Show what the library logs, warnings and worse, on standard error."""
+    """Show the library's warnings and errors from its log on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("blemish: %(message)s"))
     logger = logging.getLogger("blemish")
@@ -90,7 +92,7 @@ def shown_warnings() -> Iterator[None]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yield whether the user has asked to stop, by Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+    """Yield a function that returns whether Ctrl-C or SIGTERM has come; a second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

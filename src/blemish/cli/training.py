@@ -1,4 +1,4 @@
-"""Commands that train: train, distill, weights."""
+"""The commands train, distill and weights."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ SHORTHANDS = (
     ("--structural-only", "structural_only", "autoencoder", False),
     ("--logical-weight", "logical_weight", "logical_weight", None),
 )
-"""Options for one setting each: option, name among the options, setting, and its value unless the user's."""
+"""Options for a single setting: option, attribute, setting, and its value, or None for that of the option."""
 
 
 def train_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `train` takes."""
+    """Declare the arguments of `train`."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with good images")
-    sub.add_argument("--model", metavar="M", help=", ".join(METHODS))
+    sub.add_argument("--model", metavar="M", help=f"method (not needed with --from): {', '.join(METHODS)}")
     sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
     sub.add_argument(
         "--from",
         dest="start",
         type=Path,
         metavar="OLD.blemish",
-        help="continue from a model, in a shorter run",
+        help="start from the weights of an earlier model, for a shorter run",
     )
     label_arguments(sub)
-    add_length(sub, epochs_help="passes over the training images; each defective one counts four times")
+    add_length(
+        sub,
+        epochs_help="number of epochs; each uses good images once or, with defects, every defect four times",
+    )
     method_arguments(sub)
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
     add_machine(sub)
@@ -50,32 +53,36 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def label_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `train` takes about labelled defects."""
+    """Declare the options of `train` for labelled defects."""
     sub.add_argument(
-        "--supervision", default="auto", help="auto, none, weak (no masks), mixed (some) or full (all masked)"
+        "--supervision",
+        default="auto",
+        help="auto (default), none, weak (no masks), mixed (some masks) or full (all masks)",
     )
     sub.add_argument(
         "--train-defects",
         metavar="N|SHARE",
-        help="how many defective images to train on, sampled at random by the seed",
+        help="number or share of defective images to train on, sampled at random",
     )
-    sub.add_argument("--train-masks", metavar="N|SHARE", help="how many of those keep their masks (all)")
+    sub.add_argument(
+        "--train-masks", metavar="N|SHARE", help="number or share of those whose masks are used (all)"
+    )
 
 
 def method_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `train` takes about the method."""
+    """Declare the options of `train` for the method."""
     sub.add_argument("--image-size", metavar="HxW", help="size of the network's input (256x256)")
     halves = sub.add_mutually_exclusive_group()
     halves.add_argument(
         "--structural-only",
         action="store_true",
-        help="without the autoencoder and its logical map, for methods that have one",
+        help="leave out the autoencoder and its logical map (methods with a logical map only)",
     )
     halves.add_argument(
         "--logical-weight",
         type=float,
         metavar="W",
-        help="weight of the logical map, 0 to 1 (0.5), for methods that have one",
+        help="weight of the logical map, 0 to 1 (0.5; methods with a logical map only)",
     )
     sub.add_argument(
         "--weights", type=Path, metavar="FILE", help="pretrained weights of the teacher or the backbone"
@@ -84,34 +91,39 @@ def method_arguments(sub: argparse.ArgumentParser) -> None:
         "--natural-images",
         default="drawn",
         metavar="DIR|drawn|none",
-        help="images for the pretraining penalty: photographs, rendered images, or none (drawn: rendered)",
+        help="images for the pretraining penalty: drawn (rendered, default), none, or a photo folder",
     )
     sub.add_argument(
-        "--preset", default="default", help="default, paper for the method to the letter, or journal"
+        "--preset",
+        default="default",
+        help="default, paper (as published) or, for some methods, journal (as in the extended paper)",
     )
     sub.add_argument(
-        "--schedule", default="default", help="default, or paper for its length, rates and batches"
+        "--schedule",
+        default="default",
+        help="default, or paper for the published length, optimiser and batch size",
     )
     sub.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the method"
     )
 
 
 def sweep_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `train` takes about sweeps over seeds and folds."""
+    """Declare the options of `train` for sweeps over seeds and folds."""
     sub.add_argument(
-        "--seeds", type=int, metavar="N", help="number of seeds to train and evaluate with, from --seed on"
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="number of seeds to train and evaluate with, from --seed upwards",
     )
-    sub.add_argument(
-        "--folds", type=int, metavar="K", help="cross-validate: number of folds to train and evaluate"
-    )
-    sub.add_argument("--folds-file", type=Path, metavar="F.csv", help="which image is in which fold")
-    sub.add_argument("--jobs", type=int, metavar="N", help="trainings of a sweep to run in parallel")
-    sub.add_argument("--json", type=Path, metavar="F", help="write every figure of a sweep as JSON")
+    sub.add_argument("--folds", type=int, metavar="K", help="number of folds for cross-validation")
+    sub.add_argument("--folds-file", type=Path, metavar="F.csv", help="file that assigns images to folds")
+    sub.add_argument("--jobs", type=int, metavar="N", help="number of trials of a sweep to run in parallel")
+    sub.add_argument("--json", type=Path, metavar="F", help="write all results of a sweep as JSON")
 
 
 def run_train(options: argparse.Namespace) -> int:
-    """Train, calibrate and write a model file; or a sweep of them, evaluated and summarised."""
+    """Train, calibrate and write a model file, or run a sweep."""
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.training import run
 
@@ -130,7 +142,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def request_of(options: argparse.Namespace) -> TrainingRequest:
-    """Return what is asked for as a request."""
+    """Return the training request that the options describe."""
     from blemish.training.request import TrainingRequest
 
     names = (
@@ -143,7 +155,7 @@ def request_of(options: argparse.Namespace) -> TrainingRequest:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that are asked for, by --set or by an option of their own; raise ConfigError."""
+    """Return the settings given by --set or by options of their own; raise ConfigError for conflicts."""
     from blemish.detectors import registry
 
     chosen: dict[str, Any] = settings(options.set)
@@ -165,7 +177,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_sweep(options: argparse.Namespace, request: TrainingRequest) -> int:
-    """Train and evaluate over seeds and folds, and print mean and deviation; 2 if images were skipped."""
+    """Train and evaluate over seeds and folds and print a summary; return 2 if images were skipped."""
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.sweeps import local, repeats, summary
 
@@ -183,14 +195,14 @@ def run_sweep(options: argparse.Namespace, request: TrainingRequest) -> int:
 
 
 def weights_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `weights` takes."""
+    """Declare the arguments of `weights`."""
     actions = sub.add_subparsers(required=True, metavar="ACTION", dest="action")
-    actions.add_parser("list", help="say which pretrained weights are on this machine")
-    add = actions.add_parser("add", help="keep a file of weights in the user's cache, if it fits")
-    add.add_argument("name", metavar="NAME")
-    add.add_argument("file", type=Path, metavar="FILE")
+    actions.add_parser("list", help="list the pretrained weights on this machine")
+    add = actions.add_parser("add", help="check a file of weights and copy it to the user's cache")
+    add.add_argument("name", metavar="NAME", help="network, as in `blemish weights list`")
+    add.add_argument("file", type=Path, metavar="FILE", help="safetensors file or torch checkpoint")
     fetch = actions.add_parser("fetch", help="download weights from their publisher")
-    fetch.add_argument("name", metavar="NAME")
+    fetch.add_argument("name", metavar="NAME", help="network, as in `blemish weights list`")
 
 
 def run_weights(options: argparse.Namespace) -> int:
@@ -218,22 +230,28 @@ def run_weights(options: argparse.Namespace) -> int:
 
 
 def distill_arguments(sub: argparse.ArgumentParser) -> None:
-    """Declare what `distill` takes."""
-    sub.add_argument("images", type=Path, metavar="IMAGES", help="folder of natural images of anything")
-    sub.add_argument("--size", required=True, metavar="S", help="of the teacher: small or medium")
+    """Declare the arguments of `distill`."""
+    sub.add_argument("images", type=Path, metavar="IMAGES", help="folder of photographs of any subject")
+    sub.add_argument("--size", required=True, metavar="S", help="size of the teacher: small or medium")
     sub.add_argument(
-        "--out", type=Path, required=True, metavar="F.safetensors", help="the teacher's file to write"
+        "--out", type=Path, required=True, metavar="F.safetensors", help="the weights file to write"
     )
-    sub.add_argument("--source", metavar="BACKBONE", help="whose features are learned (wide_resnet101_2)")
-    sub.add_argument("--weights", type=Path, metavar="FILE", help="weights of the source")
-    add_length(sub, epochs_help="passes over the images")
-    sub.add_argument("--preset", default="default", help="default, or paper for algorithm 3 to the letter")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting")
+    sub.add_argument(
+        "--source", metavar="BACKBONE", help="backbone whose features are distilled (wide_resnet101_2)"
+    )
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="pretrained weights of the backbone")
+    add_length(sub, epochs_help="number of passes over the images")
+    sub.add_argument(
+        "--preset", default="default", help="default, or paper (algorithm 3 exactly as published)"
+    )
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the distillation"
+    )
     add_machine(sub)
 
 
 def run_distill(options: argparse.Namespace) -> int:
-    """Distil a teacher, and print how much of the source it explains."""
+    """Distil a teacher and print the share of variance that it explains."""
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.training.distillation.run import run
     from blemish.training.request import DistillationRequest

@@ -1,6 +1,6 @@
-"""Data sets: which images there are, what each is for, and what is known of it.
+"""Data sets: the layouts on disk, splits, folds, labels and checks.
 
-Hands out `scan`, which lists the samples of a data set; `loading` turns samples into batches.
+Exports `scan`, which lists the samples of a data set; the package `loading` turns samples into batches.
 """
 
 from blemish.data.layouts import LAYOUTS, Layout, recognise, scan

@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it, before anyone waits for a training run."""
+"""Summarise a data set and report its problems before time is spent on training."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from blemish.images.reading import ImageInfo
 from blemish.types import Sample, SplitName
 
 FEWEST_GOOD = 10
-"""Good training images below which a data set is called too small: half of them are held out then."""
+"""Number of good training images below which a data set is too small: half of them would be held out."""
 
 ASPECT_TOLERANCE = 0.05
-"""Relative difference of height / width up to which two sizes count as the same shape."""
+"""Largest relative difference of height / width at which sizes count as the same shape."""
 
 WIDTH = 100
-"""Columns of the terminal."""
+"""Columns to which the report is wrapped."""
 
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
 SPLITS: tuple[SplitName, ...] = ("", "train", "validation", "test")
@@ -37,10 +37,10 @@ Severity = Literal["problem", "note"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One sentence on the data set."""
+    """A problem of the data set, or a note on it."""
 
     severity: Severity
-    """A note alone is no failure."""
+    """Only problems fail the check."""
     sentence: str
 
 
@@ -52,16 +52,16 @@ class Row:
     kind: str
     count: int
     sizes: tuple[tuple[int, int], ...]
-    """Height and width, most frequent first."""
+    """Heights and widths, most frequent first."""
     modes: tuple[str, ...]
     bits: tuple[int, ...]
     masks: int
-    """Images with at least one mask."""
+    """Number of images with at least one mask."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found."""
+    """The result of `check`."""
 
     root: Path
     layout: str
@@ -70,13 +70,13 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Tell whether there is nothing but notes."""
+        """Whether there are no problems, only notes."""
         return all(problem.severity == "note" for problem in self.problems)
 
 
 @dataclass(frozen=True)
 class _Inspected:
-    """A sample, its file decoded; without info where that failed."""
+    """The properties of a sample's decoded image; `info` is None if decoding failed."""
 
     sample: Sample
     problems: tuple[Problem, ...]
@@ -84,13 +84,13 @@ class _Inspected:
     digest: bytes = b""
     colour: bool = False
     deepest: int = 0
-    """Largest value."""
+    """Largest pixel value."""
 
 
 def check(data: str | Path, layout: str = "auto") -> Report:
-    """Decode every image and mask of a data set, and report what is there and what is wrong.
+    """Decode every image and mask of a data set, and report its contents and problems.
 
-    Raises DataError where the folder itself cannot be understood, as `scan` does.
+    Raises DataError where `scan` does: for an unknown layout or no images at all.
     """
     root = Path(data)
     layout = recognise(root, layout)
@@ -113,7 +113,7 @@ def check(data: str | Path, layout: str = "auto") -> Report:
 
 
 def format(report: Report) -> str:
-    """Lay out a report for a terminal: a table, then every problem and note as a paragraph."""
+    """Format a report for a terminal: a table, then the problems and the notes, each as a list item."""
     total = sum(row.count for row in report.rows)
     lines = [f"{report.root}: {total} images, layout {report.layout}", "", *_table(report.rows)]
     for severity in ("problem", "note"):
@@ -165,7 +165,7 @@ def _stray_masks(samples: Sequence[Sample], mask_files: Sequence[Path]) -> Itera
 
 
 def _repeated(whole: Sequence[_Inspected]) -> Iterator[Problem]:
-    """Find images of equal pixels: harmless within train, a fraud across train and test."""
+    """Find images with identical pixels: harmless within one split, a leak between train and test."""
     groups: defaultdict[bytes, list[Sample]] = defaultdict(list)
     for item in whole:
         groups[item.digest].append(item.sample)
@@ -188,7 +188,7 @@ def _too_few(samples: Sequence[Sample]) -> Iterator[Problem]:
 
 
 def _mixed_colour(whole: Sequence[_Inspected]) -> Iterator[Problem]:
-    """Go by the pixels: grey pictures are often stored as RGB."""
+    """Find a mixture of colour and grey images, judged by pixels: grey images are often stored as RGB."""
     colour = [item.sample.path for item in whole if item.colour]
     grey = [item.sample.path for item in whole if not item.colour]
     if colour and grey:
@@ -201,7 +201,7 @@ def _mixed_colour(whole: Sequence[_Inspected]) -> Iterator[Problem]:
 
 
 def _mixed_sizes(whole: Sequence[_Inspected]) -> Iterator[Problem]:
-    """Tell sizes of one shape, which are resized alike, from shapes that are distorted differently."""
+    """Find images of several sizes: a note if their shape is the same, a problem if resizing distorts it."""
     first = {item.info.size: item.sample.path for item in reversed(whole) if item.info}
     counts = Counter(item.info.size for item in whole if item.info).most_common()
     if len(counts) < 2:
@@ -250,7 +250,7 @@ def _lossy_masks(samples: Sequence[Sample]) -> Iterator[Problem]:
 
 
 def _rows(inspected: Iterable[_Inspected]) -> Iterator[Row]:
-    """Group by split and kind: train before test, good before defects."""
+    """Group the samples by split and kind: train before test, good before defective."""
     groups: defaultdict[tuple[int, bool, str], list[_Inspected]] = defaultdict(list)
     for item in inspected:
         groups[SPLITS.index(item.sample.split), item.sample.label == 1, item.sample.kind].append(item)
@@ -268,7 +268,7 @@ def _rows(inspected: Iterable[_Inspected]) -> Iterator[Row]:
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
-    """Align the rows in columns, numbers to the right."""
+    """Format the rows as aligned columns, with the numbers of images and masks right-aligned."""
     head = ("split", "kind", "images", "height x width", "mode", "bits", "masks")
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]

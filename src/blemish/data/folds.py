@@ -1,4 +1,4 @@
-"""Cross-validation: every image is tested once, by a model that has not seen it."""
+"""Cross-validation: each image is tested once, by a model that was not trained on it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ COLUMNS = ("image", "fold")
 
 @dataclass(frozen=True)
 class Fold:
-    """One part of several that a data set is dealt into: what is tested while the others train."""
+    """One fold of a data set: its images are tested by a model that was trained on the others."""
 
     index: int
-    """From 0 to count - 1; people are shown it from 1."""
+    """From 0 to count - 1; shown to users from 1."""
     count: int
     seed: int = 0
-    """Of the drawing; without meaning where a file says which image is in which fold."""
+    """Random seed of the assignment; unused if `file` assigns the images."""
     file: Path | None = None
-    """A CSV file with the columns image and fold."""
+    """CSV file with the columns image and fold."""
 
 
 def assign(samples: Sequence[Sample], root: Path, fold: Fold) -> list[Sample]:
-    """Give every sample the split "test" if it is in the fold, else "train", whatever its split was.
+    """Return the samples with the split "test" if they are in the fold, otherwise "train".
 
-    root: of the data set, a folder or a manifest. Folds are drawn from the seed, or come from the file. The
-    order of the samples is kept and does not count. Raises ConfigError for a fold that cannot be;
-    DataError for a file that does not fit the data set, and where a fold would lack good images, or
-    defective ones that the data set has.
+    Their own split is overridden. root: folder or manifest of the data set. Folds are assigned at random from
+    the seed, or read from the file; the order of the samples is kept and has no influence. Raises ConfigError
+    for an impossible fold, DataError for a file that does not match the data set, or if any fold would have
+    no good images, or no defective ones although the data set has some.
     """
     if fold.count < 2:
         raise ConfigError(f"found {fold.count} folds; expected at least 2")
@@ -55,19 +55,19 @@ def assign(samples: Sequence[Sample], root: Path, fold: Fold) -> list[Sample]:
 
 @dataclass(frozen=True)
 class FoldRecord:
-    """A fold as a model file records it, with what it was dealt from."""
+    """A fold as recorded in a model file, with digests of the data it was made from."""
 
     index: int
     count: int
     seed: int
     images: str
-    """SHA-256 over the paths and kinds of the samples."""
+    """SHA-256 of the paths and kinds of the samples."""
     file: dict[str, str] | None
-    """The path and SHA-256 of the file of folds."""
+    """Path and SHA-256 of the fold file, if any."""
 
 
 def record(fold: Fold, samples: Sequence[Sample], root: Path) -> FoldRecord:
-    """Return the record of a fold, with digests of the samples that it was dealt from and of its file."""
+    """Return the record of a fold, with digests of the samples and of the fold file."""
     file = None if fold.file is None else {"path": str(fold.file), "sha256": _digest(fold.file)}
     dealt = sorted((relative_path(sample.path, root), sample.kind) for sample in samples)
     images = hashlib.sha256(repr(dealt).encode()).hexdigest()
@@ -75,10 +75,10 @@ def record(fold: Fold, samples: Sequence[Sample], root: Path) -> FoldRecord:
 
 
 def recall(recorded: FoldRecord, samples: Sequence[Sample], root: Path) -> Fold:
-    """Return the fold that was recorded.
+    """Return the recorded fold.
 
-    Raises DataError where the samples are not those of then, or the file of folds is gone or has changed:
-    the fold could hold images now that the model was trained on.
+    Raises DataError if the samples differ from the recorded ones, or if the fold file is missing or has
+    changed: the fold could then contain images that the model was trained on.
     """
     path = Path(recorded.file["path"]) if recorded.file else None
     fold = Fold(recorded.index, recorded.count, recorded.seed, path)
@@ -92,14 +92,15 @@ def recall(recorded: FoldRecord, samples: Sequence[Sample], root: Path) -> Fold:
 
 
 def _draw(samples: Sequence[Sample], root: Path, fold: Fold) -> list[int]:
-    """Deal the samples out like cards, kind after kind, each shuffled; give each sample's fold.
+    """Return each sample's fold, dealt out in turn kind by kind, in random order within a kind.
 
-    A kind goes on at the fold where the one before ended, so that also the folds' sums differ by one at most.
+    Each kind continues at the fold where the previous one ended, so that the sizes of the folds, too, differ
+    by at most one.
     """
     names = [relative_path(sample.path, root) for sample in samples]
     order = np.array(sorted(range(len(samples)), key=names.__getitem__), np.intp)
     shuffled: list[int] = np.random.default_rng(fold.seed).permutation(order).tolist()
-    shuffled.sort(key=lambda place: (samples[place].label, samples[place].kind))  # keeps the order inside
+    shuffled.sort(key=lambda place: (samples[place].label, samples[place].kind))  # a stable sort
     numbers = [0] * len(samples)
     for turn, place in enumerate(shuffled):
         numbers[place] = turn % fold.count
@@ -107,7 +108,7 @@ def _draw(samples: Sequence[Sample], root: Path, fold: Fold) -> list[int]:
 
 
 def _read(samples: Sequence[Sample], root: Path, file: Path, count: int) -> list[int]:
-    """Give each sample's fold as a file says, counted from 0."""
+    """Return each sample's fold as assigned by a file, counted from 0."""
     names = [relative_path(sample.path, root) for sample in samples]
     known = set(names)
     folds: dict[str, int] = {}
@@ -131,7 +132,7 @@ def _read(samples: Sequence[Sample], root: Path, file: Path, count: int) -> list
 
 
 def _first(numbers: Sequence[int], file: Path, count: int) -> int:
-    """Tell whether a file counts its folds from 0 or from 1; refuse anything else."""
+    """Return the number of a file's first fold, 0 or 1; raise DataError for any other numbering."""
     for first in (0, 1):
         if numbers == list(range(first, first + count)):
             return first
@@ -140,7 +141,7 @@ def _first(numbers: Sequence[int], file: Path, count: int) -> int:
 
 
 def _lines(file: Path) -> list[tuple[int, str, str]]:
-    """Read a file of folds: of every line that is not blank its number, the image and the fold."""
+    """Read a fold file; return line number, image and fold of each non-blank line."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.DictReader(opened, strict=True, skipinitialspace=True)
@@ -154,7 +155,7 @@ def _lines(file: Path) -> list[tuple[int, str, str]]:
 
 
 def _refuse_one_sided(samples: Sequence[Sample], numbers: Sequence[int], root: Path, fold: Fold) -> None:
-    """Refuse folds without a good or, where the data set has defects, without a defective image."""
+    """Refuse folds without good images or, if the data set has defective ones, without those."""
     counts = Counter((sample.label, number) for sample, number in zip(samples, numbers, strict=True))
     for label, word in enumerate(("good", "defective")):
         total = sum(sample.label == label for sample in samples)

@@ -1,4 +1,4 @@
-"""Which labelled defects train, and how much is known of them."""
+"""Select the labelled defects used for training, and determine the supervision."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SUPERVISIONS: tuple[Supervision, ...] = ("none", "weak", "mixed", "full")
 
 
 def amount(text: str | float, of: int, name: str) -> int:
-    """Read how many of `of` are meant: a whole number, or a share such as 0.5 or 50%; raise ConfigError.
+    """Convert a number of images, or a share of `of` such as 0.5 or 50%, to a count; raise ConfigError.
 
-    Any share above 0 is at least one.
+    A share above 0 is rounded to at least one image.
     """
     match = re.fullmatch(r"(\d+)|(\d*\.\d+)|(\d+(?:\.\d*)?)%", str(text).strip())
     if not match:
@@ -38,17 +38,17 @@ def amount(text: str | float, of: int, name: str) -> int:
 
 
 def draw(samples: Sequence[Sample], root: Path, count: int, seed: int, purpose: str) -> tuple[Sample, ...]:
-    """Draw samples by the seed alone; what is drawn for a count is among what is drawn for a larger one."""
+    """Sample `count` items at random from the seed; a larger count includes those of a smaller one."""
     by_path = sorted(samples, key=lambda sample: relative_path(sample.path, root))
     order = torch.randperm(len(by_path), generator=seeding.generator(seed, purpose))[:count]
     return tuple(by_path[place] for place in sorted(order.tolist()))
 
 
 def choose_defects(parts: Split, root: Path, wanted: str | float | None, seed: int) -> Split:
-    """Draw so many training defects: of those for training, or where there are none, of those for testing.
+    """Sample `wanted` training defects from the training split or, if it has none, from the test split.
 
-    A defect that trains is no longer for testing. Without `wanted` the data set's own split holds. Raises
-    ConfigError for an amount that is none or more than there are.
+    Defects taken from the test split are removed from it. If `wanted` is None, the data set's own split is
+    kept. Raises ConfigError for an invalid amount, or one larger than the number of available defects.
     """
     if wanted is None:
         return parts
@@ -59,7 +59,7 @@ def choose_defects(parts: Split, root: Path, wanted: str | float | None, seed: i
 
 
 def keep_masks(parts: Split, root: Path, wanted: str | float | None, seed: int) -> Split:
-    """Keep the masks of so many training defects, drawn by the seed; raise ConfigError as `amount` does."""
+    """Keep the masks of `wanted` randomly sampled training defects; raise ConfigError as `amount` does."""
     if wanted is None:
         return parts
     masked = [sample for sample in parts.train_defects if sample.masks]
@@ -71,7 +71,7 @@ def keep_masks(parts: Split, root: Path, wanted: str | float | None, seed: int) 
 
 
 def recognise(defects: Sequence[Sample]) -> Supervision:
-    """Say what training defects tell: nothing where there are none, then by how many have masks."""
+    """Return the supervision that the training defects provide, by how many of them have masks."""
     masked = sum(bool(sample.masks) for sample in defects)
     if not defects:
         return "none"
@@ -83,11 +83,11 @@ def recognise(defects: Sequence[Sample]) -> Supervision:
 def supervise(
     parts: Split, asked: str, able: Sequence[Supervision], model: str
 ) -> tuple[Split, Supervision, str]:
-    """Settle the supervision: what is asked for, or for auto what the data tell and the model can learn from.
+    """Determine the supervision: as requested or, for auto, as the data provide it and the model can use it.
 
-    Returns the split with the defects that train, the supervision, and what the model makes no use of, for
-    the user, or "". Raises ConfigError for an unknown supervision and for one that the model cannot learn
-    from, DataError for what the data lack.
+    Returns the split with the defects used for training, the supervision, and a note for the user on defects
+    that the model cannot use, or "". Raises ConfigError for a supervision that is unknown or that the model
+    cannot learn from, DataError if the data do not provide it.
     """
     known: dict[str, Supervision] = {name: name for name in SUPERVISIONS}
     chosen = known.get(asked, recognise(parts.train_defects))
@@ -119,7 +119,7 @@ NEEDS = {
 
 
 def describe(parts: Split, supervision: Supervision) -> str:
-    """Say in a sentence what is learned from."""
+    """Return a summary of the training images and the supervision."""
     defects = parts.train_defects
     masked = sum(bool(sample.masks) for sample in defects)
     sentence = f"supervision {supervision}: {len(parts.train)} good"

@@ -1,4 +1,4 @@
-"""Which image is for what: the same images in the same folders are split the same way, on every machine."""
+"""Split a data set into training, held-out and test images, in the same way on every machine."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from blemish.errors import ConfigError, DataError
 from blemish.types import Sample
 
 TEST_SHARE = 0.2
-"""Share of the good images that are for testing, where the data set does not say."""
+"""Share of the good images used for testing if the data set defines no split."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of a data set, each sorted by path; no image is in two of them."""
+    """The disjoint parts of a data set, each sorted by path."""
 
     train: tuple[Sample, ...]
-    """Good images that the model learns from."""
+    """Good images to train on."""
     held_out: tuple[Sample, ...]
-    """Good images that give the thresholds."""
+    """Good images from which the thresholds are set."""
     test: tuple[Sample, ...]
-    """Good and defective images that `evaluate` alone opens."""
+    """Good and defective images, which only `evaluate` opens."""
     train_defects: tuple[Sample, ...] = ()
-    """Defective images that the data set gives for training."""
+    """Defective images of the training split."""
 
 
 def split(
@@ -38,12 +38,12 @@ def split(
 ) -> Split:
     """Split the samples of the data set at `root`.
 
-    Held out are the good images of the data set's own validation part; where there are none, a share of the
-    good training images, at least `held_out_minimum` of them but never more than half, and none that an
-    earlier model `trained` on. Defective validation images are in no part. Choices go by the SHA-256 of the
-    path relative to `root`: no seed, no order counts.
-    Raises DataError where fewer than two good images are for training, one file is listed twice, or only some
-    samples say what they are for; ConfigError for a share or minimum that cannot be.
+    The held-out images are the good images of the data set's own validation split or, if it has none, a share
+    of the good training images: at least `held_out_minimum` of them, but at most half. Images in `trained`,
+    on which an earlier model was trained, are never held out. Defective validation images are not used.
+    Images are chosen by the SHA-256 of their path relative to `root`, independently of any seed or order.
+    Raises DataError if there are fewer than two good training images, a file is listed twice, or only some
+    samples have a split; ConfigError for a share or minimum out of range.
     """
     if not 0 < held_out_share < 1 or held_out_minimum < 1:
         raise ConfigError(
@@ -67,10 +67,10 @@ def split(
 
 
 def choose_test(samples: Sequence[Sample], root: Path) -> tuple[Sample, ...]:
-    """Choose the samples for testing, sorted by path: what the data set says, else all defects and some good.
+    """Return the test samples, sorted by path: the data set's own or else all defective and some good ones.
 
-    Without defects, and with nothing said, there are none. Unlike `split`, this asks for no training images.
-    Raises DataError where only some samples say what they are for.
+    A data set with neither a split nor defects has none. Unlike `split`, this requires no training images.
+    Raises DataError if only some samples have a split.
     """
     given = sum(bool(sample.split) for sample in samples)
     if given not in (0, len(samples)):
@@ -84,7 +84,7 @@ def choose_test(samples: Sequence[Sample], root: Path) -> tuple[Sample, ...]:
 
 
 def relative_path(path: Path, root: Path) -> str:
-    """Give the path of an image as seen from its data set, with forward slashes; `root` may be a manifest."""
+    """Return an image's path relative to its data set, with forward slashes; `root` may be a manifest."""
     return Path(os.path.relpath(path, root.parent if root.is_file() else root)).as_posix()
 
 

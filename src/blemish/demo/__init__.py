@@ -1,4 +1,4 @@
-"""Rendered parts with planted defects, so that everything runs with no download."""
+"""Rendered parts with planted defects, so that everything can be tried without a download."""
 
 from blemish.demo.dataset import draw, draw_part
 from blemish.demo.defects import DEFECTS

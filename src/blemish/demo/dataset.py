@@ -1,7 +1,8 @@
-"""Draw parts with planted defects, so that everything runs with no download.
+"""Render the demo's data set: parts with planted defects, so that everything can be tried without a download.
 
-The part is `flange.py`'s. A defect changes its drawing, so the mask is exact, and the same part can be drawn
-with and without it. Five kinds are structural; a screw that is missing or one too many is logical.
+`part` renders the part. A defect changes the part's geometry before rendering, so that its mask is exact and
+the same part can be rendered with and without it. Five kinds of defect are structural; a missing screw and an
+extra one are logical anomalies.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from blemish.errors import ConfigError
 from blemish.types import AnyArray, BoolArray
 
 MARKER = "demo.json"
-"""The file by which an earlier demo is told from a folder that must not be replaced."""
+"""File that identifies an earlier demo, as opposed to a folder that must not be replaced."""
 
 SMALLEST = 64
-"""Pixels of a side, below which a small defect could fall between two pixels."""
+"""Smallest side of an image in pixels; below it, a small defect could fall between two pixels."""
 
 
 def draw(
     out: Path, seed: int, *, train: int = 220, test_good: int = 40, per_kind: int = 14, size: int = 256
 ) -> None:
-    """Draw a data set in the `mvtec` layout into the folder `out`, whole or not at all.
+    """Render a data set in the `mvtec` layout into the folder `out`, which is unchanged if that fails.
 
-    Images are size x size RGB. One depends on the seed, its folder and its number alone, not on how many
-    others there are. An earlier demo in `out` is replaced, whatever else was put there.
-    Raises ConfigError for a folder that holds anything but a demo, and for a number that is too small.
+    Images are size x size RGB. Each depends only on the seed, its folder and its number, not on how many
+    there are. An earlier demo in `out` is replaced, together with anything else in the folder.
+    Raises ConfigError for a folder that holds anything other than a demo, and for a number that is too small.
     """
     _refuse(out, seed, min(train, test_good, per_kind), size)
-    out = out.absolute()  # so that it has a name and a parent, whatever was given
+    out = out.absolute()  # so that it has a name and a parent
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         new = Path(temporary) / "new"
@@ -55,9 +56,9 @@ def draw(
 
 
 def draw_part(entropy: tuple[int, ...], kind: str, size: int) -> tuple[AnyArray, BoolArray]:
-    """Draw one part: its image (size, size, 3) uint8 and its defect's mask (size, size).
+    """Render one part; return its image (size, size, 3) uint8 and the mask of its defect (size, size).
 
-    The same entropy is the same part, whatever its kind: "good" draws a defective part's good twin.
+    The same entropy gives the same part whatever its kind: "good" renders the good twin of a defective part.
     """
     scene_rng, surface_rng, flaw_rng = (np.random.default_rng([*entropy, stream]) for stream in range(3))
     part = pose(draw_scene(scene_rng), size)

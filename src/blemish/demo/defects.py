@@ -1,4 +1,4 @@
-"""Defects to plant into rendered parts. Each changes the part's geometry, so its mask is exact."""
+"""Defects to plant into rendered parts. Each changes the part before rendering, so that its mask is exact."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STAINS = ((0.16, 0.10, 0.05), (0.05, 0.05, 0.05), (0.20, 0.16, 0.09))
 
 
 def _chipped(part: Part, rng: Rng) -> Flaw:
-    """Break a piece out of the plate's edge, which leaves a rough slope."""
+    """Break a piece off the edge of the plate, leaving a rough slope."""
     x, y = _spot(rng, part, np.abs(part.outline) < part.pixel)
     radius = rng.uniform(8, 15)
     outwards = 1 + radius * rng.uniform(0.3, 0.6) / math.hypot(x, y)
@@ -54,13 +54,13 @@ def _chipped(part: Part, rng: Rng) -> Flaw:
 
 
 def _crack(part: Part, rng: Rng) -> Flaw:
-    """Run a dark jagged line, which forks once, out from the bore or in from the edge."""
+    """Add a dark jagged line that forks once, outwards from the bore or inwards from the edge."""
     depth, span = _depth(part), np.minimum(np.abs(part.x), np.abs(part.y))
     x, y = start = _spot(rng, part, (depth > 0) & (depth < 4) & (span < 40))
     inwards = math.pi if max(abs(x), abs(y)) > 75 else 0
     heading, count = math.atan2(y, x) + inwards + rng.normal(0, 0.4), int(rng.integers(9, 19))
     turns = rng.normal(0, 0.55, count)
-    turns[1:] -= 0.6 * turns[:-1]  # zigzag: a turn is mostly taken back
+    turns[1:] -= 0.6 * turns[:-1]  # zigzag: each turn mostly undoes the one before
     points = _walk(start, heading, 3.5, turns)
     fork = points[int(rng.integers(2, count - 2))]
     branch = _walk(fork, heading + rng.choice([-0.9, 0.9]), 3.0, turns[: count // 3])
@@ -73,7 +73,7 @@ def _crack(part: Part, rng: Rng) -> Flaw:
 
 
 def _dent(part: Part, rng: Rng) -> Flaw:
-    """Knock a smooth hollow with a slight lip into a face; the light alone shows it."""
+    """Press a smooth hollow with a slight lip into a face; it is visible by its shading alone."""
     x, y = _spot(rng, part, np.minimum(_depth(part), np.abs(part.radius - BOSS)) > 7)
     length, turn, slim = rng.uniform(9, 16), rng.uniform(0, math.pi), rng.uniform(1, 1.5)
     cos, sin = math.cos(turn), math.sin(turn)
@@ -94,7 +94,7 @@ def _doubled(part: Part, rng: Rng) -> Flaw:
 
 
 def _missing(part: Part, rng: Rng) -> Flaw:
-    """Leave a screw out, so that its counterbore shows the threaded hole."""
+    """Omit a screw, so that the threaded hole in its counterbore is visible."""
     screws = list(part.scene.screws)
     lost = int(rng.integers(len(screws)))
     screws[lost] = replace(screws[lost], present=False)
@@ -103,10 +103,10 @@ def _missing(part: Part, rng: Rng) -> Flaw:
 
 
 def _scratch(part: Part, rng: Rng) -> Flaw:
-    """Draw a tool's mark: a bright groove, slightly bent, that tapers to both ends."""
+    """Add a tool mark: a bright, slightly curved groove that tapers towards both ends."""
     depth = _depth(part)
     x, y = middle = _spot(rng, part, depth > 3)
-    # Round the bore rather than across it, or little would be left of the scratch.
+    # Around the bore rather than across it, or little of the scratch would be on the part.
     heading, count = math.atan2(y, x) + rng.normal(math.pi / 2, 0.5), int(rng.integers(4, 11))
     bends = rng.normal(0, 0.04) + rng.normal(0, 0.05, (2, count))
     ahead, back = _walk(middle, heading, 4, bends[0]), _walk(middle, heading + math.pi, 4, -bends[1])
@@ -119,7 +119,7 @@ def _scratch(part: Part, rng: Rng) -> Flaw:
 
 
 def _stain(part: Part, rng: Rng) -> Flaw:
-    """Let coolant or oil dry on the part: a translucent blob, darker at its rim."""
+    """Add a dried stain of rust, coolant or oil: a translucent blob, darker at its rim."""
     x, y = _spot(rng, part, _depth(part) > 2)
     radius = rng.uniform(7, 19)
     distance = _blob(rng, part, x, y, radius, 0.25)
@@ -143,7 +143,7 @@ DEFECTS: dict[str, Callable[[Part, Rng], Flaw]] = {
 
 
 def _depth(part: Part) -> FloatArray:
-    """Return the distance into the part's free faces from the nearest edge, hole or screw."""
+    """Return the signed distance to the nearest edge, hole or screw, positive on the free faces."""
     edges = [part.outline + CHAMFER, BORE + 4 - part.radius]
     edges.append(-disc(part, DOWEL_X, DOWEL_Y, DOWEL + 2))
     edges += [-disc(part, screw.x, screw.y, SEAT) for screw in part.scene.screws]
@@ -152,13 +152,13 @@ def _depth(part: Part) -> FloatArray:
 
 
 def _spot(rng: Rng, part: Part, allowed: BoolArray) -> tuple[float, float]:
-    """Draw a pixel among the allowed, so that every defect lies on the part by construction."""
+    """Sample the position of a pixel among those allowed, so that every defect lies on the part."""
     pixel = rng.choice(np.flatnonzero(allowed))
     return float(part.x.flat[pixel]), float(part.y.flat[pixel])
 
 
 def _blob(rng: Rng, part: Part, x: float, y: float, radius: float, waviness: float) -> FloatArray:
-    """Return the signed distance, nearly, to a disc with a wavy outline."""
+    """Return the approximate signed distance to a disc with a wavy outline."""
     angle = np.arctan2(part.y - y, part.x - x)
     wave = np.ones(angle.shape, np.float32)
     for k in range(2, 7):
@@ -168,7 +168,7 @@ def _blob(rng: Rng, part: Part, x: float, y: float, radius: float, waviness: flo
 
 
 def _walk(start: tuple[float, float], heading: float, step: float, turns: AnyArray) -> Points:
-    """Walk steps of one length, turning before each."""
+    """Return the points of a walk with steps of equal length and a turn before each."""
     points = [start]
     for angle in (heading + np.cumsum(turns)).tolist():
         x, y = points[-1]

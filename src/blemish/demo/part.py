@@ -1,11 +1,11 @@
-"""Draw the demo's product: a machined cover flange on a conveyor.
+"""Render the demo's product: a machined cover flange on a conveyor.
 
-A brushed plate with chamfered edges, a turned boss round a bore, four socket-head screws, a dowel hole and a
-printed part number. The surface is a height field made of signed distances (negative inside), lit from one
-direction, so a flaw in heights, outline, paint or screws is lit like the rest.
+A brushed plate with chamfered edges, a turned boss around a bore, four socket-head screws, a dowel hole and a
+printed part number. The surface is a height field built from signed distances (negative inside) and lit from
+one direction, so that a flaw in height, outline, colour or screws is lit like the rest.
 
-Lengths are in units of which a frame is 256 wide, whatever its pixels. The part's own frame has its origin at
-the centre of the bore; y points down.
+The unit of length is 1/256 of the width of the image, whatever its resolution. The origin of the part's
+coordinates is the centre of the bore; y points down.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOWEL_X, DOWEL_Y, DOWEL = 0.0, -77.0, 5.0
 
 MARK_X, MARK_Y, MARK_STEP, MARK_SCALE = -25.5, 70.0, 11.0, 2.1
 
-# The part number's letters as strokes on a grid 4 wide and 6 high.
+# Characters of the part number as strokes on a grid 4 wide and 6 high.
 GLYPHS: dict[str, list[Points]] = {
     "F": [[(4, 0), (0, 0), (0, 6)], [(0, 3), (3, 3)]],
     "L": [[(0, 0), (0, 6), (4, 6)]],
@@ -51,20 +51,20 @@ PART_NUMBER = "FL-42"
 
 @dataclass(frozen=True)
 class Screw:
-    """A socket-head screw's place on the part."""
+    """A socket-head screw on the part."""
 
     x: float
     y: float
     turn: float
-    """Radians by which the socket is turned."""
+    """Rotation of the socket in radians."""
     seated: bool = True
-    """In a counterbore. An extra screw has none."""
+    """Whether it has a counterbore; an extra screw has none."""
     present: bool = True
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What varies from one good part to the next: pose, light, material, camera."""
+    """The variation between good parts: pose, light, material, camera."""
 
     angle: float
     shift: tuple[float, float]
@@ -73,19 +73,19 @@ class Scene:
     elevation: float
     gain: float
     falloff: tuple[float, float]
-    """Relative change of the light from the frame's centre to its right and lower edge."""
+    """Relative change of the light from the centre of the image to its right and lower edges."""
     tint: Colour
     brushing: float
     """Relative strength of the brush marks."""
     blur: float
-    """Standard deviation of the lens blur, in pixels."""
+    """Standard deviation of the lens blur in pixels."""
     noise: float
     screws: tuple[Screw, ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A posed part: its own frame sampled at the image's pixels, (H, W) each."""
+    """A part in its pose: its coordinates and distances at each pixel of the image, (H, W) each."""
 
     scene: Scene
     pixel: float
@@ -100,36 +100,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Flaw:
-    """What a defect changes in the drawing; each array is (H, W) and neutral where there is no defect."""
+    """The changes that a defect makes to a part; arrays are (H, W) and neutral where there is no defect."""
 
     mask: BoolArray
     outline: FloatArray
-    """As `Part.outline`, without the material that the defect took."""
+    """Like `Part.outline`, but without the material that the defect removed."""
     screws: tuple[Screw, ...]
     relief: FloatArray
     """Height added to the surface."""
     opacity: FloatArray
-    """Of a layer over the surface, 0 to 1."""
+    """Opacity of a layer over the surface, 0 to 1."""
     colour: Colour = (0.0, 0.0, 0.0)
-    """Of that layer, linear."""
+    """Linear RGB colour of that layer."""
 
 
 @dataclass(frozen=True)
 class Surface:
-    """What the light falls on, (H, W) each; its arrays are changed in place as features are added."""
+    """The properties of the surface, (H, W) each; features are added by changing the arrays in place."""
 
     height: FloatArray
     albedo: FloatArray
     gloss: FloatArray
-    """Strength of the mirror-like reflection."""
+    """Strength of the specular reflection."""
 
     def __getitem__(self, at: tuple[slice, slice]) -> Surface:
-        """Return a view of a window."""
+        """Return a view of a window of the surface."""
         return Surface(self.height[at], self.albedo[at], self.gloss[at])
 
 
 def draw_scene(rng: Rng) -> Scene:
-    """Draw one good part's pose, light, material and camera."""
+    """Sample the pose, light, material and camera of a part at random."""
     corners = [(-SCREW_AT, -SCREW_AT), (SCREW_AT, -SCREW_AT), (-SCREW_AT, SCREW_AT), (SCREW_AT, SCREW_AT)]
     warmth = rng.normal(0, 0.012)
     return Scene(
@@ -149,7 +149,7 @@ def draw_scene(rng: Rng) -> Scene:
 
 
 def pose(scene: Scene, size: int) -> Part:
-    """Sample the part's frame at the centres of size x size pixels."""
+    """Return the part in its pose, its coordinates evaluated at the centres of size x size pixels."""
     pixel = FRAME / size
     along = (np.arange(size, dtype=np.float32) + 0.5) * pixel - FRAME / 2
     u, v = (along[None, :] - scene.shift[0]) / scene.zoom, (along[:, None] - scene.shift[1]) / scene.zoom
@@ -159,13 +159,13 @@ def pose(scene: Scene, size: int) -> Part:
 
 
 def sound(part: Part) -> Flaw:
-    """Return the flaw that is none."""
+    """Return the neutral flaw, which leaves the part good."""
     nothing = np.zeros(part.x.shape, np.float32)
     return Flaw(nothing > 0, part.outline, part.scene.screws, nothing, nothing)
 
 
 def render(part: Part, flaw: Flaw, rng: Rng) -> FloatArray:
-    """Light the part: (H, W, 3), linear, white 1."""
+    """Render the part; return linear light (H, W, 3), with white at 1."""
     surface = _metal(part, flaw, rng)
     _drill_dowel(part, surface)
     _print_number(part, surface)
@@ -183,7 +183,7 @@ def render(part: Part, flaw: Flaw, rng: Rng) -> FloatArray:
 
 
 def expose(light: FloatArray, scene: Scene, rng: Rng) -> AnyArray:
-    """Take the picture: lens blur, shot noise, display gamma, 8 bits."""
+    """Simulate the camera: lens blur, shot noise, display gamma, 8 bits."""
     light = _blurred(light, scene.blur)
     noise = rng.standard_normal(light.shape, np.float32) * np.sqrt(light + 0.02)
     seen = np.clip(light + scene.noise * noise, 0, 1)
@@ -192,7 +192,7 @@ def expose(light: FloatArray, scene: Scene, rng: Rng) -> AnyArray:
 
 
 def _blurred(light: FloatArray, sigma: float) -> FloatArray:
-    """Blur along both axes by the three middle taps of a Gaussian: nearly all of it, below 0.7 pixels."""
+    """Blur along both axes by the middle three taps of a Gaussian, which suffice up to a sigma of 0.7."""
     tail = math.exp(-0.5 / sigma**2)
     middle, side = 1 / (1 + 2 * tail), tail / (1 + 2 * tail)
     for axis in (0, 1):
@@ -213,7 +213,7 @@ def disc(part: Part, x: float, y: float, radius: float) -> FloatArray:
 
 
 def stroke(part: Part, points: Points, widths: Sequence[float]) -> FloatArray:
-    """Return the signed distance to a line through points, whose half width at each is given."""
+    """Return the signed distance to a line through points, given its half width at each."""
     nearest = np.full(part.x.shape, np.inf, np.float32)
     for i, ((ax, ay), (bx, by)) in enumerate(pairwise(points)):
         ex, ey, px, py = bx - ax, by - ay, part.x - ax, part.y - ay
@@ -224,19 +224,19 @@ def stroke(part: Part, points: Points, widths: Sequence[float]) -> FloatArray:
 
 
 def cover(part: Part, distance: FloatArray) -> FloatArray:
-    """Return the share of each pixel that lies inside: anti-aliasing to first order."""
+    """Return the share of each pixel that lies inside a shape: first-order antialiasing."""
     share: FloatArray = np.clip(0.5 - distance / part.pixel, 0, 1)
     return share
 
 
 def rise(distance: FloatArray, width: float) -> FloatArray:
-    """Climb smoothly from 0 at the edge to 1 at `width` inside it."""
+    """Return a smooth step from 0 at the edge to 1 at `width` inside it."""
     t: FloatArray = np.clip(-distance / width, 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def grain(part: Part, rng: Rng, along: float, across: float) -> FloatArray:
-    """Draw noise of unit variance, correlated over the given lengths along the part's x and y axis."""
+    """Return noise of unit variance, correlated over the given lengths along the part's x and y axes."""
     white = rng.standard_normal(part.x.shape, np.float32)
     rows, columns = white.shape
     fx = np.fft.rfftfreq(columns, part.pixel).astype(np.float32)[None, :]
@@ -257,14 +257,14 @@ def _plate(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def _hexagon(part: Part, x: float, y: float, radius: float, turn: float) -> FloatArray:
-    """Return the signed distance to the nearest side's line, of a hexagon with corners at `radius`."""
+    """Return the signed distance to the nearest side, extended, of a hexagon with corners at `radius`."""
     sector = np.mod(np.arctan2(part.y - y, part.x - x) - turn, np.pi / 3) - np.pi / 6
     distance: FloatArray = disc(part, x, y, 0) * np.cos(sector) - radius * math.cos(math.pi / 6)
     return distance
 
 
 def _window(part: Part, x0: float, y0: float, x1: float, y1: float) -> tuple[Part, tuple[slice, slice]]:
-    """Cut out the pixels that hold a box on the part, to draw small features there alone."""
+    """Return the part cropped to a box on it, and the crop, so that small features are cheap to render."""
     inside = (part.x > x0) & (part.x < x1) & (part.y > y0) & (part.y < y1)
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     at = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
@@ -276,7 +276,7 @@ def _window(part: Part, x0: float, y0: float, x1: float, y1: float) -> tuple[Par
 
 
 def _metal(part: Part, flaw: Flaw, rng: Rng) -> Surface:
-    """Machine the bare plate: chamfer, boss, groove and bore, brushed flat and turned on the boss."""
+    """Build the bare plate: chamfer, boss, groove and bore; the plate is brushed and the boss turned."""
     boss, groove = cover(part, part.radius - BOSS), np.abs(part.radius - GROOVE)
     brushed = part.scene.brushing * (grain(part, rng, 26, 0.6) + 0.6 * grain(part, rng, 4, 0.5))
     turned = np.interp(part.radius, np.arange(0, 64, 0.8), rng.normal(0, 0.035, 80)).astype(np.float32)
@@ -294,7 +294,7 @@ def _drill_dowel(part: Part, surface: Surface) -> None:
 
 
 def _bore(near: Part, spot: Surface, x: float, y: float, radius: float) -> None:
-    """Drill a dark hole with a small chamfer."""
+    """Add a dark hole with a small chamfer."""
     hole = cover(near, disc(near, x, y, radius))
     spot.height[...] -= 2.3 * rise(disc(near, x, y, radius + 2), 2)
     spot.albedo[...] *= 1 - 0.91 * hole
@@ -315,7 +315,7 @@ def _print_number(part: Part, surface: Surface) -> None:
 
 
 def _fit(screw: Screw, part: Part, surface: Surface) -> None:
-    """Counterbore a screw's place and put in the screw, or leave its threaded hole."""
+    """Add a screw's counterbore, and the screw itself or its threaded hole."""
     x, y, reach = screw.x, screw.y, SEAT + 8
     near, at = _window(part, x - reach, y - reach, x + reach, y + reach)
     spot = surface[at]
@@ -329,7 +329,7 @@ def _fit(screw: Screw, part: Part, surface: Surface) -> None:
 
 
 def _put_head(screw: Screw, near: Part, spot: Surface) -> None:
-    """Lay a black head with its hexagon socket and its shadow on the surface."""
+    """Add a black screw head with its hexagon socket and its shadow."""
     x, y = screw.x, screw.y
     spot.albedo[...] *= 1 - 0.5 * rise(disc(near, x + 1.5, y + 2, HEAD + 1), 4)
     head, socket = cover(near, disc(near, x, y, HEAD)), _hexagon(near, x, y, SOCKET, screw.turn)
@@ -344,7 +344,7 @@ def _put_head(screw: Screw, near: Part, spot: Surface) -> None:
 
 
 def _towards_light(scene: Scene) -> tuple[float, float, float]:
-    """Return the unit vector to the lamp: right, down, towards the camera."""
+    """Return the unit vector towards the lamp: right, down, towards the camera."""
     level = math.cos(scene.elevation)
     return level * math.cos(scene.azimuth), level * math.sin(scene.azimuth), math.sin(scene.elevation)
 
@@ -354,7 +354,7 @@ def _rgb(colour: Colour) -> FloatArray:
 
 
 def _shading(part: Part, height: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Shade a height field: matte light, 1 on a level face, and mirror-like light, 0 to 1."""
+    """Return the diffuse light on a height field, 1 on a level face, and the specular light, 0 to 1."""
     down, right = np.gradient(height, part.pixel)
     length = np.sqrt(1 + right * right + down * down)
     lx, ly, lz = _towards_light(part.scene)
@@ -362,7 +362,7 @@ def _shading(part: Part, height: FloatArray) -> tuple[FloatArray, FloatArray]:
     half = math.hypot(lx, ly, lz + 1)  # halfway between lamp and camera
     hx, hy, hz = lx / half, ly / half, (lz + 1) / half
     facing = np.maximum(hz - hx * right - hy * down, 0) / length
-    # Turning marks reflect towards and away from the light: Kajiya and Kay's anisotropic highlight.
+    # The highlight on turning marks is anisotropic, after Kajiya and Kay.
     cos, sin = math.cos(part.scene.angle), math.sin(part.scene.angle)
     tangent = (hy * (part.x * cos - part.y * sin) - hx * (part.x * sin + part.y * cos)) / (part.radius + 1)
     turned = facing**6 * (1 - tangent * tangent) ** 18
@@ -370,7 +370,7 @@ def _shading(part: Part, height: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _belt(part: Part, rng: Rng) -> FloatArray:
-    """Draw the conveyor with the part's shadow on it: (H, W, 3)."""
+    """Render the conveyor belt with the shadow of the part: (H, W, 3)."""
     lx, ly, lz = _towards_light(part.scene)
     x, y = part.x + 13 * lx / lz, part.y + 13 * ly / lz
     shadow = rise(np.maximum(_plate(x, y), BORE - np.hypot(x, y)) - 3, 9)
@@ -383,7 +383,7 @@ def _belt(part: Part, rng: Rng) -> FloatArray:
 
 
 def _lamp(part: Part) -> FloatArray:
-    """Return the light's strength over the frame, (H, W)."""
+    """Return the strength of the light across the image, (H, W)."""
     ramp = np.linspace(-1, 1, len(part.x), dtype=np.float32)
     right, down = part.scene.falloff
     strength = part.scene.gain * (1 + right * ramp[None, :] + down * ramp[:, None])

@@ -1,1 +1,1 @@
-"""The methods. Empty, so that nothing pulls in torch: `registry` lists them."""
+"""Anomaly-detection methods; `registry` lists them. Nothing is imported here, so that torch is not loaded."""

@@ -1,10 +1,11 @@
-"""What a detector is. The base class has names, docstrings and defaults that do nothing.
+"""The interface of a detector. The base class has only names, docstrings and trivial defaults.
 
-Its contract is `blemish.testing`, which tests run over every method.
+Its contract is in `blemish.testing`, which the tests run on every method.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,108 +20,110 @@ from blemish.types import Batch, LabelRules
 
 
 class Detector(nn.Module):
-    """An anomaly detector: images to anomaly maps and image statistics.
+    """An anomaly detector, which maps images to anomaly maps and image-level statistics.
 
-    Everything that scoring depends on is a parameter, a buffer or the config. Frozen parts refuse gradients.
-    A detector is trained by steps (`optimizer` and `loss`) or fitted in one pass (`fit`), as its method says.
+    Everything that scoring depends on is a parameter, a buffer or part of the config. Frozen parts refuse
+    gradients. A detector is trained in steps (`optimizer` and `loss`) or fitted in one pass (`fit`),
+    depending on the method.
     """
 
     outputs: tuple[str, ...] = ("map", "statistics")
-    """Names of what `forward` returns, in order; those after the first two are the map's parts."""
+    """Names of the outputs of `forward`, in order; those after the first two are the parts of the map."""
     frozen: bool = True
-    """Whether it has a frozen part, which `load_pretrained` fills and `encode` runs."""
+    """Whether the detector has a frozen part, which `load_pretrained` fills and `encode` runs."""
     wants_images: bool = False
-    """Whether a training step needs the images besides what `encode` made of them."""
+    """Whether a training step needs the images as well as their encodings."""
     fitted: tuple[str, ...] = ()
-    """Buffers whose size comes from what they were fitted on."""
+    """Names of the buffers whose size is determined by fitting."""
 
     config: Config
 
     @property
     def pretrained_name(self) -> str:
-        """Name of the network whose pretrained weights this stands on; empty without a frozen part."""
+        """Name of the network whose pretrained weights the detector uses; empty without a frozen part."""
         return ""
 
     @property
     def encoding(self) -> tuple[str, ...]:
-        """What `encode` depends on, besides the pretrained weights."""
+        """What the result of `encode` depends on, apart from the pretrained weights."""
         return (self.pretrained_name,)
 
     @property
     def configured(self) -> set[str]:
-        """Names of buffers that the config sets, so that an earlier model's do not replace them."""
+        """Names of the buffers set by the config, which a warm start must not overwrite."""
         return set()
 
     @property
     def label_rules(self) -> LabelRules:
-        """How training reads labelled defects."""
+        """How labelled defects are used in training."""
         return LabelRules()
 
     def load_pretrained(self, path: Path) -> None:
-        """Fill the frozen part from a file of weights; raise WeightsError if they do not fit."""
+        """Load the weights of the frozen part from a file; raise WeightsError if they do not fit."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Run the frozen part, whose result never changes in training, on (B, 3, H, W) images."""
+        """Run the frozen part on (B, 3, H, W) images; its result does not change during training."""
         return ()
 
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
-        """Learn what must be known of all good training images before the first step.
+        """Measure what the first step needs to know about the good training images.
 
-        encoded: what `encode` makes of each, as batches of one. Returns a note for the user, or "".
+        encoded: the result of `encode` for each image, as batches of one. Returns a note for the user, or "".
         """
         return ""
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimiser over what is trained, with the base learning rates."""
+        """Return the optimiser of the trainable parameters, with the base learning rates."""
         raise NotImplementedError
 
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the named terms of a step's loss, scalars whose sum is minimised."""
+        """Return the named terms of the loss of one step: scalars whose sum is minimised."""
         raise NotImplementedError
 
     def fit(self, batches: Iterable[Batch], generator: torch.Generator) -> str:
-        """Learn from all training images, without steps; `batches` can be iterated more than once.
+        """Fit the detector to all training images, without optimiser steps.
 
-        Returns a note for the user, or "".
+        `batches` can be iterated more than once. Returns a note for the user, or "".
         """
         raise NotImplementedError
 
     def inspect(self, encoded: Iterable[tuple[Tensor, ...]], generator: torch.Generator) -> str:
-        """Look at held-out images after every 5 % of the steps, and adjust what the training needs.
+        """Check the training on held-out images and adjust it; called after every 5 % of the steps.
 
         Returns a note for the user, or "".
         """
         return ""
 
     def finish(self, images: Iterable[Tensor]) -> None:
-        """Learn what must be known of the held-out good images after training."""
+        """Measure what scoring needs on held-out good images, after training."""
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Map (B, 3, H, W) images to (B, H, W) anomaly maps, (B, K) statistics, and the map's parts."""
+        """Map (B, 3, H, W) images to (B, H, W) anomaly maps, (B, K) statistics and the parts of the map."""
         raise NotImplementedError
 
     def fused(self) -> nn.Module:
-        """Return a network with the same outputs from fewer operations, for inference; it copies the weights.
+        """Return a fused network with copied weights: the same outputs with fewer operations, for inference.
 
-        Without such a form, that is the detector itself.
+        A method without a fused network returns the detector itself, in evaluation mode.
         """
         return self.eval()
 
     def with_fewer_channels(
         self, network: nn.Module, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
     ) -> tuple[nn.Module, list[Kept]]:
-        """Return an approximation of the fused network with fewer channels, and what was kept of each layer.
+        """Return an approximation of the fused network with fewer channels, and how many each layer keeps.
 
-        good, other: (B, 3, H, W) batches of good images, and of rendered ones. tolerance: the change of the
-        good images' map that each cut may make, in its standard deviations. Raises ConfigError for a method
-        that has no such form.
+        good, other: (B, 3, H, W) batches of good images and of rendered ones. tolerance: the change that each
+        reduction may cause in the map of the good images, in standard deviations of that map. Raises
+        ConfigError for a method that does not support this.
         """
         raise ConfigError("reduced channels: this method has none to reduce; expected no --reduced")
 
     def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-        """Return the form of a fused network that quantisation starts from, given good images."""
-        entrance = first_convolution(network)
+        """Return the form of a fused network that quantisation starts from; batches: good images."""
+        made = copy.deepcopy(network)
+        entrance = first_convolution(made)
         if entrance is not None:
             round_evenly(entrance)
-        return network
+        return made

@@ -1,7 +1,7 @@
-"""What the fused forms of several methods share.
+"""What the fused networks of several methods have in common.
 
-A fused network has the outputs of its detector's `forward`, up to rounding, from fewer operations; a test
-holds that for every method. Each method's own rewrites stand beside it.
+A fused network gives the outputs of its detector's `forward`, up to rounding, with fewer operations; a test
+checks this for every method. Rewrites specific to one method are in that method's package.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing_extensions import override
 
 
 class Fused(nn.Module):
-    """A fused network: (B, 3, H, W) images in [0, 1] to the detector's outputs, in float32."""
+    """A fused network, which maps (B, 3, H, W) images in [0, 1] to the detector's outputs, in float32."""
 
     full_precision: tuple[str, ...] = ()
-    """Buffers that stay in float32 whatever the layers compute in: they make the map from the last layers."""
+    """Names of the buffers kept in float32 at any precision: they turn the last layers' outputs into the
+    map."""
 
 
 class Lowered(nn.Module):
-    """A copy of a network whose layers compute in another type; its inputs and outputs stay float32."""
+    """A copy of a network whose layers compute in another type; its inputs and outputs stay in float32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -39,23 +40,24 @@ class Lowered(nn.Module):
 
 
 def flops(network: nn.Module, image_size: tuple[int, int]) -> int:
-    """Count the FLOPs of a network's products on one image, a multiply-add as two.
+    """Count the FLOPs of a network's matrix products on one image; a multiply-add counts as two.
 
-    Nothing is computed: the count needs shapes alone.
+    Only shapes are needed, so the network runs on meta tensors and nothing is computed.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(network).eval().to("meta")(torch.empty(1, 3, *image_size, device="meta"))
     return int(counter.get_total_flops())
 
 
-# --- the finished map as two products: padding, resizing and blurring are linear along each axis ---
+# --- the final map as two matrix products: padding, resizing and blurring are linear along each axis ---
 
 
 def enlarging(cells: int, length: int, margin: int = 0, kernel: Tensor | None = None) -> Tensor:
-    """Return the (length, cells) matrix that brings one axis of a map from cells to pixels.
+    """Return the (length, cells) matrix that resizes one axis of a map from cells to pixels.
 
-    It pads with `margin` zeros on both sides, resizes linearly (align_corners off), and blurs with an odd
-    kernel, borders reflected: what the detectors do to the map, done to each unit vector.
+    It pads with `margin` zeros on both sides, resizes linearly (align_corners=False) and blurs with an odd
+    kernel and reflected borders. The matrix results from applying these operations, as the detectors do, to
+    each unit vector.
     """
     columns = functional.pad(torch.eye(cells)[None, None], (0, 0, margin, margin))
     columns = functional.interpolate(columns, (length, cells), mode="bilinear")
@@ -67,40 +69,42 @@ def enlarging(cells: int, length: int, margin: int = 0, kernel: Tensor | None = 
 
 
 def enlarge(cells: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Bring (B, h, w) cells to (B, H, W) pixels by an (H, h) and a (W, w) matrix.
+    """Resize (B, h, w) cells to (B, H, W) pixels with an (H, h) and a (W, w) matrix.
 
-    The matrices stand on the left of both products: on the right they would look like a layer's weights.
+    The matrices are the left operands of both products: as right operands they would be taken for weights of
+    a layer and quantised.
     """
     tall = torch.matmul(down, cells)
     return torch.matmul(across, tall.transpose(1, 2)).transpose(1, 2)
 
 
-# --- fewer channels, and integers ---
+# --- fewer channels, and int8 ---
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cut kept of one layer."""
+    """How many channels of one layer a reduction keeps."""
 
     layer: str
     kept: int
     of: int
     error: float
-    """Root mean square change of the good images' map, or of the layer's half of it, in its deviations."""
+    """Root mean square change of the good images' map, or of the layer's half of it, in standard
+    deviations."""
 
 
 def first_convolution(network: nn.Module) -> nn.Conv2d | None:
-    """Return the convolution that reads the image."""
+    """Return the convolution that reads the image, or None."""
     return next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
 
 
 def round_evenly(layer: nn.Conv2d, most: int = 127) -> None:
-    """Round a convolution's weights to the integers that they are quantised to, keeping their sums, in place.
+    """Round a convolution's weights to the integers they will be quantised to, keeping their sums, in place.
 
-    Rounding each weight to the nearest integer lets a kernel's errors add up wherever an image is smooth,
-    which is nearly everywhere. Here those that were rounded by most go to the other side, until the sum of
-    each kernel is right to half an integer. On MVTec AD's bottle that makes a third of the error of nearest
-    integers.
+    If each weight is rounded to the nearest integer, the errors of a kernel add up wherever an image is
+    smooth, which is nearly everywhere. Here the weights with the largest rounding errors are rounded the
+    other way, until the sum of each kernel is right to half an integer. On MVTec AD's bottle this leaves a
+    third of the error of rounding to nearest.
     """
     with torch.no_grad():
         scale = layer.weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / most

@@ -1,8 +1,8 @@
-"""Muon: momentum whose matrices are made orthogonal before each step, for networks of convolutions.
+"""Muon: momentum that is orthogonalised before each step, for convolutional networks.
 
-Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step's size as in Liu et
-al., "Muon is scalable for LLM training", 2025, so that learning rates are those of Adam. torch's own takes
-matrices only, and no vectors beside them.
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the step size follows Liu et
+al., "Muon is scalable for LLM training", 2025, so that Adam's learning rates carry over. torch's own Muon
+accepts two-dimensional parameters only: neither convolutions nor biases.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from typing_extensions import override
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the Newton-Schulz iteration's quintic: steep at 0, and within 0.7 to 1.2 after five rounds."""
+"""Coefficients of the Newton-Schulz quintic: steep at 0, and within 0.7 to 1.2 after five iterations."""
 
 ROWS = 384
-"""Of a matrix that are made orthogonal together: the work grows with their square, and a student's two heads,
-which learn different things, have as many each."""
+"""Rows of a matrix that are orthogonalised together: the work grows with their square, and each of a
+student's two heads, which learn different things, has this many rows."""
 
 
 def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """Bring all singular values of an (M, N) matrix near 1, in bfloat16."""
+    """Return an (M, N) matrix with all singular values brought near 1, computed in bfloat16."""
     a, b, c = COEFFICIENTS
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = (x / x.norm().clamp_min(1e-12)).bfloat16()
@@ -35,7 +35,7 @@ def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for convolutions, each as a matrix of its outputs, and Adam for vectors."""
+    """Muon for convolutions, each as a matrix with one row per output channel, and Adam for vectors."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
     @override
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step; weight decay is decoupled."""
+        """Take one optimiser step, with decoupled weight decay."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(direction(parameter, group), alpha=-group["lr"])
 
     def matrix_step(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Give the direction for a parameter of two axes and more, as large as one of Adam's."""
+        """Return the update direction of a parameter with two or more axes, scaled to the size of Adam's."""
         state, gradient = self.state[parameter], cast(Tensor, parameter.grad)
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         return torch.cat(parts).view_as(parameter)
 
     def vector_step(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Give Adam's direction."""
+        """Return Adam's update direction."""
         state, gradient = self.state[parameter], cast(Tensor, parameter.grad)
         first, second = group["betas"]
         if not state:

@@ -1,4 +1,4 @@
-"""A network as one ONNX graph."""
+"""Export of a network as an ONNX graph."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OPSET = 20
 
 
 def graph(detector: Detector) -> bytes:
-    """Export a detector's fused network for any batch size at its image size: input `images`."""
+    """Export a detector's fused network at its image size, for any batch size; the input is `images`."""
     return traced(detector.fused(), detector.config.image_size, detector.outputs)
 
 
 def traced(
     network: nn.Module, image_size: tuple[int, int], outputs: Sequence[str], *, half: bool = False
 ) -> bytes:
-    """Export a network in evaluation mode; half: its layers compute in float16, inputs and outputs stay."""
+    """Export a network in evaluation mode; half: compute in float16, with inputs and outputs in float32."""
     height, width = image_size
     example = torch.rand(2, 3, height, width)
     if half:
@@ -44,8 +44,8 @@ def traced(
     if program is None:
         raise ExportError("torch's exporter gave no graph")
     model = program.model_proto
-    # The exporter notes on every node where in this machine's source files it came from, and numbers nodes on
-    # from one export to the next.
+    # The exporter records paths of this machine's source files on every node, and continues the numbering of
+    # nodes from one export to the next. Without both, equal networks give equal bytes.
     for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("metadata_props")
     for number, node in enumerate(model.graph.node):
@@ -56,7 +56,7 @@ def traced(
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep back what exporter and quantiser say of their internals; a wrong graph fails its comparison."""
+    """Suppress the exporter's and the quantiser's messages; a wrong graph fails its comparison."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

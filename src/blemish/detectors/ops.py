@@ -1,4 +1,4 @@
-"""Pure functions on tensors that several methods share: moments, blur, Perlin noise, map statistics."""
+"""Pure tensor functions that several methods share: moments, blur, Perlin noise, map statistics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn import functional
 
 
 def channel_moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of each channel over the batch and the positions of (B, C, H, W) parts.
+    """Return mean and unbiased variance of each channel over the batch and positions of (B, C, H, W) parts.
 
-    Each part by Welford's rule, merged in float64 (Chan, Golub, LeVeque 1979): E[x^2] - E[x]^2 in float32
-    goes negative. Returns two float64 (C,) tensors on the CPU; raises ValueError without parts.
+    Each part by Welford's algorithm, merged in float64 (Chan, Golub, LeVeque 1979): E[x^2] - E[x]^2 in
+    float32 can become negative. Returns two float64 (C,) tensors on the CPU; raises ValueError without parts.
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for part in parts:
@@ -30,7 +30,7 @@ def channel_moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Join P parts, (P,) counts of elements with (P, C) means and unbiased variances, to (C,) of each."""
+    """Merge P parts, given as (P,) counts and (P, C) means and unbiased variances, into (C,) of each."""
     total = counts.sum()
     mean = (counts[:, None] * means).sum(0) / total
     squares = (counts - 1)[:, None] * variances + counts[:, None] * (means - mean).square()
@@ -38,14 +38,14 @@ def merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Te
 
 
 def gaussian_kernel(sigma: float, size: int) -> Tensor:
-    """Sample a normalised (size,) Gaussian around its middle."""
+    """Return a normalised, centred (size,) Gaussian kernel."""
     x = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     kernel = torch.exp(-0.5 * (x / sigma).square())
     return (kernel / kernel.sum()).float()
 
 
 def gaussian_blur(maps: Tensor, kernel: Tensor) -> Tensor:
-    """Blur (B, H, W) with the outer product of an odd (size,) kernel with itself, borders reflected."""
+    """Blur (B, H, W) maps with the outer product of an odd (size,) kernel with itself, borders reflected."""
     half = kernel.shape[0] // 2
     x = functional.pad(maps[:, None], (half, half, half, half), mode="reflect")
     x = functional.conv2d(x, kernel[None, None, :, None])
@@ -53,10 +53,10 @@ def gaussian_blur(maps: Tensor, kernel: Tensor) -> Tensor:
 
 
 def perlin_noise(angles: Tensor, periods: Tensor, size: tuple[int, int]) -> Tensor:
-    """Make (B, H, W) Perlin noise from (B, Y, X) gradient angles and (B, 2) periods, in about [-1, 1].
+    """Return (B, H, W) Perlin noise in about [-1, 1], from (B, Y, X) gradient angles and (B, 2) periods.
 
-    Periods are per axis and divide the sizes; Y and X exceed them. Each image has its own periods, so a
-    whole batch is drawn at once.
+    The numbers of periods along height and width divide these; Y and X exceed them. Each image has its own
+    periods, so that a whole batch is computed at once.
     """
     device, (height, width) = angles.device, size
     y = torch.arange(height, device=device)[None, :] * periods[:, :1] / height
@@ -81,10 +81,10 @@ def perlin_noise(angles: Tensor, periods: Tensor, size: tuple[int, int]) -> Tens
 def perlin_masks(
     count: int, size: tuple[int, int], threshold: float, generator: torch.Generator, largest: int = 5
 ) -> Tensor:
-    """Draw (count, H, W) boolean masks from thresholded Perlin noise, half of them empty on average.
+    """Sample (count, H, W) boolean masks by thresholding Perlin noise; half of them are empty on average.
 
-    SuperSimpleNet, section 3.2: per axis 2^0 to 2^largest periods, independently, at the next powers of two
-    of the size, resized bilinearly to it.
+    SuperSimpleNet, section 3.2: 2^0 to 2^largest periods, sampled independently for each axis. The noise is
+    computed at the next powers of two of the size and resized bilinearly.
     """
     device = generator.device
     powers = [1 << (length - 1).bit_length() for length in size]
@@ -100,14 +100,15 @@ def perlin_masks(
 
 
 LUMA = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in grey (ITU-R 601)."""
+"""Weights of red, green and blue in luma (ITU-R 601)."""
 
 
 def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """Sum (B, H, W) maps and the (B, h, w) cells that they were made from up in named (B,) numbers.
+    """Return named (B,) statistics of (B, H, W) maps and of the (B, h, w) cells they were made from.
 
-    maximum: of the map, as the papers score an image. smoothed_maximum: of the cells after a Gaussian of one
-    cell. top_mean: of the largest 0.5 % of the cells, at least 5.
+    maximum: the largest value of the map, by which the papers score an image. smoothed_maximum: the largest
+    cell after a Gaussian blur with a sigma of one cell. top_mean: the mean of the largest 0.5 % of the cells,
+    at least 5.
     """
     found = {}
     for name in names:
@@ -123,7 +124,10 @@ def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[st
 
 
 def squares(x: Tensor, places: Sequence[tuple[int, int]], side: int, step: int = 1) -> Tensor:
-    """Cut a square out of each of (B, C, H, W); places count in steps. Without places, return all of it."""
+    """Crop a square from each (C, H, W) tensor of a batch; without places, return the batch whole.
+
+    places: top and left of each square, in multiples of `step`.
+    """
     if not places:
         return x
     cut = [

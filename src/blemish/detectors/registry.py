@@ -1,4 +1,4 @@
-"""The methods. One dictionary lists them all, and nothing else knows a method by its name. No torch."""
+"""The registry of methods: a single dictionary, and no other module names a method. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ METHODS: dict[str, str | Method] = {
     "supersimplenet": "blemish.detectors.supersimplenet:SUPERSIMPLENET",
     "simplenet": "blemish.detectors.supersimplenet:SIMPLENET",
 }
-"""Every method by the name that a user gives: itself, or where it is, MODULE:NAME, imported on first use."""
+"""All methods by the name a user gives: a Method, or its location as MODULE:NAME, imported on first use."""
 DEFAULT = "supersimplenet"
 """The method that the demo trains."""
 
 
 def method(name: str) -> Method:
-    """Return a method; raise ConfigError with the nearest name."""
+    """Return a method by name; raise ConfigError with the nearest known name if there is none."""
     if name not in METHODS:
         raise ConfigError(f"unknown model {name!r}; {nearest(name, METHODS)}")
     found = METHODS[name]
@@ -47,7 +47,7 @@ def method(name: str) -> Method:
 
 
 def preset(name: str, wanted: str) -> Preset:
-    """Return a method's preset; raise ConfigError with the nearest name."""
+    """Return a method's preset by name; raise ConfigError with the nearest known name if there is none."""
     presets = method(name).presets
     if wanted not in presets:
         raise ConfigError(f"{name} has no preset {wanted!r}; {nearest(wanted, presets)}")
@@ -55,12 +55,12 @@ def preset(name: str, wanted: str) -> Preset:
 
 
 def with_setting(setting: str) -> list[str]:
-    """Return the names of the methods that have a setting."""
+    """Return the names of the methods that have this setting."""
     return [name for name in METHODS if setting in field_types(method(name).config)]
 
 
 def with_schedule(name: str, wanted: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a method's schedule, the paper's to the letter or none, under the settings that are given.
+    """Add the schedule of a method's paper, if that is wanted, to the settings given, which take precedence.
 
     Raises ConfigError for a schedule that is neither default nor paper.
     """
@@ -68,7 +68,7 @@ def with_schedule(name: str, wanted: str, given: Mapping[str, Any]) -> dict[str,
         raise ConfigError(f"unknown schedule {wanted!r}; expected default or paper")
     if wanted == "default":
         return dict(given)
-    # All of them, not only where the paper differs: labels change rates, too, and so did an earlier model.
+    # All of them, even those equal to the defaults: supervision and an earlier model change rates, too.
     config = configure(name, "paper")
     paper = {key: value for key, value in vars(config).items() if key in config.SCHEDULE}
     if "steps" in given and "epochs" not in given:
@@ -82,9 +82,10 @@ def configure(
     settings: Mapping[str, Any] | None = None,
     supervision: Supervision = "none",
 ) -> Config:
-    """Return a method's config from a preset, the supervision, and settings by field name; raise ConfigError.
+    """Return a method's config from a preset, the supervision, and settings by field name.
 
-    A setting may be a string, as it comes from a command line, or a value of the field's type.
+    A setting is a string, as on a command line, or a value of the field's type. Raises ConfigError for a name
+    or a value that does not fit.
     """
     chosen, found, given = preset(name, wanted), method(name), dict(settings or {})
     changes = read_settings(name, found.config, {**chosen.changes, **chosen.regimes[supervision], **given})
@@ -98,7 +99,7 @@ def configure(
 def own_settings(
     name: str, wanted: str, supervision: Supervision, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the settings by which a model's config, as JSON has it, differs from its preset and supervision.
+    """Return the settings in which a model's config, as JSON values, differs from its preset and supervision.
 
     Fields that this version does not know are left out.
     """
@@ -107,7 +108,7 @@ def own_settings(
 
 
 def build(name: str, config: Config, seed: int) -> Detector:
-    """Return a detector with weights drawn from the seed; its pretrained part is still empty."""
+    """Return a detector initialised at random from the seed; its pretrained weights are not loaded yet."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -116,10 +117,10 @@ def build(name: str, config: Config, seed: int) -> Detector:
 
 
 def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -> Detector:
-    """Build the detector of a model file with its weights, in evaluation mode; raise ModelFileError.
+    """Return the detector of a model file with its weights, in evaluation mode.
 
-    config, weights: as the file has them; source: the file, for messages. A buffer that an older file lacks
-    keeps its initial value.
+    config, weights: as stored in the file; source: the file's name, for messages. A buffer that an older file
+    lacks keeps its initial value. Raises ModelFileError if the weights do not fit.
     """
     from safetensors.torch import load
 
@@ -136,7 +137,7 @@ def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -
 
 
 def take_sizes(detector: Detector, stored: Mapping[str, Any]) -> None:
-    """Give the buffers that a detector sizes by fitting the sizes that stored tensors have."""
+    """Resize the buffers whose size is determined by fitting to the sizes of the stored tensors."""
     for name in detector.fitted:
         if name in stored:
             detector.register_buffer(name, detector.get_buffer(name).new_empty(stored[name].shape))

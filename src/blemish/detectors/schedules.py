@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the share of the steps that are done to a factor on the learning rates."""
+"""Learning-rate schedules: functions from the share of steps done to a factor on the learning rates."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 
 
 def constant(progress: float) -> float:
-    """Hold the rate (SimpleNet)."""
+    """Keep the rate constant (SimpleNet)."""
     return 1.0
 
 
 def step_95(progress: float) -> float:
-    """Hold the rate, then a tenth of it for the last 5 % (EfficientAD, algorithm 1)."""
+    """Keep the rate constant, then a tenth of it for the last 5 % of the steps (EfficientAD, algorithm 1)."""
     return 1.0 if progress < 0.95 else 0.1
 
 
 def step_80_90(progress: float) -> float:
-    """Hold the rate, times 0.4 from 80 % and again from 90 % (SuperSimpleNet, section 4)."""
+    """Multiply the rate by 0.4 at 80 % of the steps and again at 90 % (SuperSimpleNet, section 4)."""
     return 0.4 ** ((progress >= 0.8) + (progress >= 0.9))
 
 
 def one_cycle(progress: float) -> float:
-    """Rise linearly for 5 %, hold until half, fall as a cosine to 1 %: for short runs of known length."""
+    """Rise linearly for 5 %, hold until half, fall as a cosine to 1 %; for short runs of known length."""
     if progress < 0.05:
         return 0.05 + 0.95 * progress / 0.05
     if progress < 0.5:
@@ -30,4 +30,4 @@ def one_cycle(progress: float) -> float:
 
 
 SCHEDULES = {"constant": constant, "step-95": step_95, "step-80-90": step_80_90, "one-cycle": one_cycle}
-"""Factor on the learning rates, by the share of the steps that are done."""
+"""The schedules by name."""

@@ -1,10 +1,11 @@
-"""What a method can be told: its config, its presets, and how settings are read and checked. No torch."""
+"""The settings of methods: configs, presets, and how settings are parsed and checked. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
+import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,78 +19,79 @@ if TYPE_CHECKING:
     from blemish.types import Supervision
 
 STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
-"""The statistics of an anomaly map that every method can be scored by; `ops.map_statistics` computes them."""
+"""Statistics of an anomaly map that every method can be scored by; `ops.map_statistics` computes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings that every method has. A method's own config adds fields."""
+    """The settings that all methods share. A method's own config adds fields."""
 
     SCHEDULE: ClassVar[frozenset[str]] = frozenset({"steps", "epochs", "batch_size", "schedule"})
-    """Settings that say how long, how fast and on how much at a time a method learns."""
+    """Names of the settings that determine how long, how fast and in what batches a method learns."""
     FIXED: ClassVar[frozenset[str]] = frozenset()
-    """Settings that trained weights depend on, so that a run that goes on from a model cannot change them."""
+    """Names of the settings that trained weights depend on, so that a warm start cannot change them."""
 
     image_size: tuple[int, int] = (256, 256)
     """Height and width of the network's input."""
     statistics: tuple[str, ...] = STATISTICS
-    """Numbers joined into the image score by robust z-scores on held-out images; one alone stays raw."""
+    """Statistics combined into the image score by robust z-scores on held-out images; one alone is used as
+    is."""
     batch_size: int
     steps: int = 0
-    """Optimiser steps when nothing else is asked for; 0: see epochs."""
+    """Optimiser steps, unless a run is given another length; 0: see epochs."""
     epochs: int = 0
     schedule: str = "one-cycle"
-    """A name in SCHEDULES."""
+    """A key of SCHEDULES."""
     clip_norm: float = 0.0
-    """Largest norm of a step's gradient; 0: any."""
+    """Largest norm of a step's gradient; 0: no limit."""
 
     @property
     def known_statistics(self) -> tuple[str, ...]:
-        """The statistics that the method computes."""
+        """Names of the statistics that the method computes."""
         return STATISTICS
 
     @property
     def reads_natural_images(self) -> bool:
-        """Whether training reads natural images, of anything but the product."""
+        """Whether training reads natural images, which show anything but the product."""
         return False
 
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the changes of this default config with what a preset contradicts itself in resolved.
+        """Return the changes to this default config, with contradictions within a preset resolved.
 
-        given: the settings among the changes that the user asked for.
+        given: those of the changes that the user asked for.
         """
         return changes
 
     def refuse_supervision(self, supervision: Supervision) -> None:
-        """Raise ConfigError where these settings leave nothing to learn from."""
+        """Raise ConfigError if these settings leave nothing to learn from under this supervision."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset changes in a method's default config, and what each supervision that it knows changes."""
+    """What a preset changes in a method's default config, in general and for each supported supervision."""
 
     changes: Mapping[str, Any]
     regimes: Mapping[Supervision, Mapping[str, Any]]
 
 
 GOOD_ONLY: Mapping[Supervision, Mapping[str, Any]] = {"none": {}}
-"""The regimes of a method that learns from good images alone."""
+"""The regimes of a method that learns from good images only."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method: how it is built, its default config, and its presets, one of them "default"."""
+    """A method: how to build it, its default config and its presets, one of which is "default"."""
 
     build: Callable[[Any], Detector]
-    """From the config to an untrained detector."""
+    """Builds an untrained detector from a config."""
     config: Config
     presets: Mapping[str, Preset]
     has_steps: bool = True
-    """Whether it is trained by optimiser steps; false: it is fitted in one pass (`Detector.fit`)."""
+    """Whether it is trained by optimiser steps; if not, it is fitted in one pass (`Detector.fit`)."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that was probably meant."""
+    """Return a hint for an error message: the known name that was probably meant, or all known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
     return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
@@ -102,7 +104,7 @@ def field_types(config: Config) -> dict[str, Any]:
 
 
 def read_settings(name: str, config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn settings into values of a config's fields; raise ConfigError, calling the config `name`."""
+    """Convert settings to the types of a config's fields; raise ConfigError, with `name` for the config."""
     types = field_types(config)
     for key in given:
         if key not in types:
@@ -111,7 +113,7 @@ def read_settings(name: str, config: Config, given: Mapping[str, Any]) -> dict[s
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:
-    """Turn a setting, text or a value, into its field's type; raise ConfigError."""
+    """Convert a setting, text or a value, to its field's type; raise ConfigError if it does not fit."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     try:
         if origin is typing.Literal:
@@ -131,7 +133,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
         if kind is int and int(value) != float(value):
             raise ValueError
         return kind(value)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         wanted = (
             " or ".join(map(repr, choices))
             if origin is typing.Literal
@@ -141,7 +143,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
 
 
 def check(config: Config, *, has_steps: bool = True) -> None:
-    """Raise ConfigError for numbers that cannot work; has_steps: as of the method."""
+    """Raise ConfigError for values that cannot work; has_steps: whether the method is trained by steps."""
     if config.schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {config.schedule!r}; {nearest(config.schedule, SCHEDULES)}")
     if len(config.image_size) != 2 or min(config.image_size) < 32:
@@ -151,8 +153,8 @@ def check(config: Config, *, has_steps: bool = True) -> None:
     if config.batch_size < 1:
         raise ConfigError(f"batch size {config.batch_size}: expected at least 1")
     for key, value in vars(config).items():
-        if isinstance(value, int | float) and value < 0:
-            raise ConfigError(f"{key}={value}: expected 0 or more")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ConfigError(f"{key}={value}: expected 0 or more, and finite")
     known = config.known_statistics
     for name in config.statistics:
         if name not in known:
@@ -161,7 +163,14 @@ def check(config: Config, *, has_steps: bool = True) -> None:
         raise ConfigError(f"no statistics; expected some of {', '.join(known)}")
 
 
+def refuse_numbers(rules: Iterable[tuple[str, float, bool, str]]) -> None:
+    """Raise ConfigError for the first setting that does not fit; rules: name, value, fits, expectation."""
+    for name, value, fits, expected in rules:
+        if not fits:
+            raise ConfigError(f"setting {name}={value} does not fit; expected {expected}")
+
+
 def as_json(config: Config) -> dict[str, Any]:
-    """Return a config as JSON has it: tuples become lists."""
+    """Return a config as JSON values: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain

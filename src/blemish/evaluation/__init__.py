@@ -1,1 +1,1 @@
-"""A model and a labelled data set to metrics and a report."""
+"""Evaluation of a model on a labelled data set: metrics and reports."""

@@ -1,4 +1,4 @@
-"""Lay out the report's charts: numbers in, places in an SVG's own units out. The looks are the template's."""
+"""Compute the coordinates of the report's charts in SVG units; the template determines their style."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BINS = 68
 TICKS = 6
 
 TICK_GAP = 44.0
-"""Least distance of two tick labels."""
+"""Smallest distance between tick labels."""
 
 ROLES = ("good", "defective")
 
@@ -34,35 +34,35 @@ class Roc:
     curve: str
     """Points of an SVG polyline."""
     points: tuple[tuple[float, float, str], ...]
-    """Share of good and of defective parts over each threshold, and its role."""
+    """For each threshold, the shares of good and of defective parts above it, and its role."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """One row of the histogram: the scores of one kind."""
+    """One row of the histogram, with the scores of one kind."""
 
     name: str
     role: str
-    """One of held-out, good, defective."""
+    """held-out, good or defective."""
     count: int
     bars: tuple[tuple[float, float], ...]
-    """Left edge and height of each bar that is not empty."""
+    """Left edge and height of each non-empty bar."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Scores by kind over one axis, STRIP_WIDTH wide; a strip is STRIP_HEIGHT high."""
+    """Scores by kind on a common axis, STRIP_WIDTH wide; each strip is STRIP_HEIGHT high."""
 
     strips: tuple[Strip, ...]
     ticks: tuple[tuple[float, str], ...]
-    """Place and label."""
+    """Position and label."""
     review: float
     defect: float
-    """Places of the thresholds."""
+    """Positions of the thresholds."""
 
 
 def lay_out_roc(results: Sequence[ImageResult]) -> Roc | None:
-    """Lay out the ROC curve; None where good or defective images are missing."""
+    """Lay out the ROC curve; return None if there are no good or no defective images."""
     truths = np.array([result.truth for result in results])
     if len(set(truths)) < 2:
         return None
@@ -77,10 +77,10 @@ def lay_out_roc(results: Sequence[ImageResult]) -> Roc | None:
 
 
 def lay_out_histogram(results: Sequence[ImageResult], calibration: Calibration) -> Histogram:
-    """Lay out the scores of the held-out good images and of each kind in the test set, good first.
+    """Lay out the scores of the held-out good images and of each kind in the test set, good images first.
 
-    The axis is linear about the defect threshold and logarithmic far from it (an inverse hyperbolic sine), so
-    that neither a long tail nor the gap between the thresholds is lost.
+    The axis is linear around the defect threshold and logarithmic far from it (an inverse hyperbolic sine),
+    so that both long tails and the gap between the thresholds remain visible.
     """
     groups = _groups(results)
     scores = np.concatenate([calibration.scores, *groups.values()])
@@ -96,7 +96,7 @@ def lay_out_histogram(results: Sequence[ImageResult], calibration: Calibration) 
 
 
 def _groups(results: Sequence[ImageResult]) -> dict[tuple[int, str], list[float]]:
-    """Collect scores by truth and kind, good first."""
+    """Return the scores by truth and kind, good images first."""
     groups: dict[tuple[int, str], list[float]] = {}
     for result in sorted(results, key=lambda result: (result.truth, result.kind)):
         groups.setdefault((result.truth, result.kind), []).append(result.score)
@@ -104,7 +104,7 @@ def _groups(results: Sequence[ImageResult]) -> dict[tuple[int, str], list[float]
 
 
 def _axis(scores: AnyArray, calibration: Calibration) -> tuple[Scale, Scale]:
-    """Return the way from a score to its place, 0 to STRIP_WIDTH, and back."""
+    """Return the functions from a score to its position, 0 to STRIP_WIDTH, and back."""
     centre = calibration.defect_threshold
     ends = min(scores.min(), calibration.review_threshold), max(scores.max(), centre)
     unit = abs(centre - float(np.median(calibration.scores))) or (ends[1] - ends[0]) or 1.0
@@ -122,7 +122,7 @@ def _axis(scores: AnyArray, calibration: Calibration) -> tuple[Scale, Scale]:
 
 
 def _ticks(place: Scale, score_at: Scale) -> tuple[tuple[float, str], ...]:
-    """Choose scores about evenly along the axis, each with the digits that its surroundings need."""
+    """Return roughly evenly spaced ticks, each rounded to the precision that the local scale calls for."""
     ticks: list[tuple[float, str]] = []
     for x in np.linspace(0, STRIP_WIDTH, TICKS + 2)[1:-1]:
         digits = -math.floor(math.log10(score_at(x + TICK_GAP / 2) - score_at(x - TICK_GAP / 2)))

@@ -1,4 +1,4 @@
-"""Which test images a report shows: the worst mistakes, then the clearest find of each kind of defect."""
+"""Select the images of a report: the worst mistakes, then the clearest detection of each kind of defect."""
 
 from __future__ import annotations
 
@@ -9,43 +9,46 @@ from blemish.images import overlays
 from blemish.types import AnyArray, BoolArray, Exhibit, FloatArray, ImageResult, Label
 
 Key = tuple[float, int]
-"""A score, and when its image came."""
+"""A score and the order of arrival; lower keys come first."""
 
 MISTAKES: tuple[tuple[str, int, Label], ...] = (
     ("Escape", 1, "ok"),
     ("False reject", 0, "defect"),
     ("Needless review", 0, "review"),
 )
-"""Title, truth and label of each sort of mistake, in the order of the report."""
+"""Title, truth and label of each type of mistake, in the order of the report."""
 
 
 @dataclass
 class Shelf:
-    """The most remarkable images of one sort that were offered so far, the first of them first."""
+    """The images of one type with the lowest keys so far, in ascending order; at most `room` of them."""
 
     title: str
     room: int
     held: list[tuple[Key, Exhibit]] = field(default_factory=list)
 
     def takes(self, key: Key) -> bool:
-        """Tell whether an image would be among them."""
+        """Return whether an image with this key would be kept."""
         return len(self.held) < self.room or (self.room > 0 and key < self.held[-1][0])
 
     def put(self, key: Key, exhibit: Exhibit) -> None:
-        """Put an image in its place; the last one makes room for it."""
+        """Insert an image by its key, and drop the last if there are too many."""
         insort(self.held, (key, exhibit), key=lambda pair: pair[0])
         del self.held[self.room :]
 
 
 class Gallery:
-    """Chooses exhibits while images are judged, so that none is judged twice.
+    """Selects exhibits while images are being judged, so that none has to be judged twice.
 
-    An escape is the worse, the lower its score; a rejected good part, the higher its score. The clearest find
-    of a kind of defect is the one of the highest score.
+    The lower its score, the worse is an escape; the higher its score, the worse is a false reject. The
+    clearest detection of a kind of defect is the one with the highest score.
     """
 
     def __init__(self, count: int, white: float) -> None:
-        """count: of each sort of mistake, and twice as many finds. white: of 16-bit images."""
+        """Make room for `count` images of each type of mistake and twice as many detections.
+
+        white: white level of 16-bit images.
+        """
         self.white = white
         self.offered = 0
         self.mistakes = {(truth, label): Shelf(title, count) for title, truth, label in MISTAKES}
@@ -54,7 +57,7 @@ class Gallery:
     def offer(
         self, result: ImageResult, image: AnyArray, anomaly_map: FloatArray, mask: BoolArray | None
     ) -> None:
-        """Take an image if it is among the most remarkable: (H, W, 3), its (H, W) map, and its mask."""
+        """Keep an (H, W, 3) image with its (H, W) map and mask if it ranks among the best of its type."""
         self.offered += 1
         shelf = self.mistakes.get((result.truth, result.label))
         found = result.truth == 1 and result.label != "ok"
@@ -73,6 +76,6 @@ class Gallery:
         shelf.put(key, Exhibit(shelf.title, result, shown, anomaly_map, mask))
 
     def exhibits(self) -> tuple[Exhibit, ...]:
-        """Return what was chosen: mistakes first, the worst of each sort first."""
+        """Return the selected exhibits: mistakes first, the worst of each type first."""
         shelves = (*self.mistakes.values(), self.finds)
         return tuple(exhibit for shelf in shelves for _, exhibit in shelf.held)

@@ -1,4 +1,4 @@
-"""What the rows of an evaluation are computed from: scores of images and of pixels, by kind of defect."""
+"""Image and pixel scores grouped by kind of defect, from which the rows of an evaluation are computed."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from blemish.evaluation.metric_table import METRICS, Metric
 from blemish.types import BoolArray, MetricRow, Sample, Verdict
 
 ALL = "all"
-"""The row of the whole test set."""
+"""Name of the row of the whole test set."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What the mask files of a defective image say."""
+    """The ground truth of a defective image, from its mask files."""
 
     mask: BoolArray
-    """(H, W): the union."""
+    """(H, W), the union of the files."""
     regions: Regions | None
-    """The files one by one, where the data set says from which areas on they saturate."""
+    """The files as separate regions, if the data set defines the areas at which they saturate."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pixel scores of the same images, gathered for the metrics with plain and with saturating regions."""
+    """Pixel scores of a set of images, collected for the plain metrics and for saturated PRO."""
 
     plain: metrics.PixelScores
     saturated: metrics.PixelScores | None
-    """None where the data set has no regions that saturate."""
+    """None if the data set defines no saturation."""
 
     def add(self, verdict: Verdict, truth: Truth | None) -> None:
-        """Add one image; without a truth, all of it is good."""
+        """Add one image; without a truth, all its pixels are normal."""
         self.plain.update(verdict.map, truth.mask if truth else None)
         if self.saturated is not None:
             found = truth.regions if truth else None
@@ -44,29 +44,29 @@ class Pixels:
 
 @dataclass
 class Group:
-    """What one row of the table is computed from."""
+    """The scores from which one row of the table is computed."""
 
     kind: str
     pixels: Pixels
-    """Of its kind of defect; those of good images, which all rows share, count as well."""
+    """Pixel scores of this kind of defect, together with those of the good images, which all rows share."""
     scores: list[float] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     masked: int = 0
 
     def add(self, sample: Sample, verdict: Verdict, truth: Truth | None) -> None:
-        """Add one image, without its pixels."""
+        """Add the image-level score of one image."""
         self.scores.append(verdict.score)
         self.labels.append(sample.label)
         self.masked += sample.label == 1 and truth is not None
 
     def row(self) -> MetricRow:
-        """Compute the row."""
+        """Compute the metrics of the row."""
         defective = sum(self.labels)
         values = {field: self.value(metric) for field, metric in METRICS.items()}
         return MetricRow(self.kind, len(self.labels) - defective, defective, self.masked, **values)
 
     def value(self, metric: Metric) -> float | None:
-        """Compute one metric; None where it is not defined."""
+        """Compute one metric; return None if it is undefined."""
         try:
             if metric.of_images is not None:
                 return metric.of_images(self.scores, self.labels)
@@ -80,9 +80,10 @@ class Group:
 
 
 def empty_groups(test: Sequence[Sample], memory: int) -> tuple[Pixels, Group, dict[str, Group]]:
-    """Return what gathers the pixels of good images, and the rows of the table: all, and each kind of defect.
+    """Return empty groups: the pixels of the good images, the whole test set, and each kind of defect.
 
-    Pixels are held once: a row also counts those of other groups. `memory` is divided evenly among them.
+    Each pixel is stored once: rows share the pixels of other groups. `memory`, in bytes, is divided evenly
+    among the groups.
     """
     kinds = sorted({sample.kind for sample in test if sample.label == 1})
     saturating = any(sample.saturations for sample in test)

@@ -1,4 +1,4 @@
-"""Every metric of an evaluation, once: how it is computed, and what tables and reports call it."""
+"""The metrics of an evaluation: how each is computed, and its names in tables and reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blemish.evaluation.metrics import PixelScores
 from blemish.types import MetricRow
 
 SATURATED_LIMIT = 0.05
-"""False-positive rate up to which saturated PRO is taken: that of the published figures."""
+"""False-positive rate up to which saturated PRO is integrated, as in the published results."""
 
 OfImages = Callable[[npt.ArrayLike, npt.ArrayLike], float]
 OfPixels = Callable[[PixelScores], float]
@@ -20,22 +20,22 @@ OfPixels = Callable[[PixelScores], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. Its field is that of MetricRow."""
+    """One metric; exactly one of the functions is set."""
 
     title: str
-    """In a report."""
+    """Name in reports."""
     column: str
-    """At the head of a table's column."""
+    """Column header in tables."""
     of_images: OfImages | None = None
-    """From image scores and 0/1 labels."""
+    """Computes it from image scores and 0/1 labels."""
     of_pixels: OfPixels | None = None
-    """From pixel scores."""
+    """Computes it from pixel scores."""
     of_saturating: OfPixels | None = None
-    """From pixel scores in regions that saturate, which not every data set has."""
+    """Computes it from pixel scores with saturating regions, which only some data sets define."""
 
 
 def saturated_pro(scores: PixelScores) -> float:
-    """Compute PRO over regions that saturate, up to a false-positive rate of SATURATED_LIMIT."""
+    """Return saturated PRO up to a false-positive rate of SATURATED_LIMIT."""
     return scores.aupro(SATURATED_LIMIT)
 
 
@@ -49,11 +49,11 @@ METRICS: dict[str, Metric] = {
     "aupro": Metric("AUPRO", "AUPRO", of_pixels=PixelScores.aupro),
     "saturated_pro": Metric("Saturated PRO", "saturated PRO", of_saturating=saturated_pro),
 }
-"""By field of MetricRow, in the order in which they are shown."""
+"""All metrics by field of MetricRow, in display order."""
 
 
 def shown(rows: Iterable[MetricRow]) -> dict[str, Metric]:
-    """Return the metrics to show: all but those that need regions that saturate where no row has them."""
+    """Return the metrics to show: all, except that saturated PRO needs at least one row with a value."""
     rows = tuple(rows)
     return {
         field: metric

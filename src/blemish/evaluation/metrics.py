@@ -1,11 +1,12 @@
-"""Metrics from raw scores, higher = worse: AUROC, average precision, F1-max, AUPRO, saturated PRO.
+"""AUROC, average precision, F1-max, AUPRO and saturated PRO from raw scores, where higher is more anomalous.
 
-One observation carries the file. As the threshold falls, a metric moves in steps: one for each distinct
-anomalous score. So the sorted normal scores, the sorted anomalous scores and, for PRO, one weight for each
-anomalous pixel (1 / area of its region: the mean overlap is the sum of the weights above the threshold,
-divided by the number of regions) give every metric at once. Sorting is nearly all of the work.
+All metrics rest on one observation: as the threshold falls, a metric changes in steps, one for each distinct
+anomalous score. All of them can therefore be computed from the sorted normal scores, the sorted anomalous
+scores and, for PRO, one weight per anomalous pixel (1 / area of its region: the mean overlap is the sum of
+the weights above the threshold, divided by the number of regions). Nearly all the time goes into sorting.
 
-Tied scores share a point. What is not defined, such as one class only, is a MetricError, never a number.
+Tied scores share one point of a curve. An undefined metric, such as one of a single class, raises
+MetricError instead of returning a number.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from blemish.evaluation.score_store import (
 from blemish.types import AnyArray, BoolArray, FloatArray
 
 SMALLEST_BUDGET = 2**25
-"""Bytes. Below this a histogram of ranks would be too coarse to stay within 1e-4."""
+"""Smallest memory budget in bytes; with less, a histogram of ranks would miss its accuracy of 1e-4."""
 
 
 def auroc(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Give the area under the ROC curve of (N,) scores and (N,) labels, 1 defective and 0 good.
+    """Return the area under the ROC curve of (N,) scores and (N,) labels, 1 defective and 0 good.
 
     >>> auroc([0.1, 0.4, 0.4, 3.0], [0, 0, 1, 1])
     0.875
@@ -45,22 +46,22 @@ def auroc(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def average_precision(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Give the step-wise sum of precision times gain in recall over (N,) scores and (N,) labels.
+    """Return the average precision of (N,) scores and (N,) labels: the sum of precision times gain in recall.
 
-    No trapezoids: joining points of a precision-recall curve by lines is too optimistic.
+    The sum is step-wise, not trapezoidal: linear interpolation of a precision-recall curve is too optimistic.
     """
     return _average_precision(_image_steps(scores, labels))
 
 
 def f1_max(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Give the largest F1 that any threshold reaches on (N,) scores and (N,) labels."""
+    """Return the largest F1 over all thresholds for (N,) scores and (N,) labels."""
     return _f1_max(_image_steps(scores, labels))
 
 
 def roc_curve(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Doubles, Doubles, Doubles]:
-    """Give false-positive rates, true-positive rates and thresholds, one of each per distinct score.
+    """Return false-positive rates, true-positive rates and thresholds, one each per distinct score.
 
-    Thresholds fall; a score is over one when it is at least as large. The first is infinity: nothing is over.
+    Thresholds are descending and inclusive. An infinite one, which no score reaches, is put first.
     """
     normals, anomalous = _sorted_by_class(scores, labels)
     thresholds = np.append(np.inf, np.unique(np.concatenate((normals, anomalous)))[::-1])
@@ -78,9 +79,9 @@ def bootstrap_interval(
     draws: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Give the percentile bootstrap interval of `metric` over (N,) scores and (N,) labels.
+    """Return the percentile bootstrap interval of `metric` for (N,) scores and (N,) labels.
 
-    Good and defective are drawn separately, as many as there are, so that every draw has both.
+    Good and defective images are resampled separately, so that each resample has as many of both.
     """
     if draws < 1 or not 0 < level < 1:
         raise ConfigError(
@@ -105,9 +106,10 @@ def saturated_pro(
     *,
     limit: float = 0.05,
 ) -> float:
-    """Give the area under the saturated PRO curve of MVTec LOCO up to a false-positive rate of `limit`.
+    """Return the area, divided by `limit`, under MVTec LOCO's saturated PRO curve.
 
-    For each image: its (H, W) map, its (R, H, W) regions or None, and the R saturation areas in pixels.
+    The curve is integrated up to a false-positive rate of `limit`. Each image has an (H, W) map, (R, H, W)
+    regions or None, and R saturation areas in pixels.
     """
     if not len(maps) == len(masks) == len(saturation_areas):
         raise MetricError(
@@ -121,14 +123,14 @@ def saturated_pro(
 
 
 class PixelScores:
-    """Gather the maps and masks of a test set, image by image; then give any pixel-level metric.
+    """Collects maps and masks of a test set, image by image, and computes pixel-level metrics.
 
-    Exact by sorting while that fits `memory_budget` bytes, working space included. Beyond, it goes on by
-    itself and with what it has as a histogram of ranks (`ranks`), within 1e-4 of the exact values on the
-    scores of a working model. Scores are kept as float32, the type of a map.
+    The metrics are exact, by sorting, while the scores fit into `memory_budget` bytes, including working
+    memory. Beyond that, the scores are converted automatically to a histogram of ranks (`score_store`), with
+    metrics within 1e-4 of the exact values for a working model. Scores are stored as float32.
 
-    What those in `also` have gathered themselves, each within its own budget, counts as well, and is not
-    copied: good images are gathered and sorted once, and serve for each kind of defect.
+    The scores of the collectors in `also`, each with its own budget, are included without being copied:
+    those of the good images are stored and sorted once and used for every kind of defect.
     """
 
     def __init__(self, memory_budget: int = 2**30, *, also: Sequence[PixelScores] = ()) -> None:
@@ -144,33 +146,34 @@ class PixelScores:
     def update(
         self, map: AnyArray, mask: BoolArray | None, *, saturation_areas: Sequence[float] | None = None
     ) -> None:
-        """Add one image: its (H, W) map and its (H, W) mask, True where anomalous; None is an all-good image.
+        """Add one image: its (H, W) map and its (H, W) mask, True where anomalous, or None for a good image.
 
-        The regions of PRO are the 8-connected components of the mask. With `saturation_areas` the mask is
-        (R, H, W) instead: each channel is one region, in one piece or not, overlapping others or not, and its
-        overlap counts as whole from that many pixels on (or from its own area on, if that is less).
+        The regions of PRO are the 8-connected components of the mask. With `saturation_areas`, the mask is
+        (R, H, W): each channel is one region, which may be disconnected and overlap others, and which counts
+        as fully covered once that many of its pixels are (or all of them, if it has fewer).
         """
         scores = _checked_map(map)
         anomalous, weights = _anomalous_pixels(scores, mask, saturation_areas)
         self._scores.add(scores[~anomalous], scores[anomalous], weights)
 
     def auroc(self) -> float:
-        """Give the area under the ROC curve over all pixels of all images."""
+        """Return the area under the ROC curve over all pixels of all images."""
         return _auroc(self._all_steps())
 
     def average_precision(self) -> float:
-        """Give the step-wise sum of precision times gain in recall over all pixels of all images."""
+        """Return the average precision over all pixels of all images."""
         return _average_precision(self._all_steps())
 
     def f1_max(self) -> float:
-        """Give the largest F1 that any threshold reaches over all pixels of all images."""
+        """Return the largest F1 over all thresholds, for all pixels of all images."""
         return _f1_max(self._all_steps())
 
     def aupro(self, limit: float = 0.3) -> float:
-        """Give the area under the per-region overlap up to a false-positive rate of `limit`, over `limit`.
+        """Return the area, divided by `limit`, under the per-region overlap curve.
 
-        The overlap is the mean over regions of the share of the region at or above the threshold; the
-        false-positive rate is that of all normal pixels of all images. With saturation areas: saturated PRO.
+        The curve is integrated up to a false-positive rate of `limit`, taken over all normal pixels of all
+        images. The overlap is the mean over regions of the share of the region at or above the threshold.
+        With saturation areas, this is saturated PRO.
         """
         if not 0 < limit <= 1:
             raise ConfigError(f"a false-positive limit of {limit} was given, expected above 0 and at most 1")
@@ -180,7 +183,7 @@ class PixelScores:
     def _all_steps(self) -> _Steps:
         adds = [part.adds for part in self._parts]
         if self._steps is None or self._adds_in_steps != adds:
-            self._steps = None  # the old ones go before the new ones come
+            self._steps = None  # free the old ones before computing the new ones
             if any(part.histogram for part in self._parts):
                 self._steps = _histogram_steps(joint_histogram(self._parts))
             else:
@@ -190,27 +193,27 @@ class PixelScores:
         return self._steps
 
 
-# --- What a falling threshold passes ------------------------------------------------------------------------
+# --- Steps of a falling threshold ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """S scores, highest first, every distinct anomalous one among them: what lies above, what at or above."""
+    """S descending scores, including every distinct anomalous one, with the counts above each."""
 
     normals_above: Counts
-    """Normal scores above it."""
+    """(S,) number of normal scores above each."""
     normals_reached: Counts
-    """Normal scores at or above it."""
+    """(S,) number of normal scores at or above each."""
     anomalous: Counts
-    """Anomalous scores equal to it."""
+    """(S,) number of anomalous scores equal to each."""
     overlap: Doubles
-    """What it adds to the mean over regions of the share of the region at or above it."""
+    """(S,) increase of the mean per-region overlap at each."""
     normals: int
-    """All normal scores."""
+    """Number of normal scores."""
 
 
 def _exact_steps(normals: Sequence[AnyArray], anomalous: AnyArray, weights: Doubles) -> _Steps:
-    """Take both classes ascending, the normal scores in any number of arrays, with the anomalous weights."""
+    """Compute the steps from ascending normal scores, in one or more arrays, and ascending anomalous ones."""
     total = sum(part.size for part in normals)
     _require_both(total, anomalous.size)
     firsts = first_of_each(anomalous)
@@ -225,7 +228,7 @@ def _exact_steps(normals: Sequence[AnyArray], anomalous: AnyArray, weights: Doub
 
 
 def _histogram_steps(histogram: Histogram) -> _Steps:
-    """Take each bin for one score; a step without anomalous scores changes no metric."""
+    """Compute the steps with one score per bin; steps without anomalous scores affect no metric."""
     normals = np.cumsum(histogram.normals[::-1])
     _require_both(int(normals[-1]), int(histogram.anomalous.sum()))
     return _Steps(
@@ -259,15 +262,15 @@ def _f1_max(steps: _Steps) -> float:
 
 
 def _area(steps: _Steps, gains: Doubles, limit: float) -> float:
-    """Give the area under the sum of `gains` (S,) over the false-positive rate up to `limit`, over `limit`.
+    """Return the area under the sum of (S,) `gains` up to a false-positive rate of `limit`, over `limit`.
 
-    The curve is flat between steps and a straight line over each, which is how tied scores share a point. So
-    what a step gains counts in half over its own width, and in full from there to the limit.
+    The curve is flat between steps and linear across each step, so that tied scores share one point. The gain
+    of a step therefore counts half across its own width, and in full from there to the limit.
     """
     end = np.searchsorted(steps.normals_above, math.ceil(limit * steps.normals))
     left, right = steps.normals_above[:end] / steps.normals, steps.normals_reached[:end] / steps.normals
     covered = limit - (left + right) / 2
-    if end and right[-1] > limit:  # only the last of these steps can go beyond the limit
+    if end and right[-1] > limit:  # only the last of these steps can extend beyond the limit
         covered[-1] = (limit - left[-1]) ** 2 / (right[-1] - left[-1]) / 2
     return float(gains[:end] @ covered / limit)
 
@@ -281,7 +284,7 @@ def _image_steps(scores: npt.ArrayLike, labels: npt.ArrayLike) -> _Steps:
 
 
 def _sorted_by_class(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Doubles, Doubles]:
-    """Give the scores of good and of defective images, both ascending, neither empty."""
+    """Return the ascending scores of the good and of the defective images; neither is empty."""
     values, truth = np.asarray(scores, np.float64), np.asarray(labels)
     if values.ndim != 1 or values.shape != truth.shape:
         raise MetricError(
@@ -309,7 +312,7 @@ def _require_finite(scores: AnyArray) -> None:
 def _checked_map(map: AnyArray) -> FloatArray:
     if map.ndim != 2 or map.dtype.kind != "f":
         raise MetricError(f"a map is {map.dtype} of shape {map.shape}, expected float of shape (H, W)")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused
         scores = map.astype(np.float32, copy=False)
     _require_finite(scores)
     return scores
@@ -321,7 +324,7 @@ def _checked_map(map: AnyArray) -> FloatArray:
 def _anomalous_pixels(
     scores: FloatArray, mask: BoolArray | None, saturation_areas: Sequence[float] | None
 ) -> tuple[BoolArray, Doubles]:
-    """Give the (H, W) union of an image's regions and, for each pixel of it in order, its weight in PRO."""
+    """Return the (H, W) union of an image's regions and the PRO weights of its pixels, in order."""
     regions = () if saturation_areas is None else (len(saturation_areas),)
     if mask is None and regions in {(), (0,)}:
         return np.zeros(scores.shape, np.bool_), np.empty(0)
@@ -336,17 +339,17 @@ def _anomalous_pixels(
 
 
 def _component_weights(mask: BoolArray) -> Doubles:
-    """Give each anomalous pixel of an (H, W) mask, in order, 1 / area of its 8-connected component."""
+    """Return 1 / area of the 8-connected component for each anomalous pixel of an (H, W) mask, in order."""
     component = cc3d.connected_components(mask, connectivity=8)[mask]
     weights: Doubles = 1 / np.bincount(component)[component]
     return weights
 
 
 def _saturated_weights(scores: FloatArray, regions: BoolArray, areas: Sequence[float]) -> Doubles:
-    """Give each pixel of the union of (R, H, W) regions, in order, its weight in the saturated overlap.
+    """Return the weight in the saturated overlap of each pixel of the union of (R, H, W) regions, in order.
 
-    The s highest pixels of a region weigh 1 / s and the others nothing, so that the sum over the pixels above
-    any threshold is min(pixels above, s) / s. Where regions overlap the weights add up.
+    The s highest-scoring pixels of a region have weight 1 / s and the others 0, so that the sum over the
+    pixels above any threshold is min(pixels above, s) / s. Where regions overlap, their weights are added.
     """
     weights = np.zeros(scores.size)
     for region, area in zip(regions, areas, strict=True):

@@ -1,7 +1,7 @@
-"""Turn an evaluation into one self-contained HTML page, a CSV file or a JSON file; no model, no data set.
+"""Write an evaluation as a self-contained HTML page, a CSV file or a JSON file, without model or data set.
 
-The page asks nothing of the network: pictures are data: URIs, charts are inline SVG, styles are inline.
-Everything that came from a file name or a model file is escaped.
+The page loads nothing from the network: pictures are data: URIs, charts are inline SVG, styles are inline.
+Text from file names and model files is escaped.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from blemish.inference.calibration import describe
 from blemish.types import AnyArray, BoolArray, Calibration, Evaluation, Exhibit, ImageResult
 
 PICTURE_SIDE = 448
-"""Longest side in pixels of a picture on the page; a larger one is made smaller."""
+"""Longest side in pixels of a picture on the page; larger ones are reduced."""
 
 NORMAL_QUANTILE = 1.959964
-"""Of 97.5 %."""
+"""97.5 % quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of the test images of one truth, with its 95 % Wilson score interval."""
+    """A share of the good or of the defective test images, with its 95 % Wilson score interval."""
 
     count: int
     total: int
@@ -45,23 +45,23 @@ class Rate:
 
 @dataclass(frozen=True)
 class Picture:
-    """An exhibit as the page shows it; pictures are data: URIs."""
+    """An exhibit for the page; its pictures are data: URIs."""
 
     title: str
     result: ImageResult
     image: str
     overlay: str
     outline: str | None
-    """None where there is no mask."""
+    """None if there is no mask."""
 
 
 def write_html(evaluation: Evaluation, path: Path) -> None:
-    """Write the evaluation as one self-contained HTML page, whole or not at all."""
+    """Write the evaluation as one self-contained HTML page, atomically."""
     files.write_text(path, _page(evaluation))
 
 
 def write_csv(evaluation: Evaluation, path: Path) -> None:
-    """Write one row per test image, under the field names of ImageResult."""
+    """Write a CSV file with one row per test image and the field names of ImageResult as header."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     names = [field.name for field in fields(ImageResult)]
@@ -71,10 +71,10 @@ def write_csv(evaluation: Evaluation, path: Path) -> None:
 
 
 def write_json(evaluation: Evaluation, path: Path) -> None:
-    """Write everything but the pixels, under the records' field names.
+    """Write a JSON file with everything but the pixels, under the field names of the records.
 
-    What is not defined or not finite is null; saturated PRO is there only where the data set has it. An
-    exhibit is its title and its image's path.
+    Undefined and non-finite values are null; saturated PRO is included only if the data set defines it. An
+    exhibit is reduced to its title and the path of its image.
     """
     record = {field.name: getattr(evaluation, field.name) for field in fields(Evaluation)}
     hidden = METRICS.keys() - shown(evaluation.rows).keys()
@@ -121,18 +121,18 @@ def _template() -> jinja2.Template:
 
 
 def _metric(value: float | None) -> str:
-    """Show a metric of 0 to 1; nothing where it is not defined."""
+    """Format a metric from 0 to 1; an undefined one is empty."""
     return "" if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
 def _percent(share: float) -> str:
-    """Show a share with one decimal, or two digits where it is below 1 %."""
+    """Format a share as a percentage with one decimal, or with two significant digits below 1 %."""
     digits = f"{100 * share:.1f}" if share == 0 or share >= 0.01 else f"{100 * share:.2g}"
     return f"{digits.removesuffix('.0')}\N{NARROW NO-BREAK SPACE}%"
 
 
 def _short(value: float) -> str:
-    """Show a score or threshold."""
+    """Format a score or threshold."""
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -141,7 +141,7 @@ def _listed(value: Any) -> str:
 
 
 def _rates(evaluation: Evaluation) -> dict[str, Rate]:
-    """Count escapes among the defective images and false rejects among the good, where there are any."""
+    """Return the rates of escapes among defective images and of false rejects among good ones, if any."""
     rates = {}
     for name, truth, label in (("Escapes", 1, "ok"), ("False rejects", 0, "defect")):
         wrong = [result.label == label for result in evaluation.images if result.truth == truth]
@@ -152,14 +152,14 @@ def _rates(evaluation: Evaluation) -> dict[str, Rate]:
 
 
 def _wilson(count: int, total: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share, which stays honest at 0 of few."""
+    """Return the 95 % Wilson score interval of a share, which is sound even for 0 of few images."""
     share, z2 = count / total, NORMAL_QUANTILE**2 / total
     centre, half = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
     return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
 
 
 def _headline(rates: dict[str, Rate]) -> str:
-    """Say the outcome in one sentence."""
+    """Return the outcome as one sentence."""
     escapes, rejects = rates.get("Escapes"), rates.get("False rejects")
     first = "No defective part in the test set" if not escapes else _outcome(escapes, "defective", "escaped")
     second = "No good part in the test set" if not rejects else _outcome(rejects, "good", "rejected")
@@ -172,7 +172,7 @@ def _outcome(rate: Rate, which: str, what: str) -> str:
 
 
 def _promise(calibration: Calibration, rejects: Rate | None) -> str:
-    """Hold the calibration's promise against the test set."""
+    """Return sentences that compare the promised rate with the test set."""
     promised = (
         f"Promised with {_percent(calibration.confidence)} confidence: "
         f"at most {_percent(calibration.promised_rate)} of good parts rejected."
@@ -214,7 +214,7 @@ def _fitted(size: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _resized_mask(mask: BoolArray, size: tuple[int, int]) -> BoolArray:
-    # A fifth of a pixel is enough, or a hairline would be lost from a large image.
+    # A fifth of a pixel suffices: otherwise a hairline would vanish when a large image is reduced.
     return images.resize_map(mask.astype(np.float32), size) > 0.2
 
 

@@ -1,4 +1,4 @@
-"""A model and a labelled data set to a table of metrics. The only wing that scores a test set; no torch."""
+"""Evaluate a model on a labelled data set. Only this package opens test images; it needs no torch."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def evaluate(
 ) -> Evaluation:
     """Judge the test images of a labelled data set and compute metrics.
 
-    Maps are compared with masks at each image's own size. memory: bytes for the pixels' scores, beyond which
-    metrics come from a fine histogram. exhibits: images of each sort that the report shows. An image that
-    cannot be read is skipped and listed; one that the model was trained or calibrated on is left out,
-    whatever the data set says of it. Raises DataError for a data set without test images, StoppedError when
-    asked to stop.
+    Maps are compared with masks at each image's own size. memory: bytes for the pixel scores, beyond which
+    metrics are computed from a fine histogram. exhibits: images per type of mistake to keep for the report.
+    Unreadable images are skipped and listed. Images that the model was trained or calibrated on are left out,
+    even if the data set assigns them to the test split. Raises DataError for a data set without test images,
+    StoppedError when asked to stop.
     """
     root = Path(data)
     test = unseen(choose_test(dealt(scan(root, layout), root, model, report), root), model, report)
@@ -66,7 +66,7 @@ def evaluate(
             group.add(sample, verdict, truth)
         if sample.label == 0:
             good.add(verdict, truth)
-        elif truth is not None:  # a defect without a mask counts for the image-level metrics alone
+        elif truth is not None:  # a defect without a mask counts only for image-level metrics
             groups[sample.kind].pixels.add(verdict, truth)
         name = relative_path(sample.path, root)
         result = ImageResult(name, sample.kind, sample.label, verdict.label, verdict.score, verdict.p_value)
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def dealt(samples: list[Sample], root: Path, model: Predictor, report: Report) -> list[Sample]:
-    """Split a data set as the model's cross-validation did, if it came from one on these images."""
+    """Assign the samples to the model's cross-validation fold, if it was trained in one on these images."""
     recorded = model.manifest.training.fold
     if recorded is None:
         return samples
@@ -101,7 +101,7 @@ def dealt(samples: list[Sample], root: Path, model: Predictor, report: Report) -
 
 
 def unseen(test: Sequence[Sample], model: Predictor, report: Report) -> list[Sample]:
-    """Leave out what the model was trained or calibrated on, recognised by the files' content."""
+    """Return the samples that the model was not trained or calibrated on, judging by file content."""
     used = model.manifest.used
     kept = [sample for sample in test if not used or short_digest(sample.path) not in used]
     if len(kept) < len(test):
@@ -113,7 +113,7 @@ def unseen(test: Sequence[Sample], model: Predictor, report: Report) -> list[Sam
 def judged(
     model: Predictor, test: Sequence[Sample], report: Report, stop: Stop
 ) -> Iterator[tuple[Sample, Outcome]]:
-    """Judge samples in order, reporting progress; raise StoppedError when asked to stop."""
+    """Yield samples and outcomes in order, reporting progress; raise StoppedError when asked to stop."""
     outcomes = model.stream((sample.path for sample in test), full_size=True)
     for sample, outcome in zip(test, tracked(outcomes, len(test), report, "evaluating"), strict=True):
         if stop():
@@ -122,7 +122,7 @@ def judged(
 
 
 def truth_of(sample: Sample, outcome: Outcome) -> Truth | ImageError | DataError | None:
-    """Read a sample's masks, if it has any and was judged; return the error of one that does not fit."""
+    """Read the masks of a judged sample; return None if it has none, or the error if they are unusable."""
     if not sample.masks or outcome.image is None:
         return None
     size = outcome.image.shape[0], outcome.image.shape[1]
@@ -134,7 +134,7 @@ def truth_of(sample: Sample, outcome: Outcome) -> Truth | ImageError | DataError
 
 
 def provenance(model: Predictor) -> dict[str, Any]:
-    """Return what a model file says of itself, flat."""
+    """Return the origin of a model from its manifest, as a flat dictionary for the report."""
     manifest, training = model.manifest, model.manifest.training
     height, width = model.image_size
     return {
@@ -156,13 +156,13 @@ def provenance(model: Predictor) -> dict[str, Any]:
 
 
 def labelled(training: TrainingRecord) -> str:
-    """Return how many defects were learned from, as the end of a phrase."""
+    """Return the number of training defects as the end of a phrase, or "" if there were none."""
     count, masked = training.defective_images, training.masked_images
     return f" and {count} defective ones, {masked} with masks" if count else ""
 
 
 def table(evaluation: Evaluation) -> str:
-    """Lay the metrics out for a terminal; saturated PRO only where the data set has it."""
+    """Format the metrics as a table for a terminal; saturated PRO only if the data set defines it."""
     columns = shown(evaluation.rows)
     lines = [["kind", "good", "bad", *(metric.column for metric in columns.values())]]
     for row in evaluation.rows:

@@ -1,12 +1,12 @@
-"""Many scores in order: sorted where they fit in memory, a histogram of ranks where they do not.
+"""A store of many scores: sorted arrays while they fit in memory, a histogram of ranks beyond that.
 
-Sorting and counting run on all cores: NumPy lets go of the interpreter's lock meanwhile.
+Sorting and counting use all cores, as NumPy releases the interpreter lock meanwhile.
 
-The histogram's bins are cut by rank, never by score, so that neither the range nor the shape of the scores
-matters. They hold equal shares of the anomalous scores. Of the normal scores they hold shares that shrink
-towards the highest ones, where precision and the low false-positive rates are decided. A score that many
-pixels share outweighs its bin and so stays where it is. Later scores take their own places, between the bins
-or outside them, before bins are cut anew: scores may drift from image to image.
+Bins are delimited by rank, never by score, so that neither the range nor the distribution of the scores
+matters. They hold equal shares of the anomalous scores. Their shares of the normal scores decrease towards
+the highest ones, which determine precision and low false-positive rates. A score that many pixels share
+fills a bin of its own and keeps its exact value. Later scores first enter as bins of their own, between or
+outside the existing ones, before bins are merged again: scores may drift from image to image.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Doubles = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 BYTES_PER_BIN = 1024
-"""Memory for each of the `bins` that the functions take, while histograms are joined."""
+"""Memory per bin while histograms are joined, for the parameter `bins` of the functions below."""
 
 THREADS = os.cpu_count() or 1
 
 CHUNK = 2**14
-"""Scores that a thread ranks at a time."""
+"""Number of scores that a thread ranks at a time."""
 
 WORTH_A_THREAD = 2**18
-"""Scores whose sorting takes longer than starting a thread for them."""
+"""Number of scores from which sorting takes longer than starting a thread."""
 
 
 class Scores:
-    """Normal and anomalous scores, with weights of the latter, while they fit; a histogram beyond.
+    """Normal and anomalous scores, with weights of the latter: in memory while they fit, then a histogram.
 
-    What is gathered stays within `budget` bytes together with the work on it that `metrics` does.
+    The store and the computations of `metrics` on it stay within `budget` bytes.
     """
 
     def __init__(self, budget: int) -> None:
@@ -58,7 +58,7 @@ class Scores:
         self._in_order = True
 
     def add(self, normals: FloatArray, anomalous: FloatArray, weights: Doubles) -> None:
-        """Take in a copy of (N,) normal scores, (A,) anomalous ones and their (A,) weights."""
+        """Add copies of (N,) normal scores, (A,) anomalous scores and their (A,) weights."""
         if self._in_memory() and not self._fits(normals.size, anomalous.size):
             self._fold()
         self._normals.add(normals)
@@ -68,18 +68,18 @@ class Scores:
         self.adds += 1
 
     def normals(self) -> FloatArray:
-        """Give the normal scores in memory ascending, sorted where they lie: void after the next `add`."""
+        """Return the normal scores in memory, ascending, sorted in place; invalid after the next `add`."""
         if not self._in_order:
             sort(self._normals.values())
             self._in_order = True
         return self._normals.values()
 
     def anomalous(self) -> tuple[FloatArray, Doubles]:
-        """Give the anomalous scores in memory and their weights, as they came: void after the next `add`."""
+        """Return the unsorted anomalous scores in memory and their weights; invalid after the next `add`."""
         return self._anomalous.values(), self._weights.values()
 
     def histograms(self) -> list[Histogram]:
-        """Give the histogram with all that came since; without one, a new one of either class that came."""
+        """Return the histogram including the scores in memory; if there is none, a new one for each class."""
         if self.histogram and self._in_memory():
             self._fold()
         return [self.histogram] if self.histogram else self._new_histograms()
@@ -88,11 +88,11 @@ class Scores:
         return self._normals.size + self._anomalous.size
 
     def _fits(self, normals: int, anomalous: int) -> bool:
-        """Say whether there is room for so many more.
+        """Return whether so many more scores fit into the budget.
 
-        A normal score is sorted where it lies, on a pile with some slack. An anomalous one brings its weight,
-        is sorted together with it, and may become a step of a metric, for its own kind of defect and for all.
-        A histogram needs a quarter of the budget for itself, but no steps.
+        A normal score is sorted in place, in an array with some slack. An anomalous score has a weight with
+        which it is sorted, and may become a step of a metric, both for its kind of defect and for the whole
+        set. A histogram takes up a quarter of the budget, but needs no steps.
         """
         normals, anomalous = normals + self._normals.size, anomalous + self._anomalous.size
         if self.histogram:
@@ -100,7 +100,7 @@ class Scores:
         return 5 * normals + 128 * anomalous <= self._budget
 
     def _fold(self) -> None:
-        """Move what is in memory into the histogram, which starts here if there is none yet."""
+        """Move the scores in memory into the histogram, creating it if necessary."""
         new = self._new_histograms()
         self._start()
         self.histogram = joined([self.histogram, *new] if self.histogram else new, self.bins)
@@ -115,7 +115,7 @@ class Scores:
 
 
 class _Pile:
-    """Values in one array that grows by a quarter when it is full: without a copy, where the system can."""
+    """An array that grows by a quarter when it is full, without a copy if the system can extend it."""
 
     def __init__(self, dtype: type[np.floating[Any]]) -> None:
         self._array: AnyArray = np.empty(0, dtype)
@@ -131,18 +131,18 @@ class _Pile:
     def _grow(self, size: int) -> None:
         try:
             self._array.resize(size)
-        except ValueError:  # somebody still looks at it: leave them what they see
+        except ValueError:  # a view of the array still exists and must stay valid
             grown = np.zeros(size, self._array.dtype)
             grown[: self.size] = self._array[: self.size]
             self._array = grown
 
     def values(self) -> AnyArray:
-        """Give a view of what is there now; while it is held, growing costs a copy."""
+        """Return a view of the current values; while the view exists, growing requires a copy."""
         return self._array[: self.size]
 
 
 def sorted_anomalous(parts: Sequence[Scores]) -> tuple[FloatArray, Doubles]:
-    """Give the anomalous scores in memory of all parts ascending, with their weights."""
+    """Return the anomalous scores in memory of all parts, ascending, with their weights."""
     scores = np.concatenate([part.anomalous()[0] for part in parts])
     weights = np.concatenate([part.anomalous()[1] for part in parts])
     order = np.argsort(scores)
@@ -150,13 +150,13 @@ def sorted_anomalous(parts: Sequence[Scores]) -> tuple[FloatArray, Doubles]:
 
 
 def joint_histogram(parts: Sequence[Scores]) -> Histogram:
-    """Give one histogram of all parts, of which one at least has one, in the first one's bins."""
+    """Join the histograms of all parts, at least one of which has one, with the first part's `bins`."""
     histograms = [histogram for part in parts for histogram in part.histograms()]
     return histograms[0] if len(histograms) == 1 else joined(histograms, parts[0].bins)
 
 
 def sort(scores: FloatArray, threads: int = THREADS) -> None:
-    """Sort (N,) scores in place: part them at their median, then sort either half on its own threads."""
+    """Sort (N,) scores in place: partition them at the median, then sort the halves in parallel."""
     if threads < 2 or scores.size < WORTH_A_THREAD:
         scores.sort()
         return
@@ -171,7 +171,7 @@ def sort(scores: FloatArray, threads: int = THREADS) -> None:
 def ranks(parts: Sequence[AnyArray], scores: AnyArray) -> Counts:
     """Count the values in ascending arrays below each of (S,) ascending scores, and at or below it: (2, S).
 
-    Chunk by chunk of the scores, so that the values between its ends stay in the cache, on all cores.
+    The scores are processed in parallel, in chunks, so that the values in their range stay in the CPU cache.
     """
     counts = np.zeros((2, scores.size), np.int64)
 
@@ -194,20 +194,20 @@ def ranks(parts: Sequence[AnyArray], scores: AnyArray) -> Counts:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bins that each stand at one score and hold what lay close to it in rank."""
+    """Bins, each at one score, that count the scores close to it in rank."""
 
     scores: FloatArray
     """(B,) ascending, distinct."""
     normals: Counts
-    """(B,) normal scores in each bin."""
+    """(B,) number of normal scores in each bin."""
     anomalous: Counts
-    """(B,) anomalous scores in each bin."""
+    """(B,) number of anomalous scores in each bin."""
     weights: Doubles
-    """(B,) summed weights of those anomalous scores."""
+    """(B,) sum of the weights of those anomalous scores."""
 
 
 def normal_histogram(ascending: FloatArray, bins: int) -> Histogram:
-    """Put (N,) normal scores, N > 0, into at most `bins` + 1 bins."""
+    """Return a histogram of (N,) normal scores, N > 0, in at most `bins` + 1 bins."""
     above = _normals_above(np.arange(bins, -1, -1), ascending.size, bins)
     firsts = _cut(ascending, ascending.size - 1 - np.minimum(above, ascending.size - 1))
     counts = np.diff(firsts, append=ascending.size)
@@ -215,7 +215,7 @@ def normal_histogram(ascending: FloatArray, bins: int) -> Histogram:
 
 
 def anomalous_histogram(ascending: FloatArray, weights: Doubles, bins: int) -> Histogram:
-    """Put (N,) anomalous scores, N > 0, with their (N,) weights, into at most `bins` bins."""
+    """Return a histogram of (N,) anomalous scores, N > 0, and their (N,) weights, in at most `bins` bins."""
     firsts = _cut(ascending, np.arange(bins) * ascending.size // bins)
     counts = np.diff(firsts, append=ascending.size)
     return Histogram(
@@ -224,7 +224,7 @@ def anomalous_histogram(ascending: FloatArray, weights: Doubles, bins: int) -> H
 
 
 def joined(histograms: Sequence[Histogram], bins: int) -> Histogram:
-    """Join histograms into one of a few times `bins` bins."""
+    """Join histograms into one with at most a few times `bins` bins."""
     scores = np.concatenate([histogram.scores for histogram in histograms])
     order = np.argsort(scores)
     scores = scores[order]
@@ -241,22 +241,22 @@ def joined(histograms: Sequence[Histogram], bins: int) -> Histogram:
 
 
 def first_of_each(values: AnyArray) -> Counts:
-    """Give the index of the first of each run of equal values in (N,) values, N > 0."""
+    """Return the index of the first of each run of equal values in (N,) values, N > 0."""
     return np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
 
 
 def _cut(ascending: FloatArray, cuts: Counts) -> Counts:
-    """Move ascending cuts, the first 0, down to where none is between equal scores; give each place once."""
+    """Move ascending cuts, the first of them 0, down so that none splits equal scores; drop duplicates."""
     places = np.searchsorted(ascending, ascending[cuts])
     return places[first_of_each(places)]
 
 
 def _thinned(histogram: Histogram, bins: int) -> Histogram:
-    """Merge neighbours that share a bin of the normal scores and a bin of the anomalous scores.
+    """Merge neighbouring bins that fall into the same share of both the normal and the anomalous scores.
 
-    What fills a bin by itself stays alone, or it would swallow its neighbours, more with every thinning. The
-    merged bin stands at its middle score by rank: a lower or upper end would move all normal scores the same
-    way past the anomalous ones.
+    A bin that makes up a share by itself is not merged, or it would absorb more and more neighbours with each
+    merge. A merged bin is placed at its middle score by rank: its lower or upper end would shift all normal
+    scores in the same direction relative to the anomalous ones.
     """
     normals = np.cumsum(histogram.normals[::-1])[::-1]
     anomalous = np.cumsum(histogram.anomalous[::-1])[::-1]
@@ -279,9 +279,10 @@ def _thinned(histogram: Histogram, bins: int) -> Histogram:
 
 
 def _normal_position(above: Counts, total: int, bins: int) -> Doubles:
-    """Give the place on a scale of `bins`, 0 at the top, of normal scores with that many of the total above.
+    """Return positions from 0 to `bins` of normal scores that have `above` of the `total` scores above them.
 
-    The logarithm makes bins of about one score at the top, and further down of a fixed share of those above.
+    The scale is logarithmic: a bin holds about one score at the top, and further down a fixed share of the
+    scores above it.
     """
     scale = 16 / bins
     place: Doubles = bins * np.log1p(above * scale) / np.log1p(max(total, 1) * scale)
@@ -289,7 +290,7 @@ def _normal_position(above: Counts, total: int, bins: int) -> Doubles:
 
 
 def _normals_above(position: Counts, total: int, bins: int) -> Counts:
-    """Undo `_normal_position`, rounding down."""
+    """Return the inverse of `_normal_position`, rounded down."""
     scale = 16 / bins
     above: Counts = np.floor(np.expm1(position / bins * np.log1p(total * scale)) / scale).astype(np.int64)
     return above

@@ -1,1 +1,1 @@
-"""From a trained model to one that runs faster elsewhere: `pipeline` is the entrance."""
+"""From a trained model to one that runs faster elsewhere, with `pipeline`."""

@@ -1,7 +1,7 @@
-"""The files that an export is written as: a model file, or a bare graph for another program.
+"""The files that an export is written to: a model file, or a bare graph for another program.
 
-A bare graph takes images (B, 3, H, W) in [0, 1], float32, resized by whoever calls it, and says of itself
-what the manifest of a model file says: preprocessing, statistics, thresholds.
+A bare graph takes (B, 3, H, W) float32 images in [0, 1], resized by its caller. Its metadata repeat what the
+manifest of a model file says: preprocessing, statistics, thresholds.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
 
 TOLD = ("method", "preprocessing", "outputs", "calibration", "engine", "export", "versions")
-"""What a bare graph repeats of the manifest, under the key "blemish"."""
+"""Fields of the manifest that a bare graph repeats, under the key "blemish"."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of graph: the engine that runs it, the ending of a bare one, and what writes that."""
+    """A kind of graph: the engine that runs it, and the suffix and the writer of a bare one."""
 
     backend: str
     suffix: str
@@ -30,7 +30,7 @@ class Format:
 
 
 def write(path: Path, made: Bundle, name: str) -> None:
-    """Write an export as a model file if the path says so, else as a bare graph of the named format."""
+    """Write a model file if the path ends in .blemish, else a bare graph of the named format."""
     if path.suffix == ".blemish":
         bundle.write(path, made.manifest, made.weights, made.graph)
     else:
@@ -38,13 +38,13 @@ def write(path: Path, made: Bundle, name: str) -> None:
 
 
 def told(made: Bundle) -> str:
-    """Return the part of the manifest that a bare graph repeats."""
+    """Return, as JSON, the part of the manifest that a bare graph repeats."""
     record = made.manifest.to_json()
     return json.dumps({key: record[key] for key in TOLD if key in record})
 
 
 def write_onnx(path: Path, made: Bundle) -> None:
-    """Write NAME.onnx, what it says of itself among its metadata."""
+    """Write NAME.onnx, with part of the manifest as metadata."""
     import onnx
 
     model = onnx.load_model_from_string(made.graph)
@@ -53,10 +53,10 @@ def write_onnx(path: Path, made: Bundle) -> None:
 
 
 def write_openvino(path: Path, made: Bundle) -> None:
-    """Write NAME.xml and NAME.bin, what it says of itself among its runtime information.
+    """Write NAME.xml and NAME.bin, with part of the manifest as runtime information.
 
-    Weights are stored in half precision where layers compute in it. The old .xml goes first, so that at no
-    moment it stands beside the weights of another.
+    Weights are stored in half precision if the layers compute in it. The old .xml is deleted first, so that
+    it never stands beside the weights of another model.
     """
     import openvino
 

@@ -1,7 +1,7 @@
-"""The gate that every export passes: how far it is from the trained model, and how far it may be.
+"""The gate that every export must pass: how much it differs from the trained model, and how much it may.
 
-Both judge the same images: the held-out good ones, and a labelled set where one is given. What is compared is
-what a user would notice: the order of the scores, the maps, the verdicts, and with labels the metrics.
+Both run on the same images: the held-out good ones, and a labelled set if one is given. The comparison covers
+what a user would notice: the order of the scores, the maps, the verdicts and, with labels, the metrics.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from blemish.inference.engines import Engine
 from blemish.types import Calibration, Evaluation, FloatArray
 
 RANKED = 20
-"""Images from which on the full limit of the rank correlation holds, of fewer half of it: good ones differ
-little from one another, and the order of five of them is soon another."""
+"""Number of images from which the full limit of the rank correlation applies; below, half of it does, since
+good images differ little from one another, and the order of five of them changes easily."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far an export may be from its model."""
+    """How much an export may differ from its model."""
 
     rank_correlation: float
-    """Of the image scores (Spearman), at least."""
+    """Smallest rank correlation (Spearman) of the image scores."""
     map_error: float
-    """Root mean square of the difference of maps, in standard deviations of the model's maps, at most."""
+    """Largest root mean square difference of the maps, in standard deviations of the model's maps."""
     flips: float = 0.0
-    """Share of the images that may get another label."""
+    """Largest share of the images that may change their label."""
     auroc_loss: float = 0.002
     aupro_loss: float = 0.005
 
@@ -53,14 +53,14 @@ class Agreement:
     rank_correlation: float
     map_error: float
     flips: int
-    """Images that get another label from the export, at its own thresholds."""
+    """Number of images that the export, at its own thresholds, labels differently."""
     auroc: tuple[float, float] | None = None
-    """Of image scores: the model's, then the export's; None without labels."""
+    """Image AUROC of the model, then of the export; None without labels."""
     aupro: tuple[float, float] | None = None
 
 
 class Trained:
-    """The detector itself as an engine: in float32, as it was trained, nothing fused."""
+    """The trained detector itself as an engine, in float32 and not fused."""
 
     def __init__(self, detector: Detector) -> None:
         self.detector = detector.eval()
@@ -74,30 +74,30 @@ class Trained:
 
 
 class Replay:
-    """An engine that knows what was given for images, and computes nothing."""
+    """An engine that returns recorded outputs and computes nothing."""
 
     def __init__(self, known: Mapping[bytes, dict[str, FloatArray]], outputs: tuple[str, ...]) -> None:
         self.known, self.outputs = known, outputs
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
-        """Look one image's inputs up."""
+        """Return the outputs recorded for one image's inputs."""
         return self.known[inputs.tobytes()]
 
 
 class Watched:
-    """An engine that runs another beside it, and measures how far their maps are apart."""
+    """An engine that runs a reference alongside, and measures how much their maps differ."""
 
     def __init__(self, engine: Engine, reference: Engine) -> None:
         self.engine, self.reference = engine, reference
         self.outputs = engine.outputs
         self.finite = True
-        """Whether the engine has given finite numbers only."""
+        """Whether the engine's outputs have all been finite."""
         self.count, self.squares, self.sum, self.sum_of_squares = 0, 0.0, 0.0, 0.0
         self.expected: list[dict[str, FloatArray]] = []
-        """What the reference gave, each map replaced by its largest value."""
+        """Outputs of the reference, with each map replaced by its largest value."""
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
-        """Run both on (B, 3, H, W) images; return what the engine gives."""
+        """Run both on (B, 3, H, W) images; return the engine's outputs."""
         found, expected = self.engine.run(inputs), self.reference.run(inputs)
         self.finite &= all(bool(np.isfinite(found[name]).all()) for name in ("map", "statistics"))
         peaks = {name: expected[name].max((1, 2), keepdims=True) for name in ("map", *self.outputs[2:])}
@@ -111,7 +111,7 @@ class Watched:
 
     @property
     def map_error(self) -> float:
-        """Give the root mean square of the difference, in standard deviations of the reference's maps."""
+        """Root mean square difference of the maps, in standard deviations of the reference's maps."""
         variance = self.sum_of_squares / self.count - (self.sum / self.count) ** 2
         if variance <= 0:
             return 0.0 if self.squares == 0 else float("inf")
@@ -123,13 +123,13 @@ def agreement(
     scores: Sequence[Sequence[float]],
     labels: Sequence[Sequence[str]],
 ) -> Agreement:
-    """Compare what the model and the export, in this order, say of images that an engine was watched on."""
+    """Compare scores and labels of the model and the export, in this order, on a watched engine's images."""
     flips = sum(one != other for one, other in zip(*labels, strict=True))
     return Agreement(len(scores[0]), rank_correlation(*scores), watched.map_error, flips)
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Give Spearman's correlation; 1 where both are constant, 0 where one of them is."""
+    """Return Spearman's rank correlation; 1 if both are constant, 0 if only one is."""
     constant = [len(set(values)) < 2 for values in (one, other)]
     if any(constant):
         return float(all(constant))
@@ -137,7 +137,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def with_metrics(found: Agreement, model: Evaluation, export: Evaluation) -> Agreement:
-    """Add what the labels say."""
+    """Add the metrics, which need labelled images, to an agreement."""
     before, after = model.rows[0], export.rows[0]
     if before.image_auroc is not None and after.image_auroc is not None:
         found = replace(found, auroc=(before.image_auroc, after.image_auroc))
@@ -147,7 +147,7 @@ def with_metrics(found: Agreement, model: Evaluation, export: Evaluation) -> Agr
 
 
 def refuse(name: str, found: Agreement, limits: Limits) -> None:
-    """Raise ExportError with every limit that is broken on the images called `name`."""
+    """Raise ExportError with every limit that is exceeded on the images called `name`."""
     broken = []
     least = limits.rank_correlation / (1 if found.images >= RANKED else 2)
     if not found.rank_correlation >= least:
@@ -170,7 +170,7 @@ def refuse(name: str, found: Agreement, limits: Limits) -> None:
 
 
 def describe(name: str, found: Agreement) -> str:
-    """Say an agreement in one line."""
+    """Describe an agreement in one line."""
     parts = [
         f"{name}, {found.images} images: rank correlation {found.rank_correlation:.4f}",
         f"map error {found.map_error:.4f}",
@@ -183,7 +183,7 @@ def describe(name: str, found: Agreement) -> str:
 
 
 def same_images(scores: Sequence[float], calibration: Calibration) -> bool:
-    """Tell whether scores of good images are those that the thresholds were set by."""
+    """Return whether scores of good images are those from which the thresholds were set."""
     if len(scores) != len(calibration.scores):
         return False
     expected = np.array(calibration.scores)

@@ -37,21 +37,21 @@ from blemish.types import Calibration, FloatArray
 LOG = logging.getLogger(__name__)
 
 LOOKED_AT = 12
-"""Good images, and rendered ones, that reduced channels are found by."""
+"""Good images, and rendered ones, on which reduced channels are determined."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to make."""
+    """What to export, and where."""
 
     format: str
     precision: str
     out: Path
     reduced: float = 0.0
-    """Map error that fewer channels may make; 0: all channels stay."""
+    """Map error that each reduction of channels may cause; 0: all channels are kept."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be made; raise ConfigError."""
+        """Raise a BlemishError for what cannot be exported or written."""
         if self.format not in FORMATS:
             raise ConfigError(f"unknown format {self.format!r}; expected {' or '.join(FORMATS)}")
         endings = (".blemish", FORMATS[self.format].suffix)
@@ -66,24 +66,24 @@ class Request:
 
     @property
     def choice(self) -> Choice:
-        """Give the engine that runs it; raises ConfigError for a precision that it does not have."""
+        """How the export is run; raises ConfigError for a precision that its engine does not support."""
         return Choice(FORMATS[self.format].backend, self.precision)
 
     @property
     def bounds(self) -> gate.Limits:
-        """Give the limits that hold."""
+        """The limits of the gate, relaxed if channels are reduced."""
         usual = gate.LIMITS[self.precision]
         return dataclasses.replace(usual, map_error=usual.map_error + 2 * self.reduced)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A graph that has not been compared yet."""
+    """A graph that has not been compared with the model yet."""
 
     graph: bytes
     kept: list[Kept]
     flops: int
-    """Of one image, as `benchmark` counts them."""
+    """FLOPs for one image, counted as in `benchmark`."""
     left: list[str]
     """Layers that stayed in floating point."""
 
@@ -99,13 +99,13 @@ def export(
     evaluation: str | Path | None = None,
     report: Report = silent,
 ) -> dict[str, gate.Agreement]:
-    """Export a model file to `out`, if the result agrees with the trained model.
+    """Export a model file to `out`, provided that the result agrees with the trained model.
 
     data: the data set that the model was trained on, where its held-out good images are found by content.
-    format: onnx or openvino. precision: fp32, fp16, bf16 or int8. reduced: the map error that each cut of
-    channels may make; 0 keeps all channels. evaluation: a labelled data set whose test images are compared,
-    too. Returns how the two agree, by set of images. Raises ExportError where they differ beyond the limits;
-    nothing is written then.
+    format: onnx or openvino. precision: fp32, fp16, bf16 or int8. reduced: the map error that each reduction
+    of channels may cause; 0 keeps all channels. evaluation: a labelled data set whose test images are
+    compared as well. Returns how well the two agree, by set of images. Raises ExportError, and writes
+    nothing, if they differ beyond the limits.
     """
     request = Request(format, precision, Path(out), reduced)
     return run(request, Path(model), Path(data), None if evaluation is None else Path(evaluation), report)
@@ -156,7 +156,7 @@ def drafted(
     request: Request,
     report: Report,
 ) -> Draft:
-    """Rewrite, trace and quantise, as asked for."""
+    """Rewrite a detector, trace it and, for int8, quantise it."""
     network, kept = rewritten(detector, good, request, report)
     size, half = detector.config.image_size, request.precision == "fp16"
     count = flops(network, size)
@@ -170,9 +170,9 @@ def drafted(
 
 
 def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
-    """Find the good images that a model's thresholds were set from in a data set, by content.
+    """Find in a data set, by content, the good images from which a model's thresholds were set.
 
-    Returns the inputs (N, 3, h, w) of each. Raises DataError where the data set has none of them.
+    Returns the inputs (N, 3, h, w) of each. Raises DataError if the data set has none of them.
     """
     files = opened.manifest.training.files
     known = frozenset(files.held_out) if files else frozenset()
@@ -200,7 +200,7 @@ def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
 def rewritten(
     detector: Detector, good: Sequence[FloatArray], request: Request, report: Report
 ) -> tuple[nn.Module, list[Kept]]:
-    """Fuse a detector and rewrite it for what was asked for; return what was kept of which layer, too."""
+    """Fuse a detector and rewrite it as requested; also return how many channels each layer keeps."""
     network = detector.fused()
     batches = [torch.from_numpy(inputs) for inputs in good]
     kept: list[Kept] = []
@@ -222,7 +222,7 @@ def rewritten(
 
 
 def map_error(trained: gate.Trained, good: Sequence[FloatArray], choice: Choice) -> Callable[[bytes], float]:
-    """Return what measures a graph's map error on images, on which the trained model is run once."""
+    """Return a function that measures a graph's map error on images; the trained model runs on them once."""
     replay = gate.Replay({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
 
     def error(graph: bytes) -> float:
@@ -237,10 +237,10 @@ def map_error(trained: gate.Trained, good: Sequence[FloatArray], choice: Choice)
 def compared(
     watched: gate.Watched, good: Sequence[FloatArray], manifest: Manifest
 ) -> tuple[Calibration, gate.Agreement]:
-    """Run export and model on good images; set the thresholds anew if those are the images they came from.
+    """Run export and model on good images; set new thresholds if the old ones came from these images.
 
-    Labels are compared by thresholds that each sets from its own scores: an image lies on every threshold,
-    and rounding alone would flip it. Raises ExportError for an export that gives no finite numbers.
+    Labels are compared by thresholds that each sets from its own scores: some image lies on every threshold,
+    and rounding alone could flip its label. Raises ExportError for an export whose outputs are not finite.
     """
     preprocessing, before = manifest.preprocessing, manifest.calibration
     exported = measure(watched, preprocessing, good)
@@ -265,7 +265,7 @@ def compared(
 
 
 def refitted(statistics: FloatArray, maxima: FloatArray, before: Calibration) -> Calibration:
-    """Set thresholds from other numbers with the same rates and confidence."""
+    """Set thresholds from new measurements, with the same rates and confidence."""
     return calibration.fit(
         statistics,
         maxima,
@@ -277,7 +277,7 @@ def refitted(statistics: FloatArray, maxima: FloatArray, before: Calibration) ->
 
 
 def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path, report: Report) -> gate.Agreement:
-    """Compare model file and export on the test images of a labelled data set."""
+    """Compare model and export on the test images of a labelled data set."""
     model, exported = Predictor(opened), Predictor(made, engine=watched)
     results = [
         evaluation.evaluate(predictor, root, exhibits=0, report=report) for predictor in (model, exported)

@@ -1,9 +1,10 @@
-"""Eight-bit integers by post-training quantisation: ranges from good images, sensitive layers left out.
+"""Post-training quantisation to int8: ranges from good images, sensitive layers left in floating point.
 
-Weights get one scale for each output channel, activations one for each tensor, between the smallest and the
-largest value that good images give. Layers with weights are quantised, and what lies between two of them;
-what makes the map out of the last layers stays in floating point. ONNX Runtime's own quantiser writes the
-graph, with QuantizeLinear and DequantizeLinear around each operation, which every runtime understands.
+Weights have one scale for each output channel, activations one for each tensor, over the range from the
+smallest to the largest value on good images. Layers with weights are quantised, and so are the operations
+between two of them; those that turn the last layers' outputs into the map stay in floating point. ONNX
+Runtime's own quantiser writes the graph, with QuantizeLinear and DequantizeLinear around each operation,
+which every runtime understands.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ BETWEEN: tuple[str, ...] = (
     *("AveragePool", "MaxPool", "Relu", "Clip", "LeakyRelu", "Add"),
     *("Concat", "Split", "Slice", "Reshape", "Transpose"),
 )
-"""Operations that pass eight-bit integers on."""
+"""Operations that 8-bit integers can pass through."""
 
 MOST_RANGED = 64
-"""Good images that are looked at for ranges: more of them change little."""
+"""Largest number of good images used to measure ranges: more of them change little."""
 
 Error = Callable[[bytes], float]
-"""What a graph's map is off by."""
+"""Returns the map error of a graph."""
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Hands images to the calibrator one by one."""
+    """Passes images to the calibrator one by one."""
 
     def __init__(self, images: Sequence[FloatArray]) -> None:
         self.left = iter(images)
@@ -53,10 +54,10 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def quantise(
     graph: bytes, images: Sequence[FloatArray], error: Error, limit: float, report: Report = silent
 ) -> tuple[bytes, list[str]]:
-    """Quantise all layers, then leave out the most sensitive ones until the error is within the limit.
+    """Quantise all layers, then exclude the most sensitive ones until the error is within the limit.
 
     images: the inputs (N, 3, h, w) of good ones. Returns the graph, and the names of the layers left in
-    floating point. A layer is the more sensitive, the larger the error is when it alone is quantised.
+    floating point. The sensitivity of a layer is the error if it alone is quantised.
     """
     prepared = preprocessed(graph)
     ranges = measured(prepared, images[:MOST_RANGED])
@@ -76,7 +77,7 @@ def quantise(
 def by_sensitivity(
     prepared: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str], error: Error, report: Report
 ) -> list[str]:
-    """Sort layers, the most sensitive first: by the error that each makes alone."""
+    """Sort layers by the error that each causes if it alone is quantised, the most sensitive first."""
     found = {
         name: error(written(prepared, ranges, [name]))
         for name in tracked(layers, len(layers), report, "sensitivity of layers", unit="layer")
@@ -85,7 +86,7 @@ def by_sensitivity(
 
 
 def preprocessed(graph: bytes) -> onnx.ModelProto:
-    """Fold constants and batch norms, and infer shapes, as the quantiser wants a graph."""
+    """Fold constants and batch norms and infer shapes, as the quantiser requires."""
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(graph)
@@ -114,9 +115,9 @@ def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsDat
 
 
 def weighted(model: onnx.ModelProto) -> list[str]:
-    """Name the layers: convolutions and products with constant weights, to more than one output channel.
+    """Return the names of the layers: products with constant weights, to more than one output channel.
 
-    The smoothing that gives a statistic has one, and stays as it is.
+    The blur that computes a statistic has one output channel, and is not quantised.
     """
     constants = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     found = []
@@ -129,7 +130,7 @@ def weighted(model: onnx.ModelProto) -> list[str]:
 
 
 def written(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) -> bytes:
-    """Write the graph with these layers, and what lies between them, in eight bits."""
+    """Return the graph with these layers, and the operations between them, quantised."""
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     quantiser = QDQQuantizer(
@@ -151,7 +152,7 @@ def written(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) 
 
 
 def between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
-    """Name the layers and every operation on the way from one to the next."""
+    """Return the names of the layers and of every operation between one of them and the next."""
     makers = {output: node for node in model.graph.node for output in node.output}
     nodes = {node.name: node for node in model.graph.node}
     found = dict.fromkeys(layers)

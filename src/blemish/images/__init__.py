@@ -1,6 +1,6 @@
-"""Images as files and arrays: reading, resizing, writing, overlays.
+"""Reading, preprocessing, resizing and writing of images, and overlays.
 
-The only wing that touches the image library. Hands out what other wings call.
+The only package that uses Pillow; what other packages need of it is exported here.
 """
 
 from blemish.images.preprocessing import Preprocessing

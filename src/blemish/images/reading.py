@@ -1,17 +1,17 @@
-"""Read and orient images.
+"""Read image files and masks, and convert arrays to images.
 
-Bit depth. An image is an (H, W, 3) RGB array: uint8 where the file has up to 8 bits a channel, uint16 where
-it has more, grey or colour, with no bit lost and nothing stretched or clipped. Files of a 12-bit camera keep
-their 0..4095; `white_level` finds the white of such data from the training images, and `to_input` divides by
-it, so that a later, brighter image comes out above 1 instead of clipped. Float files are refused, because
-they do not say what their white is, and so are 32-bit files with values beyond 0..65535.
+Bit depth. An image is an (H, W, 3) RGB array: uint8 if the file has up to 8 bits per channel, uint16 if it
+has more, grey or colour, without any loss of bits, stretching or clipping. Files from a 12-bit camera keep
+their range 0..4095; `white_level` finds the white level of such data from the training images, and `to_input`
+divides by it, so that a brighter image later on exceeds 1 instead of being clipped. Float files are refused,
+because their white level is unknown, as are 32-bit files with values outside 0..65535.
 
-Colour. Palettes are resolved, CMYK and YCbCr converted without a colour profile (profiles and gamma are
-ignored everywhere), grey is repeated in three channels, 1-bit images are 0 or 255. Alpha is dropped: the
-colours stored under it are used as they are, never composited. EXIF orientation is applied.
+Colour. Palettes are resolved, CMYK and YCbCr are converted without a colour profile (profiles and gamma are
+ignored throughout), grey is repeated in three channels, and 1-bit images become 0 and 255. Alpha is dropped:
+the colours stored beneath it are used as they are and never composited. EXIF orientation is applied.
 
-One file is one image: animations and files of several pages are refused. Of a phone's multi-picture JPEG, the
-main picture is read. Files are told by their content, not by their ending. A damaged or truncated file is an
+Each file is one image: animations and multi-page files are refused; of a phone's multi-picture JPEG, the main
+picture is read. Formats are recognised by content, not by file extension. A damaged or truncated file is an
 error, never a half-decoded image (unless the host program has set Pillow's LOAD_TRUNCATED_IMAGES).
 """
 
@@ -42,16 +42,16 @@ from blemish.images.resizing import FULL_SCALE
 from blemish.types import AnyArray, BoolArray
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-"""Endings of the files that `list_images` takes, in lower case; upper case is taken too."""
+"""File extensions that `list_images` accepts, in lower or upper case."""
 
 MAX_PIXELS = 178_956_970
-"""Pixels of the largest image that is decoded; Pillow refuses more, too. Room for a 150-megapixel camera."""
+"""Largest number of pixels that is decoded, which is also Pillow's limit; enough for 150 megapixels."""
 
 LOSSY_MASK_LEVEL = 128
-"""Value from which a pixel of a lossily compressed mask counts."""
+"""Lowest value at which a pixel of a lossily compressed mask counts as marked."""
 
-# The formats by their first bytes. Opening the classes directly, instead of by `PIL.Image.open`, keeps every
-# other decoder away from the file and lets `_check_header` see the size before Pillow warns of it.
+# Decoders by the file's first bytes. Using them directly rather than through `PIL.Image.open` keeps all other
+# decoders away from the file and lets `_check_header` see the size before Pillow warns about it.
 _FORMATS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"\x89PNG\r\n\x1a\n", PngImageFile),
     (b"\xff\xd8\xff", JpegImageFile),
@@ -63,7 +63,7 @@ _FORMATS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"RIFF", WebPImageFile),
 )
 
-# What Pillow raises on damaged files, by trial. A warning is an exception only where the host says so.
+# What Pillow raises on damaged files, found by experiment. Warnings are raised only if the host asks for it.
 _DAMAGE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError)
 
 _DAMAGE += (ArithmeticError, struct.error, Image.DecompressionBombError, Warning)
@@ -74,25 +74,25 @@ _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
 _BITS = {"1": 1, "I": 32, "F": 32}
 
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _ORIENTATION = 258, 262, 284, 274  # numbers of tags
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _ORIENTATION = 258, 262, 284, 274  # tag numbers
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a file's header says."""
+    """The properties of an image in its file's header."""
 
     size: tuple[int, int]
-    """Height and width, upright."""
+    """Height and width after EXIF orientation."""
     mode: str
-    """Pillow's name: "1", "L" (grey), "LA", "P" (palette), "RGB", "RGBA", "CMYK", ..."""
+    """Pillow's mode: "1", "L" (grey), "LA", "P" (palette), "RGB", "RGBA", "CMYK", ..."""
     bits: int
-    """Bits of a channel: 1, 8, 16 or 32."""
+    """Bits per channel: 1, 8, 16 or 32."""
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:
-    """List the image files of `folder` by their endings, sorted; hidden files and folders are left out.
+    """List the image files in `folder` by extension, sorted, without hidden files and folders.
 
-    Raises DataError where there is no such folder.
+    Raises DataError if there is no such folder.
     """
     if not folder.is_dir():
         raise DataError(f"found no folder at {folder}; expected one with images")
@@ -105,13 +105,13 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
 
 
 def describe(path: Path) -> ImageInfo:
-    """Read size, mode and depth from the header of `path`; the pixels stay undecoded.
+    """Read size, mode and bit depth from the header of `path`, without decoding the pixels.
 
-    Raises ImageError as `read` does, as far as the header shows it.
+    Raises ImageError for the same files as `read`, as far as the header shows it.
     """
     with _opened(path) as image:
         height, width = image.height, image.width
-        # A PNG's own getexif decodes the pixels. The size of a TIFF is turned already.
+        # getexif of a PNG would decode the pixels. The size of a TIFF is already that after orientation.
         exif = Image.Image.getexif(image)
         if exif.get(_ORIENTATION) in (5, 6, 7, 8) and not isinstance(image, TiffImageFile):
             height, width = width, height
@@ -122,7 +122,7 @@ def describe(path: Path) -> ImageInfo:
 
 
 def read_digested(path: Path) -> tuple[AnyArray, str]:
-    """Read a file once: its image, as `read` returns it, and the SHA-256 of its content."""
+    """Read a file once and return its image, as `read` does, and the SHA-256 of its content."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -133,9 +133,9 @@ def read_digested(path: Path) -> tuple[AnyArray, str]:
 def read(path: Path, data: bytes | None = None) -> AnyArray:
     """Read an image file as an upright (H, W, 3) RGB array, uint8 or uint16.
 
-    data: the file's content, if the caller has read it already; `path` then only names it. Raises ImageError
-    where the file is missing, empty, no image, damaged, too large, of several frames, or of a kind that
-    cannot be read without loss.
+    data: the file's content, if it has already been read; `path` then only serves for messages. Raises
+    ImageError if the file is missing, empty, not an image, damaged, too large, has several frames, or is of
+    a kind that cannot be read without loss.
     """
     with _opened(path, data) as image:
         raw_mode = _raw_mode(image)
@@ -143,27 +143,27 @@ def read(path: Path, data: bytes | None = None) -> AnyArray:
             ImageOps.exif_transpose(image, in_place=True)
             return _pixels(image, str(path))
     if raw_mode == "LA;16B":
-        # Pillow would keep the high bytes only. Decoded as RGBA, a pixel's four bytes are its two numbers.
+        # Pillow would keep only the high bytes. Decoded as RGBA, a pixel's four bytes are its two values.
         four = _decode_as(path, data, "RGBA")
         return np.repeat(_join(four[..., :1], four[..., 1:2]), 3, axis=2)
     if raw_mode[:-1] not in _DEEP_COLOUR:
         raise ImageError(
             f"{path} stores 16-bit colour as {raw_mode}; expected RGB or RGBA with straight alpha"
         )
-    # Pillow keeps the high byte of each number. With the byte order swapped, it keeps the low one.
+    # Pillow keeps the high byte of each value; with the byte order swapped, it keeps the low byte.
     high = _decode_as(path, data, raw_mode)
     low = _decode_as(path, data, raw_mode[:-1] + _SWAPPED[raw_mode[-1]])
     return _join(high[..., :3], low[..., :3])
 
 
 def as_image(image: str | Path | Image.Image | AnyArray, white: float = FULL_SCALE) -> AnyArray:
-    """Turn a path, a PIL image or an array into the (H, W, 3) array that `read` gives.
+    """Convert a path, a PIL image or an array to an (H, W, 3) array such as `read` returns.
 
-    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose fourth channel is dropped, of type uint8,
-    uint16, bool (0 or 255) or float. In a float array 0 is black and 1 white; it becomes float32 in the units
-    of 16-bit data, that is times `white`, which must be the one given to `to_input`. A PIL image holds what
-    Pillow made of its file, which for 16-bit colour is 8-bit: hand over the path instead.
-    Raises ImageError for everything else.
+    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose fourth channel is dropped, and uint8, uint16,
+    bool (which becomes 0 or 255) or float. Float arrays range from 0 (black) to 1 (white) and become float32
+    in the units of 16-bit data: multiplied by `white`, which must equal that passed to `to_input`. Pillow
+    reduces 16-bit colour to 8 bits, so pass the path of such a file rather than a PIL image.
+    Raises ImageError for anything else.
     """
     if isinstance(image, str | Path):
         return read(Path(image))
@@ -180,10 +180,10 @@ def as_image(image: str | Path | Image.Image | AnyArray, white: float = FULL_SCA
 
 
 def read_mask(paths: tuple[Path, ...], size: tuple[int, int]) -> BoolArray:
-    """Read the union of mask files as (H, W) bool; no files, no defect.
+    """Return the union of mask files as an (H, W) bool array; without files, no pixel is marked.
 
-    A pixel counts where any colour channel is not zero, so grey edges and any numbering of defects count;
-    alpha does not. JPEG and WebP leave noise around edges: there, 128 and more counts.
+    A pixel is marked if any colour channel is non-zero, which includes grey edges and any numbering of
+    defects; alpha is ignored. JPEG and WebP files have noise around edges; there a pixel is marked from 128.
     Raises ImageError for a file that cannot be read, DataError for one whose height and width are not `size`.
     """
     union = np.zeros(size, dtype=np.bool_)
@@ -199,16 +199,16 @@ def read_mask(paths: tuple[Path, ...], size: tuple[int, int]) -> BoolArray:
 
 
 def mask_is_empty(path: Path) -> bool:
-    """Tell whether a mask file marks no pixel, as `read_mask` counts; raise ImageError as `read` does."""
+    """Return whether a mask file marks no pixel, as `read_mask` counts; raise ImageError as `read` does."""
     with _opened(path) as image:
-        if image.mode in ("1", "L") and not isinstance(image, JpegImageFile):  # nearly always
+        if image.mode in ("1", "L") and not isinstance(image, JpegImageFile):  # the usual case
             return image.getbbox() is None  # eight times as fast
     return not read_mask((path,), describe(path).size).any()
 
 
 @contextmanager
 def _opened(path: Path, data: bytes | None = None) -> Iterator[ImageFile]:
-    """Open an image file, or its content, its header checked; damage found in the block is an ImageError."""
+    """Open an image file and check its header; damage found within the block is raised as ImageError."""
     with _damage_as_image_error(str(path)):
         try:
             file: BinaryIO = path.open("rb") if data is None else io.BytesIO(data)
@@ -235,7 +235,7 @@ def _damage_as_image_error(name: str) -> Iterator[None]:
 
 
 def _format(file: BinaryIO, path: Path) -> type[ImageFile]:
-    """Find the class that decodes `file` from its first bytes, and rewind."""
+    """Return the decoder for `file`, chosen by its first bytes, and rewind the file."""
     start = file.read(16)
     file.seek(0)
     if not start:
@@ -255,7 +255,7 @@ def _check_header(image: ImageFile, path: Path) -> None:
     if frames != 1:
         raise ImageError(f"{path} holds {frames} images, pages or animation frames; expected one")
     if isinstance(image, TiffImageFile) and max(image.tag_v2.get(_TIFF_BITS, (1,))) > 8:
-        # Pillow decodes these two as if they were others.
+        # Pillow silently misdecodes these two kinds.
         if image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0:
             raise ImageError(f"{path} is a 16-bit TIFF in which 0 is white; expected one in which 0 is black")
         if image.tag_v2.get(_TIFF_PLANAR, 1) != 1:
@@ -264,8 +264,8 @@ def _check_header(image: ImageFile, path: Path) -> None:
 
 @contextmanager
 def _no_size_warning(image: ImageFile) -> Iterator[None]:
-    """Silence Pillow's warning of a large TIFF while decoding: `_check_header` has already let it pass."""
-    if image.width * image.height <= MAX_PIXELS // 2:  # rare, and catch_warnings is not safe among threads
+    """Suppress Pillow's warning about large TIFFs while decoding: `_check_header` has accepted the size."""
+    if image.width * image.height <= MAX_PIXELS // 2:  # catch_warnings is not thread-safe, so used rarely
         yield
         return
     with warnings.catch_warnings():
@@ -274,18 +274,18 @@ def _no_size_warning(image: ImageFile) -> Iterator[None]:
 
 
 def _raw_mode(image: ImageFile) -> str:
-    """Name the layout of the pixels in the file, in the words of Pillow's decoders."""
-    arguments = image.tile[0].args if image.tile else None  # WebP has none before it is loaded
+    """Return Pillow's raw mode, the name of the pixel layout in the file."""
+    arguments = image.tile[0].args if image.tile else None  # WebP has no tiles until it is loaded
     return arguments if isinstance(arguments, str) else str((arguments or (image.mode,))[0])
 
 
 def _is_deep_colour(raw_mode: str) -> bool:
-    """Tell whether a raw mode has 16 bits a channel and several channels; "BGR;16" is a BMP's 5-6-5."""
+    """Return whether a raw mode has several channels of 16 bits; "BGR;16" is the 5-6-5 format of BMP."""
     return raw_mode.endswith((";16B", ";16L", ";16N")) and not raw_mode.startswith("I")
 
 
 def _decode_as(path: Path, data: bytes | None, raw_mode: str) -> AnyArray:
-    """Decode `path` with the pixels' layout in the file overruled, to upright (H, W, 3 or 4) uint8."""
+    """Decode `path` with another raw mode than its own, as an upright (H, W, 3 or 4) uint8 array."""
     with _opened(path, data) as image:
         image.tile = [
             tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:]))
@@ -300,7 +300,7 @@ def _join(high: AnyArray, low: AnyArray) -> AnyArray:
 
 
 def _pixels(image: Image.Image, name: str) -> AnyArray:
-    """Turn a PIL image of any mode into (H, W, 3) uint8 or uint16."""
+    """Convert a PIL image of any mode to an (H, W, 3) uint8 or uint16 array."""
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -310,10 +310,10 @@ def _pixels(image: Image.Image, name: str) -> AnyArray:
         raise ImageError(
             f"{name} has {'float' if image.mode == 'F' else 'CIELAB'} pixels; expected whole numbers"
         )
-    # By way of alpha: a direct conversion does not exist, or warns of a palette's transparent entries.
+    # Convert by way of alpha: Pillow cannot convert these modes directly, or warns about transparent entries.
     straight = {"La": "LA", "P": "RGBA"}.get(image.mode, image.mode)
     for mode in (straight, "RGB"):
-        if image.mode != mode:  # Pillow would copy it
+        if image.mode != mode:  # otherwise Pillow would make a copy
             image = image.convert(mode)
     return np.array(image)
 
@@ -330,7 +330,7 @@ def _array_values(values: AnyArray, white: float) -> AnyArray:
             f"an array of {values.dtype} is no image; expected uint8, uint16, bool or float in [0, 1]"
         )
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 1):  # NaN fails, too
+    if not (low >= 0 and high <= 1):  # also false for NaN
         raise ImageError(
             f"a float array has values from {low} to {high}; expected [0, 1], or uint8 or uint16"
         )

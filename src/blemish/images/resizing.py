@@ -1,4 +1,4 @@
-"""Resize images and turn them into a network's input."""
+"""Resize images and maps, and scale images to a network's input."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from PIL import Image
 from blemish.types import AnyArray, FloatArray
 
 FULL_SCALE = 65535.0
-"""White of 16-bit files whose true depth nobody has stated."""
+"""White level of 16-bit data whose true bit depth is unknown."""
 
 WHITE_BITS = (8, 10, 12, 14, 16)
-"""Depths that sensors have."""
+"""Common bit depths of image sensors."""
 
 
 def resize(image: AnyArray, size: tuple[int, int]) -> AnyArray:
-    """Resize (H, W, 3) to `size`, height and width, bilinearly with antialias.
+    """Resize an (H, W, 3) image to `size` (height, width), bilinearly with antialiasing.
 
     uint8 stays uint8. uint16 and float32 become float32 in the same units, neither rounded nor clipped. An
-    image that has the size already is returned as it is.
+    image that already has that size is returned unchanged.
     """
     if image.shape[:2] == tuple(size):
         return image
@@ -30,18 +30,19 @@ def resize(image: AnyArray, size: tuple[int, int]) -> AnyArray:
 
 
 def to_input(resized: AnyArray, white: float = FULL_SCALE) -> FloatArray:
-    """Turn (h, w, 3) into the (3, h, w) float32 array that a model takes, black 0 and white 1, contiguous.
+    """Convert an (h, w, 3) image to the model's contiguous (3, h, w) float32 input, black 0 and white 1.
 
-    uint8 is divided by 255; all else is in the units of 16-bit data and divided by `white`.
+    uint8 is divided by 255; uint16 and float32 are in the units of 16-bit data and divided by `white`.
     """
     scale = 255.0 if resized.dtype == np.uint8 else white
     return np.divide(resized.transpose(2, 0, 1), np.float32(scale), dtype=np.float32, order="C")
 
 
 def white_level(maximum: int) -> float:
-    """Return 2^b - 1 for the smallest depth b of WHITE_BITS that holds `maximum`, the largest training value.
+    """Return the white level of 16-bit data whose largest value is `maximum`, the `white` of `to_input`.
 
-    It is the `white` of `to_input` for 16-bit data; 8-bit images are always divided by 255.
+    It is 2^b - 1 for the smallest depth b in WHITE_BITS that holds `maximum`. Raises ValueError for a number
+    outside 0 to 65535.
     """
     for bits in WHITE_BITS:
         if 0 <= maximum < 2**bits:
@@ -50,9 +51,9 @@ def white_level(maximum: int) -> float:
 
 
 def resize_map(anomaly_map: FloatArray, size: tuple[int, int]) -> FloatArray:
-    """Resize an (h, w) float32 map to `size`, height and width, bilinearly.
+    """Resize an (h, w) float32 map to `size` (height, width), bilinearly.
 
-    Upwards it is torch's interpolate(mode="bilinear", align_corners=False). Downwards it is that with
-    antialias=True: every pixel of the map has its weight, so that a small peak is lowered but never skipped.
+    Enlarging equals torch's interpolate(mode="bilinear", align_corners=False); reducing equals the same with
+    antialias=True: every pixel of the map contributes, so that a small peak is lowered but never skipped.
     """
     return np.array(Image.fromarray(anomaly_map).resize((size[1], size[0]), Image.Resampling.BILINEAR))

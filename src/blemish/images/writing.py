@@ -17,17 +17,17 @@ def png_bytes(array: AnyArray) -> bytes:
 
 
 def jpeg_bytes(array: AnyArray, quality: int) -> bytes:
-    """Encode a uint8 (H, W) or (H, W, 3) array as JPEG of `quality` 1 to 95."""
+    """Encode a uint8 (H, W) or (H, W, 3) array as JPEG with `quality` from 1 to 95."""
     return _encoded(array, "JPEG", quality)
 
 
 def write_png(path: Path, array: AnyArray) -> None:
-    """Write a uint8 (H, W) or (H, W, 3) array to `path` as PNG, whole or not at all."""
+    """Write a uint8 (H, W) or (H, W, 3) array to `path` as PNG, atomically."""
     write_whole(path, png_bytes(array))
 
 
 def write_tiff(path: Path, array: FloatArray) -> None:
-    """Write a float32 (H, W) array to `path` as float TIFF, every bit kept, whole or not at all."""
+    """Write a float32 (H, W) array to `path` losslessly as a 32-bit TIFF, atomically."""
     write_whole(path, _encoded(array, "TIFF"))
 
 

@@ -1,4 +1,4 @@
-"""Judge files in bulk: JSON lines, maps and overlays. An image that cannot be read stops no other."""
+"""Judge many files: JSON lines, maps and overlays. An unreadable image does not stop the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where results go. None: nowhere; JSON lines then go to the caller's `write`."""
+    """Where results are written; None: nowhere, except that JSON lines then go to the caller's `write`."""
 
     jsonl: Path | None = None
     maps: Path | None = None
@@ -35,17 +35,18 @@ class Outputs:
 
 @dataclass(frozen=True)
 class File:
-    """An image to judge, and the name that its results get."""
+    """An image to judge, and the name of its results."""
 
     path: Path
     name: PurePath
-    """Relative to the folder it was found in."""
+    """Path relative to the folder in which it was found."""
 
 
 def gather(inputs: Sequence[Path]) -> list[File]:
-    """List the images among files and folders; a folder is searched to its depth.
+    """List the images among files and folders; folders are searched recursively.
 
-    Raises DataError for what is not there, a folder without images, and two results of one name.
+    Raises DataError for a path that does not exist, for a folder without images, and for two images whose
+    results would have the same name.
     """
     files: list[File] = []
     for path in inputs:
@@ -74,9 +75,9 @@ def run(
     write: Callable[[str], None],
     report: Report = silent,
 ) -> dict[str, int]:
-    """Judge files in order and write what was asked for; return the number of each label and of unreadables.
+    """Judge files in order and write the results; return the number of images by label or unreadable.
 
-    write: takes each JSON line, unless `outputs` names a file for them.
+    write: receives each JSON line, unless `outputs` names a file for them.
     """
     counts = {"ok": 0, "review": 0, "defect": 0, "unreadable": 0}
     pictures = outputs.maps is not None or outputs.overlays is not None
@@ -97,7 +98,7 @@ def run(
 
 @contextlib.contextmanager
 def lines(path: Path | None, write: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """Yield what takes JSON lines: `write`, or a file that appears when it is complete."""
+    """Yield a function that takes JSON lines: `write`, or one that writes a file atomically."""
     if path is None:
         yield write
         return
@@ -117,7 +118,7 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
 
 
 def write_pictures(model: Predictor, file: File, image: AnyArray, verdict: Verdict, outputs: Outputs) -> None:
-    """Write an image's map and overlay where they were asked for; the verdict's map has the image's size."""
+    """Write the requested map and overlay of an image; the verdict's map must have the image's size."""
     if outputs.maps is not None:
         target = outputs.maps / file.name.with_suffix(f".{outputs.map_format}")
         if outputs.map_format == "tiff":

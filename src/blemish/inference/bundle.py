@@ -1,4 +1,4 @@
-"""The model file: a stored zip of a manifest, weights and a graph, every member under a SHA-256. No pickle.
+"""The model file: an uncompressed zip of manifest, weights and graph, checked by SHA-256. No pickle.
 
 NAME.blemish
     manifest.json        format number, method, config, preprocessing, calibration, training, versions
@@ -23,13 +23,13 @@ from blemish.inference.manifest import Manifest
 FORMAT = 1
 MANIFEST, WEIGHTS, GRAPH = "manifest.json", "weights.safetensors", "model.onnx"
 
-# What Python's zip reader raises on damaged files, by trial. RuntimeError: a wrong bit says "encrypted".
+# What Python's zip reader raises on damaged files, found by trial. RuntimeError: a flipped "encrypted" bit.
 _DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The content of a model file, verified."""
+    """The verified contents of a model file."""
 
     path: Path
     manifest: Manifest
@@ -38,19 +38,19 @@ class Bundle:
 
 
 def write(path: Path, manifest: Manifest, weights: bytes, graph: bytes) -> None:
-    """Write a model file atomically; the digests of the members are added to the manifest here."""
+    """Write a model file atomically; the digests of its members are added to the manifest here."""
     members = {WEIGHTS: weights, GRAPH: graph}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     record = {"format": FORMAT} | manifest.to_json() | {"members": digests}
     text = json.dumps(record, indent=1, allow_nan=False)
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, data in {MANIFEST: text.encode(), **members}.items():
-            # A fixed date: the same model gives the same bytes.
+            # A fixed date, so that the same model gives the same bytes.
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
 
 
 def read(path: Path) -> Bundle:
-    """Open and verify a model file; raise ModelFileError that says what was found and what was expected."""
+    """Open and verify a model file; raise ModelFileError, which says what was found and what was expected."""
     if not path.is_file():
         raise ModelFileError(f"no model file {path}")
     try:
@@ -70,8 +70,15 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
             raise ModelFileError(f"{path} has a member {name!r} that no model file has")
     if MANIFEST not in names:
         raise ModelFileError(f"{path} is no model file: it has no {MANIFEST}")
+
+    def refuse(constant: str) -> float:
+        """Refuse NaN and the infinities, which no threshold can be."""
+        raise ModelFileError(
+            f"{path} is damaged: found {constant} in its {MANIFEST}; expected finite numbers"
+        )
+
     try:
-        record = json.loads(archive.read(MANIFEST))
+        record = json.loads(archive.read(MANIFEST), parse_constant=refuse)
         found = record["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is no model file: its {MANIFEST} has no format number") from error
@@ -81,7 +88,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _member(path: Path, archive: zipfile.ZipFile, record: dict[str, Any], name: str) -> bytes:
-    """Read a member whose digest is that of the manifest."""
+    """Return a member, after checking its digest against the manifest."""
     if name not in archive.namelist():
         raise ModelFileError(f"{path} is damaged: it lacks {name}")
     members = record.get("members")

@@ -1,9 +1,10 @@
-"""Held-out good scores to thresholds with a finite-sample promise. Pure; higher scores are worse.
+"""Set thresholds from held-out good scores, with a finite-sample guarantee. Pure; higher scores are worse.
 
-The promise: a part is rejected when its score is greater than the (r + 1)-th largest of m held-out good
-scores. With probability `confidence` over the draw of the held-out images, at most a share `rate` of all good
-parts is then rejected, whatever the distribution of the scores, if BinomCDF(r; m, rate) <= 1 - confidence
-(order statistics as tolerance limits: Wilks, 1941). It holds while good parts come as the held-out ones did.
+The guarantee: a part is rejected if its score is greater than the (r + 1)-th largest of m held-out good
+scores. With probability `confidence` over the sampling of the held-out images, at most a share `rate` of all
+good parts is then rejected, whatever the distribution of the scores, if BinomCDF(r; m, rate) <= 1 -
+confidence (order statistics as tolerance limits: Wilks, 1941). It holds as long as good parts are distributed
+like the held-out ones.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from blemish.types import AnyArray, Calibration, Label
 Doubles = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-9
-"""Relative tolerance, so that 1 - 0.95 and the like meet the bounds that they equal on paper."""
+"""Relative tolerance, so that values such as 1 - 0.95 meet the bounds that they equal on paper."""
 
 WIDTH = 2.5631
 """Distance between the 10 % and the 90 % quantile of a Gaussian, in standard deviations."""
 
 REVIEW_RATE = 0.05
-"""Share of good parts that may be called review or defect, unless the user says otherwise."""
+"""Share of good parts that may be labelled review or defect, unless the user sets another."""
 
 
 def order_statistic_index(count: int, rate: float, confidence: float) -> int | None:
-    """Give the largest r for which the (r + 1)-th largest of `count` held-out scores promises `rate`.
+    """Return the largest r for which the (r + 1)-th largest of `count` held-out scores guarantees `rate`.
 
-    None where not even the largest (r = 0) does: there are fewer than `images_needed`.
+    None if not even the largest score (r = 0) does, because `count` is less than `images_needed`.
     """
     _check_count(count)
     check_shares(rate=rate, confidence=confidence)
@@ -45,7 +46,7 @@ def order_statistic_index(count: int, rate: float, confidence: float) -> int | N
 
 
 def promised_rate(count: int, r: int, confidence: float) -> float:
-    """Give the smallest rate that the (r + 1)-th largest of `count` held-out scores promises.
+    """Return the smallest rate that the (r + 1)-th largest of `count` held-out scores guarantees.
 
     >>> round(promised_rate(20, 0, 0.95), 3)
     0.139
@@ -65,7 +66,7 @@ def promised_rate(count: int, r: int, confidence: float) -> float:
 
 
 def images_needed(rate: float, confidence: float) -> int:
-    """Give the fewest held-out good images whose largest score promises `rate`.
+    """Return the smallest number of held-out good images whose largest score guarantees `rate`.
 
     >>> images_needed(0.01, 0.95)
     299
@@ -86,17 +87,17 @@ def fit(
 ) -> Calibration:
     """Set the thresholds from m >= 2 held-out good images.
 
-    review_rate: None stands for 5 %, or the false-reject rate where that is higher.
+    statistics: (m, K), the K statistics called `names` of each image; pixel_maxima: (m,), the largest value
+    of each image's map; review_rate: None for 5 %, or for the false-reject rate if that is higher.
 
-    `statistics` is (m, K), the K numbers called `names` that the model gives for each image; `pixel_maxima`
-    (m,) the largest value of each image's map. One statistic is the score as it is. Several are joined as the
-    largest of their robust z-scores: value minus median, divided by the larger of two spreads that for a
-    Gaussian are its standard deviation: 1.4826 x the median absolute deviation, and the distance between the
-    10 % and 90 % quantiles over 2.5631. The first alone vanishes where half of the images are equally odd, as
-    before a white background, and the others would be infinitely odd. Where both are 0 the standard deviation
-    takes their place; where all values are equal, 1 does.
+    A single statistic is used as the score. Several are combined into the largest of their robust z-scores:
+    value minus median, divided by the larger of two estimates of the standard deviation, both exact for a
+    Gaussian: 1.4826 x the median absolute deviation, and the distance between the 10 % and 90 % quantiles
+    over 2.5631. The first alone vanishes if half of the images have the same value, as in front of a white
+    background, and would make all others infinitely anomalous. If both are 0, the standard deviation is used;
+    if all values are equal, 1 is.
 
-    With several statistics the promise is slightly optimistic: the same images set the z-scores.
+    With several statistics the guarantee is slightly optimistic, because the same images set the z-scores.
     """
     statistics, maxima = np.asarray(statistics, np.float64), np.asarray(pixel_maxima, np.float64)
     _check_statistics(statistics, len(names))
@@ -128,7 +129,7 @@ def recalibrated(
     review_rate: float | None = None,
     confidence: float | None = None,
 ) -> Calibration:
-    """Set other thresholds from the same held-out images; a rate not given stays as it was."""
+    """Set new thresholds from the same held-out images; a rate that is not given stays as it was."""
     return _with_thresholds(
         calibration.statistics,
         calibration.centers,
@@ -142,16 +143,16 @@ def recalibrated(
 
 
 def image_scores(statistics: AnyArray, calibration: Calibration) -> Doubles:
-    """Join the (N, K) statistics of N images into their (N,) scores."""
+    """Combine the (N, K) statistics of N images into (N,) scores."""
     statistics = np.asarray(statistics, np.float64)
     _check_statistics(statistics, len(calibration.statistics))
     return _scores(statistics, calibration.centers, calibration.scales)
 
 
 def p_value(score: float, calibration: Calibration) -> float:
-    """Give (1 + held-out good scores at least as large) / (m + 1), in (0, 1].
+    """Return (1 + number of held-out good scores at least as large) / (m + 1), in (0, 1].
 
-    At most a share p of good parts has a p-value of p or less, on average over draws of the held-out images.
+    On average over samples of held-out images, at most a share p of good parts has a p-value of p or less.
     """
     _check_score(score)
     count = len(calibration.scores)
@@ -159,7 +160,7 @@ def p_value(score: float, calibration: Calibration) -> float:
 
 
 def verdict_label(score: float, calibration: Calibration) -> Label:
-    """Judge an image by its score: over a threshold is strictly greater."""
+    """Return the label of an image; a score exceeds a threshold only if it is strictly greater."""
     _check_score(score)
     if score > calibration.defect_threshold:
         return "defect"
@@ -167,7 +168,7 @@ def verdict_label(score: float, calibration: Calibration) -> Label:
 
 
 def describe(calibration: Calibration) -> str:
-    """Say in plain words what was asked for and what the held-out images promise."""
+    """Summarise in plain words the rate asked for and what the held-out images guarantee."""
     count = len(calibration.scores)
     rate = f"{100 * calibration.false_reject_rate:g} %"
     promised = f"{100 * calibration.promised_rate:.3g} %"
@@ -201,7 +202,7 @@ def _with_thresholds(
     review_rate: float,
     confidence: float,
 ) -> Calibration:
-    """Set the thresholds from ascending scores and map maxima."""
+    """Set the thresholds from scores and map maxima in ascending order."""
     check_shares(false_reject_rate=false_reject_rate, review_rate=review_rate, confidence=confidence)
     if review_rate < false_reject_rate:
         raise ConfigError(
@@ -226,10 +227,10 @@ def _with_thresholds(
 
 
 def _review_index(count: int, rate: float) -> int:
-    """Give the largest r, at least 0, for which (r + 1) / (count + 1) <= rate.
+    """Return the largest r, at least 0, for which (r + 1) / (count + 1) <= rate.
 
-    That is the share of good parts to be expected over the (r + 1)-th largest score: a mean over draws of the
-    held-out images, where the defect threshold promises for nearly every draw.
+    That is the expected share of good parts above the (r + 1)-th largest score: a mean over samples of
+    held-out images, whereas the defect threshold's guarantee holds for nearly every sample.
     """
     return min(max(math.floor((count + 1) * rate * (1 + _ROUNDING)) - 1, 0), count - 1)
 
@@ -256,7 +257,7 @@ def _ascending(values: Doubles) -> tuple[float, ...]:
 
 
 def _binomial(k: int, count: int, rate: float) -> float:
-    """Give the probability of exactly k of `count`, through logarithms: factorials overflow."""
+    """Return the probability of exactly k of `count`, by way of logarithms because factorials overflow."""
     ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
     return math.exp(ways + k * math.log(rate) + (count - k) * math.log1p(-rate))
 
@@ -267,7 +268,7 @@ def _check_count(count: int) -> None:
 
 
 def check_shares(**shares: float) -> None:
-    """Refuse a share that is not between 0 and 1; raise ConfigError."""
+    """Raise ConfigError for a share that is not between 0 and 1."""
     for name, share in shares.items():
         if not 0 < share < 1:
             raise ConfigError(f"{name.replace('_', ' ')} is {share}, expected above 0 and below 1")

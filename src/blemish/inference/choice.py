@@ -1,4 +1,4 @@
-"""How a model is run: backend, precision and device, and which of them go together."""
+"""How a model is run: backend, precision and device, and which of them can be combined."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Choice:
-    """How a model is run. A model file records the one that its thresholds were set with."""
+    """How a model is run. A model file records the choice with which its thresholds were set."""
 
     backend: str = "onnxruntime"
     precision: str = "fp32"
-    """The type that layers compute in. int8 is a property of the graph, not of the engine."""
+    """Type that the layers compute in. int8 is a property of the graph, not of the engine."""
     device: str = "cpu"
     compiled: bool = False
-    """Whether torch.compile generates kernels, which takes about a minute at the first image."""
+    """Whether torch.compile generates kernels, which takes about a minute on the first image."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for what no engine has."""
+        """Raise ConfigError for unknown values and for combinations that do not exist."""
         for name, value, known in (
             ("backend", self.backend, BACKENDS),
             ("precision", self.precision, PRECISIONS),
@@ -34,7 +34,7 @@ class Choice:
         self.refuse_pairs()
 
     def refuse_pairs(self) -> None:
-        """Raise ConfigError for a device or a precision that the backend does not have."""
+        """Raise ConfigError for a device or a precision that the backend does not support."""
         if self.device != "cpu" and self.backend == "openvino":
             raise ConfigError(f"device {self.device} with openvino: expected cpu")
         if self.device == "tensorrt" and self.backend == "torch":
@@ -51,7 +51,7 @@ class Choice:
 
 
 def refuse_precision(choice: Choice, start: Choice, name: str) -> None:
-    """Raise ConfigError for a precision that the graph of the file `name`, made for `start`, lacks."""
+    """Raise ConfigError for a precision that the graph in the file `name`, made for `start`, lacks."""
     quantised = start.precision == "int8"
     held = start.precision if quantised or start.backend == "onnxruntime" else "fp32"
     fixed = choice.backend == "onnxruntime" and choice.precision != held

@@ -1,7 +1,7 @@
-"""The manifest of a model file as a record: everything the file says of itself.
+"""The manifest of a model file as a record: everything that the file says about itself.
 
-Field names and nesting are those of manifest.json (docs/model-file.md). Fields with a default came later
-than the first files of format 1, which lack them.
+Field names and nesting are those of manifest.json (docs/model-file.md). Fields with a default are missing
+from the first files of format 1, which are older than these fields.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class UsedFiles:
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     before: tuple[str, ...] = ()
-    """Images that an earlier model was trained on, or that earlier thresholds were set from."""
+    """Images that an earlier model was trained on, or from which earlier thresholds were set."""
 
     @property
     def all(self) -> frozenset[str]:
-        """All of them."""
+        """All of these digests."""
         return frozenset((*self.train, *self.held_out, *self.before))
 
 
 class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename={"start": "from"}):
-    """What a training run was made of: two runs that agree in all of it end in the same weights."""
+    """What determines a training run: two runs that agree in all of this end with the same weights."""
 
     model: str
     preset: str
@@ -46,7 +46,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename={"start": "fro
     """SHA-256 over the held-out images."""
     natural_images: str | int = "none"
     start: str = ""
-    """SHA-256 of the weights that the run went on from; empty for a new model."""
+    """SHA-256 of the weights that a warm start began with; empty for a new model."""
     torch: str = ""
     blemish: str = ""
     seed: int
@@ -54,7 +54,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename={"start": "fro
     white: float = 0.0
     device: str = ""
     pretrained: str
-    """SHA-256 of the pretrained weights; empty where the method has none."""
+    """SHA-256 of the pretrained weights; empty if the method has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class TrainingRecord:
     """How a model was trained."""
 
     pretrained: str
-    """Name of the network whose pretrained weights the model stands on; empty where there is none."""
+    """Name of the network whose pretrained weights the model uses; empty if there is none."""
     steps: int
     epochs: float
     seconds: float
@@ -84,7 +84,7 @@ class TrainingRecord:
 class ExportRecord(
     msgspec.Struct, frozen=True, kw_only=True, rename={"in_floating_point": "in floating point"}
 ):
-    """How an export was made from its model, and how far the two agree."""
+    """How an export was made from its model, and how well the two agree."""
 
     limits: dict[str, float]
     agreement: dict[str, dict[str, Any]]
@@ -96,7 +96,7 @@ class ExportRecord(
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model file says of itself."""
+    """What a model file says about itself."""
 
     method: str
     config: dict[str, Any]
@@ -110,14 +110,14 @@ class Manifest:
 
     @property
     def used(self) -> frozenset[str]:
-        """Short digests of all images that the model has seen; empty where an early file lists none."""
+        """Short digests of all images that the model has seen; empty for an early file that lists none."""
         return self.training.files.all if self.training.files else frozenset()
 
     @classmethod
     def untrained(
         cls, method: str, config: dict[str, Any], preprocessing: Preprocessing, outputs: tuple[str, ...]
     ) -> Manifest:
-        """Return the manifest of a model without training: by its thresholds every part is good."""
+        """Return the manifest of an untrained model, by whose infinite thresholds every part is good."""
         infinite = float("inf")
         calibration = Calibration((), (), (), (), (), *(0.0,) * 4, 0, *(infinite,) * 3)
         run = RunRecord(
@@ -148,7 +148,7 @@ class Manifest:
         return cls(method, config, preprocessing, outputs, calibration, training, {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON has it. An export alone names its engine."""
+        """Return the manifest as JSON values. Only an export names its engine."""
         record: dict[str, Any] = msgspec.to_builtins(self)
         if self.export is None:
             record = {name: value for name, value in record.items() if name not in ("engine", "export")}
@@ -156,20 +156,25 @@ class Manifest:
 
     @classmethod
     def from_json(cls, record: object, name: str) -> Manifest:
-        """Read what `to_json` wrote; `name` is of the file, for messages.
+        """Return the manifest that `to_json` was called on; name: that of the file, for messages.
 
-        Raises ModelFileError that names the first field that is missing or does not fit.
+        Raises ModelFileError, which names the first field that is missing or does not fit.
         """
+        stored: Any = record
         try:
-            return msgspec.convert(record, cls)
+            made = msgspec.convert(stored, cls)
         except msgspec.ValidationError as error:
             raise ModelFileError(f"{name} is damaged: {sentence(str(error))}") from error
         except ConfigError as error:
             raise ModelFileError(f"{name} asks for an engine that is not known here: {error}") from error
+        if "white" not in stored["preprocessing"]:  # code may leave it out, a file must not
+            missing = sentence("Object missing required field `white` - at `$.preprocessing`")
+            raise ModelFileError(f"{name} is damaged: {missing}")
+        return made
 
 
 def sentence(complaint: str) -> str:
-    """Reword msgspec's complaint, such as "Expected `int`, got `str` - at `$.training.steps`"."""
+    """Rephrase a message of msgspec, such as "Expected `int`, got `str` - at `$.training.steps`"."""
     what, _, where = complaint.partition(" - at ")
     place = where.strip("`").removeprefix("$").lstrip(".") or "the whole of it"
     if what.startswith("Object missing required field"):
@@ -181,7 +186,7 @@ def sentence(complaint: str) -> str:
 def recalibrated(manifest: Manifest, calibration: Calibration, used: tuple[str, ...]) -> Manifest:
     """Return a manifest with another calibration; used: short digests of the good images behind it.
 
-    They are the held-out images from now on. The earlier ones stay known, so that no evaluation counts them.
+    These become the held-out images. The earlier ones stay recorded, so that no evaluation counts them.
     """
     files = manifest.training.files
     if files is not None:

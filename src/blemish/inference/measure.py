@@ -1,4 +1,4 @@
-"""Run images through a graph: the one place where inputs become statistics and maps."""
+"""Run images through a graph: the only place where inputs become statistics and maps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from blemish.types import FloatArray
 
 @dataclass(frozen=True)
 class Measured:
-    """What a graph makes of one image."""
+    """The outputs of a graph for one image."""
 
     statistics: FloatArray
-    """(K,), the numbers that the image score is made from."""
+    """(K,), the statistics that the image score is computed from."""
     map: FloatArray
     """(h, w), the anomaly map."""
     parts: dict[str, FloatArray]
-    """The maps that the map was joined from, where the method has several."""
+    """The maps that the map was combined from, if the method has several."""
 
 
 def run(engine: Engine, preprocessing: Preprocessing, images: Sequence[FloatArray]) -> list[Measured]:
-    """Run several images in one batch; each is given by its inputs (N, 3, h, w)."""
+    """Run several images in one batch; each is given as its inputs (N, 3, h, w)."""
     found = engine.run(stacked(list(images)))
     measured, first = [], 0
     for inputs in images:
@@ -42,7 +42,7 @@ def measure(
 ) -> tuple[FloatArray, FloatArray]:
     """Return the (M, K) statistics and the (M,) largest map values of M images, one image at a time.
 
-    That is what calibration needs of the held-out good images, at least one.
+    Calibration needs these of the held-out good images, of which there must be at least one.
     """
     statistics, maxima = [], []
     for inputs in images:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -26,17 +26,17 @@ from blemish.inference.measure import Measured, run
 from blemish.types import AnyArray, Calibration, FloatArray, Region, Verdict
 
 READERS = min(os.cpu_count() or 1, 8)
-"""Threads that read images while others are judged."""
+"""Threads that read images while others are being judged."""
 AHEAD = READERS + 1
 """Images that a stream has read, or is reading, ahead of the one being judged."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image on its way into the graph."""
+    """An image that has been read and converted to the inputs of the graph."""
 
     path: str
-    """Empty for an image that came as an array."""
+    """Empty for an image that was not given as a path."""
     image: AnyArray
     """(H, W, 3), upright RGB."""
     inputs: FloatArray
@@ -50,12 +50,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One image of a stream: where it came from, and either its verdict or why it could not be read."""
+    """One image of a stream: its source, and either its verdict or the reason why it could not be read."""
 
     source: Any
-    """What the stream gave: a path, a PIL image or an array."""
+    """The item of the stream: a path, a PIL image or an array."""
     image: AnyArray | None
-    """(H, W, 3) RGB, uint8, uint16 or float32; None where it could not be read."""
+    """(H, W, 3) RGB, uint8, uint16 or float32; None if it could not be read."""
     verdict: Verdict | None
     error: ImageError | None
 
@@ -63,8 +63,8 @@ class Outcome:
 class Predictor:
     """A model file, ready to judge images. Safe to call from several threads at once.
 
-    An image is a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array. `close`, or a with
-    block, releases the engine and its memory.
+    An image is a path, a PIL image, or an (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array. `close`, or
+    leaving a with block, releases the engine and its memory.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Predictor:
 
     @property
     def engine(self) -> Engine:
-        """What runs the graph; raises ConfigError after `close`."""
+        """The engine that runs the graph; raises ConfigError after `close`."""
         if self._engine is None:
             raise ConfigError(f"the model {self.path} was closed; expected an open one")
         return self._engine
 
     def close(self) -> None:
-        """Release the engine and its memory; a verdict that is being computed is finished first."""
+        """Release the engine and its memory; a verdict in progress is completed first."""
         self._engine = None
 
     def __enter__(self) -> Predictor:
@@ -98,7 +98,7 @@ class Predictor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the predictor."""
         self.close()
 
     @property
@@ -107,29 +107,29 @@ class Predictor:
         return self.preprocessing.image_size
 
     def predict(self, image: Any, *, parts: bool = False, full_size: bool = False) -> Verdict:
-        """Judge one image; with parts, the verdict holds the maps that its map was joined from.
+        """Judge one image; with parts, the verdict includes the maps that its map was combined from.
 
-        full_size: return the maps at the image's own size instead of the network's; nothing else depends on
-        it. Raises ImageError for an image that cannot be read.
+        full_size: return the maps at the image's own size instead of the network's; nothing else is affected.
+        Raises ImageError for an image that cannot be read.
         """
         return self.finish([self.prepare(image)], parts=parts, full_size=full_size)[0]
 
     def predict_batch(self, batch: Sequence[Any], *, full_size: bool = False) -> list[Verdict]:
-        """Judge several images in one run of the graph, each scoring as it would alone; threads read them.
+        """Judge several images in one run of the graph; each gets the score that it would get alone.
 
-        full_size and errors: as for predict.
+        The images are read in parallel. full_size and errors: as for predict.
         """
         if not batch:
             return []
         with ThreadPoolExecutor(READERS) as pool:
             return self.finish(list(pool.map(self.prepare, batch)), full_size=full_size)
 
-    def stream(self, images: Iterable[Any], *, full_size: bool = False) -> Iterator[Outcome]:
-        """Judge images one by one as they come, reading the next ones meanwhile; yield them in order.
+    def stream(self, images: Iterable[Any], *, full_size: bool = False) -> Generator[Outcome, None, None]:
+        """Judge images one by one as they arrive, reading ahead in the meantime; yield outcomes in order.
 
-        An outcome is yielded as soon as its image is judged, however long `images`, which is iterated on
-        another thread, takes for the next one. An image that cannot be read yields its ImageError, and the
-        others are still judged. What `images` itself raises is raised here. full_size: as for predict.
+        An outcome is yielded as soon as its image is judged, even if `images`, which is iterated on another
+        thread, has not delivered the next one yet. An unreadable image yields its ImageError, and the others
+        are still judged. An exception from `images` itself is raised here. full_size: as for predict.
         """
 
         def read(source: Any) -> tuple[Any, Prepared | ImageError]:
@@ -148,7 +148,7 @@ class Predictor:
                     yield Outcome(source, prepared.image, verdict, None)
 
     def prepare(self, image: Any) -> Prepared:
-        """Read one image and turn it into the network's inputs; raise ImageError if it cannot be read."""
+        """Read one image and convert it to the network's inputs; raise ImageError if it cannot be read."""
         array = as_image(image, self.preprocessing.white)
         path = str(image) if isinstance(image, (str, Path)) else ""
         return Prepared(path, array, self.preprocessing.inputs(array))
@@ -156,7 +156,7 @@ class Predictor:
     def finish(
         self, batch: Sequence[Prepared], *, parts: bool = False, full_size: bool = False
     ) -> list[Verdict]:
-        """Run prepared images through the graph and judge them."""
+        """Run prepared images through the graph and return their verdicts."""
         measured = run(self.engine, self.preprocessing, [image.inputs for image in batch])
         scores = image_scores(np.stack([found.statistics for found in measured]), self.calibration)
         verdicts = []
@@ -166,10 +166,10 @@ class Predictor:
         return verdicts
 
     def verdict(self, image: Prepared, score: float, found: Measured, *, parts: bool) -> Verdict:
-        """Judge one image by its score and its map.
+        """Return the verdict on one image by its score and its map.
 
-        Regions are found on the map at the network's resolution: the pixel threshold was set there, and a
-        larger map has lower peaks.
+        Regions are found on the map at the network's resolution, because the pixel threshold was set there
+        and resizing a map lowers its peaks.
         """
         inside = regions(found.map, self.calibration.pixel_threshold)
         height, width = found.map.shape
@@ -184,10 +184,10 @@ class Predictor:
         )
 
     def in_image(self, region: Region, map_size: tuple[int, int], size: tuple[int, int]) -> Region:
-        """Turn a region in pixels of the map into one in pixels of its image; sizes are height and width.
+        """Convert a region from pixels of the map to pixels of the image; sizes are height and width.
 
         The box covers every pixel of the image that the region touches. The area is scaled and rounded, but
-        is at least 1. The peak is at the image's pixel under the centre of the map's.
+        is at least 1. The peak is at the image pixel under the centre of the map's peak pixel.
         """
         (h, w), (height, width) = map_size, size
         x, y = region.peak_xy
@@ -199,7 +199,7 @@ class Predictor:
         )
 
     def at_full_size(self, verdict: Verdict, size: tuple[int, int]) -> Verdict:
-        """Resize a verdict's maps to its image's height and width, bilinearly."""
+        """Return a verdict with its maps resized bilinearly to the image's height and width."""
         resize = self.preprocessing.map_to_image
         parts = {name: resize(part, size) for name, part in verdict.parts.items()}
         return replace(verdict, map=resize(verdict.map, size), parts=parts)
@@ -209,15 +209,15 @@ Read = TypeVar("Read")
 
 
 def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Future[Read], None, None]:
-    """Read the items of a feed on other threads; yield the results to wait for, in order.
+    """Read the items of a feed in parallel, ahead of use; yield futures of the results, in order.
 
-    The feed is iterated on a thread of its own, so that a slow one delays no earlier image, and is at most
-    AHEAD items ahead of what was taken. What it raises is raised here.
+    The feed is iterated on a thread of its own, so that a slow one does not delay earlier images; it is at
+    most AHEAD items ahead of those taken. An exception from the feed is raised here.
     """
     room, waiting, left = Semaphore(AHEAD - 1), SimpleQueue[Future[Read] | BaseException | None](), Event()
 
     def hand_over(_kind: object, error: BaseException | None, _trace: object) -> bool:
-        """Pass on what ended the feed to where it is raised again; None is its regular end."""
+        """Pass on the exception that ended the feed, to be raised again; None is a regular end."""
         waiting.put(error)
         return True
 
@@ -230,7 +230,7 @@ def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Fu
                 if left.is_set():
                     return
 
-    # A daemon: a camera that delivers no more images must not keep the program from ending.
+    # A daemon thread: a camera that has stopped delivering images must not keep the program running.
     Thread(target=ask, daemon=True).start()
     try:
         while isinstance(ready := waiting.get(), Future):
@@ -244,12 +244,12 @@ def read_ahead(read: Callable[[Any], Read], feed: Iterable[Any]) -> Generator[Fu
 
 
 def regions(anomaly_map: FloatArray, threshold: float) -> tuple[Region, ...]:
-    """Return the 8-connected regions of a map above a threshold, in its pixels, highest peak first."""
+    """Return the 8-connected regions of a map above a threshold, in map pixels, highest peak first."""
     above = anomaly_map > threshold
     if not above.any():
         return ()
     labels = cc3d.connected_components(above, connectivity=8)
-    # cc3d 4.1.1 leaves what its memory held in the background of arrays with an odd side (November 2026).
+    # cc3d 4.1.1 leaves the background of arrays with an odd side uninitialised (November 2026).
     labels[~above] = 0
     statistics = cc3d.statistics(labels)
     found = []
@@ -277,12 +277,12 @@ def load(
     compiled: bool | None = None,
     threads: int = 0,
 ) -> Predictor:
-    """Open a model file; raise ModelFileError if it is none.
+    """Open a model file; raise ModelFileError if it is not one.
 
-    What is not given is as the file says, which is what its thresholds were set with: backend onnxruntime,
+    Options that are not given are those in the file, with which its thresholds were set: backend onnxruntime,
     openvino or torch; precision fp32, fp16 or bf16 (int8 is made by `export`); device cpu, cuda or tensorrt;
     compiled, whether torch.compile generates kernels. threads: 0 lets the engine choose. Raises ConfigError
-    for what this machine does not have.
+    for what is not available on this machine.
     """
     opened = bundle.read(Path(path))
     wanted = {"backend": backend, "precision": precision, "device": device, "compiled": compiled}

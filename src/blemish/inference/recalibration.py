@@ -24,9 +24,10 @@ def calibrate(
 ) -> Calibration:
     """Set the thresholds of a model file from a folder of good images, and write the result to `out`.
 
-    The model must not have been trained on the images. Raises ImageError for the first image that cannot be
-    read, since a threshold must not be set from the rest; ConfigError for a missing folder or a rate that is
-    no share; OutputError for an `out` that cannot be written.
+    The model must not have been trained on these images. Raises ImageError for the first image that cannot be
+    read, since thresholds must not be set from the rest; ConfigError for a missing or empty folder, or a rate
+    that is not between 0 and 1; DataError for a single image; OutputError for an `out` that cannot be
+    written.
     """
     calibration.check_shares(false_reject_rate=false_reject_rate)
     check_writable(Path(out))

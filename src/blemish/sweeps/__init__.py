@@ -1,1 +1,1 @@
-"""The same training over seeds and folds, evaluated and summarised."""
+"""The same training over several seeds and folds, evaluated and summarised."""

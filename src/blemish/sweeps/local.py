@@ -1,4 +1,4 @@
-"""Trials in parallel on this machine, each in a process of its own."""
+"""Run trials in parallel on this machine, in processes of their own."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ if TYPE_CHECKING:
     from blemish.training.request import TrainingRequest
 
 CORES_EACH = 4
-"""Cores of a processor for one trial among several."""
+"""CPU cores for each trial when several run in parallel."""
 POLL_SECONDS = 0.2
-"""Between two looks at what trials report and whether they are to stop."""
+"""Interval at which trials' reports and requests to stop are checked."""
 GRACE_SECONDS = 60.0
-"""That a trial is given to write its checkpoint when it is to stop."""
+"""Time that a trial has to write its checkpoint once it is asked to stop."""
 KILLED = (
     "a process with a trial was killed, often for want of memory; the same command goes on, with fewer jobs"
 )
 
 
 def room(device: str) -> int:
-    """Return how many trials run in parallel by default: one on a GPU, else one for every four cores."""
+    """Return the default number of trials in parallel: one on a GPU, else one for every four cores."""
     return 1 if choose_device(device) == "cuda" else max(1, cores() // CORES_EACH)
 
 
 def in_parallel(
     trials: Sequence[Trial], base: TrainingRequest, jobs: int, report: Report, stop: Stop
 ) -> list[tuple[Trial, Evaluation]]:
-    """Run trials in spawned processes, which are told to stop when one fails or when that is asked for.
+    """Run trials in spawned processes, which are asked to stop if one fails or `stop` returns true.
 
-    Their events are reported here, each with its trial's name as source, and their warnings logged.
+    Their events are reported here, with the trial's name as the source, and their warnings are logged. Raises
+    StoppedError if trials are left to run, or the error of the trial that failed.
     """
     threads, others, spawn = max(1, cores() // jobs), active_children(), get_context("spawn")
     said, stopping = spawn.SimpleQueue(), spawn.Event()
@@ -54,7 +55,7 @@ def in_parallel(
     failure: BaseException | None = None
     with pool:
         while len(ended) < len(trials) and failure is None and not stop():
-            # No more are submitted than run: what waits inside the pool cannot be called back.
+            # Only as many are submitted as can run: what waits inside the pool cannot be cancelled.
             for trial in trials[len(futures) : len(ended) + jobs]:
                 futures.append(pool.submit(apart, trial, base))
             wait([future for future in futures if not future.done()], POLL_SECONDS, FIRST_COMPLETED)
@@ -79,7 +80,7 @@ def in_parallel(
 
 
 def pass_on(said: Any, report: Report) -> None:
-    """Report the events, and log the records, that have come from trials."""
+    """Report the events and log the records that trials have sent."""
     while not said.empty():
         item = said.get()
         if isinstance(item, Event):
@@ -93,32 +94,32 @@ def pass_on(said: Any, report: Report) -> None:
 
 @dataclass
 class Worker:
-    """What connects a trial's process with its parent."""
+    """The connection of a trial's process to its parent."""
 
     threads: int
     said: Any
-    """A queue of events and log records."""
+    """Queue of events and log records."""
     stopping: Any
     """Set when the trial is to stop."""
 
 
 _workers: list[Worker] = []
-"""This process's own, if it is one: a pool hands its initialiser's arguments on in no other way."""
+"""This process's own worker, if it is one: a pool passes its initialiser's arguments on in no other way."""
 
 
 def start_worker(threads: int, said: Any, stopping: Any) -> None:
-    """Prepare a process for trials: its share of threads, deaf to Ctrl-C, gone with its parent."""
+    """Prepare a process for trials: limit its threads, ignore Ctrl-C, and end with the parent."""
     import torch
 
     torch.set_num_threads(threads)
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # Ctrl-C reaches the parent alone, which asks its trials to stop
+        os.setpgrp()  # Ctrl-C reaches only the parent, which asks its trials to stop
     _workers.append(Worker(threads, said, stopping))
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Wait until the parent is gone, and end: a pool's processes would wait for work for ever."""
+    """Exit once the parent has ended: a pool's processes would otherwise wait for work for ever."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -126,7 +127,7 @@ def end_with_parent() -> None:
 
 
 def apart(trial: Trial, base: TrainingRequest) -> Evaluation:
-    """Run one trial in a process of its own, until it is told to stop."""
+    """Run one trial in this worker's process, until it ends or is asked to stop."""
     (worker,) = _workers
     name = trial.out.stem
 
@@ -143,7 +144,7 @@ def apart(trial: Trial, base: TrainingRequest) -> Evaluation:
 
 
 class Named(logging.handlers.QueueHandler):
-    """Puts log records into a queue, each message behind a trial's name."""
+    """Puts log records into a queue, each message prefixed with a trial's name."""
 
     def __init__(self, queue: Any, name: str) -> None:
         super().__init__(queue)

@@ -1,7 +1,7 @@
-"""The same training repeated over seeds and folds.
+"""Repeat a training over seeds and folds.
 
-What has ended is not trained again, and what was interrupted goes on, so the same command begins a sweep and
-finishes it.
+Finished trials are not trained again, and interrupted ones are resumed, so the same command starts a sweep
+and completes it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def plan(
     out: Path, seed: int, seeds: int, folds: int | None, folds_file: Path | None, fold_seed: int = 0
 ) -> list[Trial]:
-    """Return the trials of a sweep: `seeds` seeds from `seed` on, and for each of them every fold.
+    """Return the trials of a sweep: `seeds` consecutive seeds from `seed` on, each with every fold.
 
-    The folds are the same for every seed, so that what varies with the seed is the training. Raises
-    ConfigError for a number that cannot be, and a file of folds without their number.
+    The folds are the same for every seed, so that only the training varies with the seed. Raises ConfigError
+    for an invalid number, and for a file of folds without their number.
     """
     if seeds < 1:
         raise ConfigError(f"found {seeds} seeds; expected at least 1")
@@ -60,9 +60,9 @@ def run(
 ) -> list[tuple[Trial, Evaluation]]:
     """Train and evaluate every trial, `jobs` of them in parallel, each in a process of its own.
 
-    base: what all trials have in common. A trial whose model file exists is only evaluated, one with a
-    checkpoint goes on. The first error stops the others, and what has ended stays. Raises ModelFileError
-    before anything is trained where a model file is of another run.
+    base: what all trials have in common. A trial whose model file exists is only evaluated, and one with a
+    checkpoint is resumed. The first error stops the other trials; finished ones are kept. Raises
+    ModelFileError, before anything is trained, if a model file belongs to another run.
     """
     if jobs < 1:
         raise ConfigError(f"found {jobs} jobs; expected at least 1")

@@ -1,4 +1,4 @@
-"""The results of a sweep: means and deviations over folds and seeds."""
+"""The results of a sweep: means and standard deviations over folds and seeds."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over several trials."""
+    """Mean and deviation of a metric over several trials."""
 
     mean: float | None
-    """None where it is not defined in one of them."""
+    """None if it is undefined in one of them."""
     deviation: float | None
-    """Of the sample, with the divisor n - 1. None where there is no mean, or one trial."""
+    """Sample standard deviation, with the divisor n - 1. None without a mean, or with a single trial."""
     count: int
 
 
@@ -38,14 +38,14 @@ class Summary:
     over_folds: dict[int, dict[str, Spread]]
     """By seed and field name of MetricRow; empty without folds."""
     over_seeds: dict[str, Spread]
-    """By field name; with folds, of each seed's mean over its folds."""
+    """By field name of MetricRow; with folds, over the seeds' means over folds."""
 
 
-# --- summing up ---
+# --- summarising ---
 
 
 def summarise(results: Sequence[tuple[Trial, Evaluation]]) -> Summary:
-    """Return mean and deviation of every metric of the whole test set, over folds and then over seeds."""
+    """Return mean and deviation of every metric on the whole test set, over folds and then over seeds."""
     rows: dict[int, list[MetricRow]] = {}
     for trial, evaluation in results:
         rows.setdefault(trial.seed, []).append(evaluation.rows[0])
@@ -59,7 +59,7 @@ def summarise(results: Sequence[tuple[Trial, Evaluation]]) -> Summary:
 
 
 def spread(values: Sequence[float | None]) -> Spread:
-    """Return the mean and the sample's standard deviation, where every value is defined."""
+    """Return mean and sample standard deviation, if every value is defined."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return Spread(None, None, len(values))
@@ -68,9 +68,9 @@ def spread(values: Sequence[float | None]) -> Spread:
 
 
 def table(summary: Summary) -> str:
-    """Lay the trials out for a terminal, with means and deviations below.
+    """Format the trials as a table for a terminal, with means and deviations below.
 
-    A metric that no trial has gets no column; "-" stands for a figure that is not defined.
+    A metric that is undefined in all trials gets no column; "-" stands for an undefined figure.
     """
     entries = list(lines_of(summary))
     columns = {
@@ -86,7 +86,7 @@ def table(summary: Summary) -> str:
 
 
 def lines_of(summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the title and the figures, by field name, of each line of the table."""
+    """Yield the title and the figures, by field name, of each row of the table."""
     for seed, several in itertools.groupby(summary.results, lambda result: result[0].seed):
         for trial, evaluation in several:
             fold = f", fold {trial.fold.index + 1}" if trial.fold else ""
@@ -97,15 +97,15 @@ def lines_of(summary: Summary) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def two_lines(title: str, spreads: Mapping[str, Spread]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the lines of means and of deviations."""
+    """Yield the row of means and the row of deviations."""
     yield title.format("mean"), {name: one.mean for name, one in spreads.items()}
     yield title.format("deviation"), {name: one.deviation for name, one in spreads.items()}
 
 
 def write_json(summary: Summary, path: Path, request: TrainingRequest) -> None:
-    """Write every trial's figures, their means and deviations, and what all trials were asked for.
+    """Write the figures of every trial, their means and deviations, and the options common to all trials.
 
-    What is not defined is null; folds count from 1.
+    Undefined figures are null; folds are numbered from 1.
     """
     own = ("data", "out", "seed", "fold", "layout", "resume")
     options = {name: value for name, value in request.to_json().items() if name not in own}

@@ -30,16 +30,16 @@ class Trial:
     """The model file."""
 
     def request(self, base: TrainingRequest) -> TrainingRequest:
-        """Return the request for this trial; base: what all trials have in common."""
+        """Return the request of this trial; base: what all trials have in common."""
         return replace(base, seed=self.seed, fold=self.fold, out=self.out)
 
 
 def one(
     trial: Trial, base: TrainingRequest, *, threads: int = 0, report: Report = silent, stop: Stop = never
 ) -> Evaluation:
-    """Train and evaluate one trial; threads: of the evaluation, 0 lets ONNX Runtime choose.
+    """Train and evaluate one trial; threads: those of the evaluation, 0 lets ONNX Runtime choose.
 
-    What has ended before is evaluated, not trained again; what was interrupted goes on.
+    A finished trial is evaluated and not trained again; an interrupted one is resumed.
     """
     if trial.out.exists():
         tell(report, f"{trial.out} has ended before: it is evaluated, not trained again")
@@ -53,9 +53,9 @@ def one(
 
 
 def refuse_other(trial: Trial, base: TrainingRequest) -> None:
-    """Refuse a model file that another run left, as far as can be told without training.
+    """Raise ModelFileError for a model file of another run, as far as that is known without training.
 
-    Device, precision, versions, masks and photographs are not compared. Raises ModelFileError.
+    Device, precision, versions and photographs are not compared.
     """
     manifest = bundle.read(trial.out).manifest
     if text := difference(manifest.to_json(), expected(trial.request(base)), ""):
@@ -63,7 +63,7 @@ def refuse_other(trial: Trial, base: TrainingRequest) -> None:
 
 
 def expected(request: TrainingRequest) -> dict[str, Any]:
-    """Return the part of a model file's manifest that is known before it is trained."""
+    """Return the part of a model file's manifest that is known before training."""
     from blemish.detectors.settings import as_json
     from blemish.files import digest
     from blemish.training import fingerprint
@@ -97,7 +97,7 @@ def expected(request: TrainingRequest) -> dict[str, Any]:
 
 
 def difference(found: Any, wanted: Any, name: str) -> str:
-    """Describe the first thing that was wanted and is not found so; "" where there is none."""
+    """Describe the first wanted value that differs from the one found; "" if none does."""
     if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
         return "" if found == wanted else f"its {name} is {found!s:.60}, not {wanted!s:.60}"
     each = (difference(found.get(key), value, f"{name} {key}".strip()) for key, value in wanted.items())
@@ -105,7 +105,7 @@ def difference(found: Any, wanted: Any, name: str) -> str:
 
 
 def record(trial: Trial, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what a trial was, its figures, and what its model file says of itself."""
+    """Return what a trial was, its figures, and the provenance of its model file."""
     fold = trial.fold
     dealt = fold and {"number": fold.index + 1, "count": fold.count, "seed": fold.seed, "file": fold.file}
     return {

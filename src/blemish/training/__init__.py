@@ -1,1 +1,1 @@
-"""From a data set to a model file. Empty, so that nothing pulls in torch: `run` is the entrance."""
+"""From a data set to a model file, with `run`. Nothing is imported here, so that torch is not loaded."""

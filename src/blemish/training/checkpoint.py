@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything that the next step depends on, whole or not at all, no pickle."""
+"""Checkpoints of a training run: all that the next step depends on, written atomically, without pickle."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from blemish.files import whole_file
 
 
 def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, header: dict[str, Any]) -> None:
-    """Write parameters, buffers, the optimiser's state and a JSON header."""
+    """Write parameters, buffers, the optimiser's state and a JSON header to a checkpoint."""
     tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     with whole_file(path) as temporary:
-        # not save_file: a full disk is an error of its own there, of no known number
+        # not save_file: it reports a full disk as an error of its own, without a number
         plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         temporary.write_bytes(save_tensors(plain, {"blemish": json.dumps(header)}))
 
 
 def header(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's header; raise ModelFileError if this is none."""
+    """Return a checkpoint's header; raise ModelFileError if the file is not a checkpoint."""
     try:
         with safe_open(path, "pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {})["blemish"])
@@ -37,11 +37,11 @@ def header(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore what `save` wrote into a network and an optimiser of the same making."""
+    """Restore what `save` wrote into a network and an optimiser of the same structure."""
     parameters: dict[str, Tensor] = {}
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118 - no dict, it has no other way
+        for key in file.keys():  # noqa: SIM118 - not a dict, and not iterable
             room, _, rest = key.partition(".")
             if room == "network":
                 parameters[rest] = file.get_tensor(key)
@@ -56,7 +56,7 @@ def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> No
 
 
 def lay_out_like(parameter: Tensor, state: dict[str, Tensor]) -> None:
-    """Give state tensors their parameter's memory layout: fused optimisers walk both as raw memory."""
+    """Convert state tensors to their parameter's memory layout: fused optimisers walk both as raw memory."""
     for name, value in state.items():
         if value.shape == parameter.shape:
             state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(value)

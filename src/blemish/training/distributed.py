@@ -1,6 +1,6 @@
-"""Several processes on one run, started by torchrun: who is who, and what they must agree on.
+"""Several processes in one run, started by torchrun: their ranks, and the values they must agree on.
 
-Without torchrun there is one process, and everything here is what it would be without the others.
+Without torchrun there is a single process, and all functions here behave accordingly.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def count() -> int:
 
 
 def rank() -> int:
-    """Return this process's number; 0 writes and reports."""
+    """Return this process's number; process 0 writes and reports."""
     return distributed.get_rank() if count() > 1 else 0
 
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Join the other processes that torchrun started, if it did; raise ConfigError for too few GPUs."""
+    """Join the other processes that torchrun started, if any; raise ConfigError for too few GPUs."""
     ours = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
     if ours:
         join(device)
@@ -41,12 +41,12 @@ def joined(device: str) -> Iterator[None]:
 
 
 def first_speaks(report: Report) -> Report:
-    """Return what reports from this process: of several on one run, only the first reports."""
+    """Return `report` in the first of several processes, and a silent report in the others."""
     return report if rank() == 0 else silent
 
 
 def join(device: str) -> None:
-    """Wait for all the processes that torchrun started, each on a GPU of its own where they are on GPUs."""
+    """Wait for all the processes that torchrun started; on GPUs, each takes one of its own."""
     if device != "cuda":
         distributed.init_process_group("gloo")
         return
@@ -61,7 +61,7 @@ def join(device: str) -> None:
 
 
 def share(total: int) -> range:
-    """Return this process's part of `total` things."""
+    """Return the indices of this process's share of `total` items."""
     return range(rank(), total, count())
 
 
@@ -71,12 +71,12 @@ def any_of(flag: bool, device: str) -> bool:
 
 
 def first_of(number: int, device: str) -> int:
-    """Return the first process's number in all of them."""
+    """Return the first process's number in every process."""
     return number if count() == 1 else int(gathered(torch.tensor(number, device=device))[0])
 
 
 def gathered(part: Tensor) -> Tensor:
-    """Stack every process's tensor of one shape, in the order of the processes."""
+    """Stack the tensors of all processes, which have the same shape, in the order of the processes."""
     if count() == 1:
         return part[None]
     parts = [torch.empty_like(part) for _ in range(count())]
@@ -85,6 +85,6 @@ def gathered(part: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this point."""
     if count() > 1:
         distributed.barrier()

@@ -40,12 +40,12 @@ def finalise(
     false_reject_rate: float,
     report: Report = silent,
 ) -> Predictor:
-    """Finish a trained detector on held-out good images and write its model file.
+    """Finalise a trained detector on held-out good images and write its model file.
 
-    facts: the fields of TrainingRecord that are known so far. The graph is compared with the detector on
-    those images before anything is written; raises ExportError if they differ.
+    facts: the fields of TrainingRecord that are known so far. Before anything is written, the graph is
+    compared with the detector on the held-out images; raises ExportError if they differ.
     """
-    detector.eval().to("cpu")  # where float32 is float32, as it is in the runtime
+    detector.eval().to("cpu")  # where float32 has its full precision, as in the runtime
     with torch.no_grad():
         detector.finish(held_out.batches())
     exported = onnx_graph.graph(detector)
@@ -79,9 +79,9 @@ def finalise(
 
 
 def compare(detector: Detector, exported: Engine, batches: Iterable[Tensor]) -> float:
-    """Run both on images; return the largest difference of any output, relative to its largest value.
+    """Return the largest difference between the outputs of both, relative to each output's largest value.
 
-    Raises ExportError beyond TOLERANCE.
+    Raises ExportError if it exceeds TOLERANCE.
     """
     worst = 0.0
     for batch in batches:

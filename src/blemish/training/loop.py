@@ -1,7 +1,7 @@
-"""The one training loop, with checkpoints, a time budget, and stopping on request.
+"""The training loop, with checkpoints, a time budget, and stopping on request.
 
-Every random draw comes from (seed, purpose, step), so a run that is killed and resumed ends in the same bytes
-as one that was not.
+All random numbers depend on (seed, purpose, step) only, so a run that is killed and resumed ends with the
+same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ CHECKPOINT_SECONDS = 60.0
 PROBE_SECONDS = 10.0
 
 SETTLED = 100
-"""Steps before which a detector's state on held-out images says nothing yet."""
+"""Steps before which a detector's state on held-out images is not yet meaningful."""
 
 CARRIED = ("step", "steps", "seconds", "history", "pending", "notes")
-"""Fields of a run that a checkpoint carries beside parameters and the optimiser's state."""
+"""Fields of a run that a checkpoint stores besides the parameters and the optimiser's state."""
 
 
 class Steps(Protocol):
-    """The batch of every step of a run."""
+    """The batches of a run, by step."""
 
     per_epoch: int
 
     def at(self, step: int) -> Batch:
-        """Return a step's batch on the device."""
+        """Return the batch of a step, on the device."""
 
 
 @dataclass
@@ -62,15 +62,15 @@ class Run:
     device: str
     dtype: torch.dtype
     path: Path
-    """Where checkpoints go."""
+    """The checkpoint's path."""
     fingerprint: dict[str, Any]
-    """What two runs must have in common for one to go on where the other stopped."""
+    """What a run must have in common with an interrupted one in order to resume it."""
     report: Report = silent
     stop: Stop = never
     clock: float = dataclasses.field(default_factory=time.monotonic)
-    """When time was last added to `seconds`."""
+    """When `seconds` was last updated."""
     seconds: float = 0.0
-    """Wall time spent, that of earlier parts of an interrupted run included."""
+    """Wall time spent, including that of earlier parts of an interrupted run."""
     step: int = 0
     steps: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -87,14 +87,14 @@ class Run:
         checkpoint.save(self.path, self.detector, self.optimizer, header)
 
     def restore(self, header: Mapping[str, Any]) -> None:
-        """Go back to a checkpoint whose header was read."""
+        """Restore the run from its checkpoint, whose header has been read."""
         for name in CARRIED:
             setattr(self, name, header[name])
         checkpoint.load(self.path, self.detector, self.optimizer)
 
 
 def one_step(run: Run, step: int) -> dict[str, float]:
-    """Take one optimiser step; return its losses."""
+    """Take one optimiser step and return its losses; raise ConfigError if the loss is not finite."""
     batch = dataclasses.replace(run.batches.at(step), progress=step / run.steps)
     factor = SCHEDULES[run.detector.config.schedule](batch.progress)
     for group in run.optimizer.param_groups:
@@ -116,16 +116,17 @@ def one_step(run: Run, step: int) -> dict[str, float]:
 
 
 def count_steps(run: Run, length: Length, reserve: float) -> int:
-    """Turn a length into optimiser steps; a budget is measured on steps that are then undone.
+    """Convert a length to optimiser steps; a budget is measured on steps that are then undone.
 
-    reserve: seconds of a budget that are kept for what follows training.
+    reserve: seconds of the budget to keep for what follows training. Raises ConfigError for a budget that is
+    too small.
     """
     config = run.detector.config
     if length.budget is None:
         epochs = length.epochs or (0 if length.steps else config.epochs)
         return length.steps or (epochs * run.batches.per_epoch if epochs else config.steps)
     network, optimizer = copy.deepcopy(run.detector.state_dict()), copy.deepcopy(run.optimizer.state_dict())
-    run.steps = 1 << 30  # the share done stays 0, the schedule's start
+    run.steps = 1 << 30  # progress stays near 0, at the schedule's start
     one_step(run, 0)
     begin, taken = time.monotonic(), 0
     probe = min(PROBE_SECONDS, 0.03 * length.budget)
@@ -150,7 +151,7 @@ def count_steps(run: Run, length: Length, reserve: float) -> int:
 
 
 def inspect(run: Run) -> None:
-    """Let the detector look at held-out images, and report what it notes."""
+    """Let the detector inspect held-out images, and report its note."""
     draw = seeding.generator(run.seed, "inspect", run.step, device=run.device)
     if note := run.detector.inspect(run.held_out.entries(), draw):
         run.notes.append(f"at step {run.step}: {note}")
@@ -158,7 +159,7 @@ def inspect(run: Run) -> None:
 
 
 def loop(run: Run) -> None:
-    """Train from the run's step to its last, with checkpoints; raise StoppedError when asked to stop."""
+    """Train from the run's step to its last, with checkpoints; raise StoppedError if asked to stop."""
     run.detector.train()
     run.report(Event("training", run.step, run.steps))
     point, twentieth = max(1, run.steps // HISTORY), max(1, run.steps // 20)
@@ -187,7 +188,7 @@ def loop(run: Run) -> None:
 
 
 def go_on(run: Run, length: Length) -> None:
-    """Go back to a run's checkpoint; raise ModelFileError if that is another run's."""
+    """Resume a run from its checkpoint; raise ModelFileError if that belongs to another run."""
     header = checkpoint.header(run.path)
     for key, value in run.fingerprint.items():
         if header["run"].get(key) != value:
@@ -203,7 +204,7 @@ def go_on(run: Run, length: Length) -> None:
 
 
 def provenance(run: Run) -> dict[str, Any]:
-    """Return how a finished run went, for the model file."""
+    """Return the facts about a finished run that the model file records."""
     return {
         "pretrained": run.detector.pretrained_name,
         "steps": run.steps,

@@ -1,4 +1,4 @@
-"""Validate a training request before any work starts, and work out what the run will be."""
+"""Validate a training request before any work starts, and determine what the run will be."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from blemish.types import Sample, Supervision
 LOG = logging.getLogger(__name__)
 
 WARM_SHARE = 0.3
-"""Share of a method's usual length, for a run that goes on from an earlier model."""
+"""Share of a method's usual length that a warm start trains for."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will be, known without decoding an image."""
+    """What a run will be, determined without decoding an image."""
 
     model: str
     preset: str
@@ -40,11 +40,11 @@ class Plan:
     config: Config
     supervision: Supervision
     unused: str
-    """What the method does not learn from, for the user; or ""."""
+    """For the user: what the method does not learn from; empty if nothing."""
     parts: Split
     length: Length
     start: Bundle | None
-    """The model that the run goes on from."""
+    """The model that a warm start begins with."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -53,20 +53,20 @@ class Plan:
 
     @property
     def sentence(self) -> str:
-        """What is learned from, for the user."""
+        """For the user: what the run learns from."""
         return describe(self.parts, self.supervision) + self.unused
 
 
 def plan(request: TrainingRequest) -> Plan:
-    """Settle the images, supervision, config and length of a run.
+    """Determine the images, supervision, config and length of a run.
 
-    Raises a BlemishError for what does not exist or does not go together.
+    Raises a BlemishError for what does not exist or cannot be combined.
     """
     start = None if request.start is None else bundle.read(request.start)
     model, preset, given = settle_settings(request, start)
     method = registry.method(model)
     refuse_length(request, model, method)
-    registry.configure(model, preset, given)  # refuses settings before the data set is looked at
+    registry.configure(model, preset, given)  # refuses wrong settings before the data set is read
     parts = without_empty_masks(choose_images(request, learned_from(start)))
     parts = choose_defects(parts, request.data, request.train_defects, request.seed)
     parts = keep_masks(parts, request.data, request.train_masks, request.seed)
@@ -81,7 +81,7 @@ def plan(request: TrainingRequest) -> Plan:
 
 
 def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str, str, dict[str, Any]]:
-    """Return method, preset and settings of a run; raise ConfigError for what does not go together."""
+    """Return method, preset and settings of a run; raise ConfigError if they cannot be combined."""
     model = request.model
     if model is None and start is not None:
         model = start.manifest.training.run.model
@@ -96,16 +96,16 @@ def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str
 def inherit(
     start: Bundle, model: str, preset: str, given: Mapping[str, Any]
 ) -> tuple[str, str, dict[str, Any]]:
-    """Take method, preset and own settings from an earlier model, but for what is given anew.
+    """Take method, preset and own settings from an earlier model, except those given for this run.
 
-    Raises ConfigError for another method, and for a setting that trained weights depend on.
+    Raises ConfigError for another method, and for changing a setting that trained weights depend on.
     """
     run, config = start.manifest.training.run, start.manifest.config
     if model != run.model:
         raise ConfigError(f"{start.path} is a model of {run.model}, not {model}; expected the same")
     usual = registry.method(model).config
     for key in usual.FIXED & given.keys() & config.keys():
-        # Not by a config of this setting alone, which might contradict itself where all that is given do not.
+        # Converted without building a config, which with this setting alone might contradict itself.
         asked = read_settings(model, usual, {key: given[key]})[key]
         if asked != (tuple(config[key]) if isinstance(config[key], list) else config[key]):
             raise ConfigError(f"{key}={given[key]}: the weights in {start.path} stand on {config[key]}")
@@ -115,7 +115,7 @@ def inherit(
 
 
 def refuse_length(request: TrainingRequest, model: str, method: Method) -> None:
-    """Raise ConfigError for a length, schedule or checkpoint of a method that is fitted without steps."""
+    """Raise ConfigError for a length, schedule or checkpoint if the method is fitted without steps."""
     if method.has_steps:
         return
     asked = list(request.length.given)
@@ -125,13 +125,13 @@ def refuse_length(request: TrainingRequest, model: str, method: Method) -> None:
 
 
 def warm_length(config: Config) -> Length:
-    """Return the length of a run that goes on from an earlier model."""
+    """Return the length of a warm start."""
     whole = {"epochs": config.epochs} if config.epochs else {"steps": config.steps}
     return Length(**{name: math.ceil(WARM_SHARE * count) for name, count in whole.items() if count})
 
 
 def learned_from(start: Bundle | None) -> frozenset[str]:
-    """Return short digests of what an earlier model was trained on, and those before it."""
+    """Return short digests of the images that an earlier model was trained on, and of those before it."""
     if start is None:
         return frozenset()
     files = start.manifest.training.files
@@ -142,7 +142,7 @@ def learned_from(start: Bundle | None) -> frozenset[str]:
 
 
 def warn_of_missing(start: Bundle, digests: Collection[str]) -> None:
-    """Warn of images that an earlier model learned from and that are not among these."""
+    """Warn if images that an earlier model learned from are missing from these digests."""
     here = {each[:SHORT] for each in digests}
     trained = start.manifest.training.files.train if start.manifest.training.files else ()
     missing = sum(name not in here for name in trained)
@@ -155,16 +155,16 @@ def warn_of_missing(start: Bundle, digests: Collection[str]) -> None:
 
 
 def copies(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[int]:
-    """Return the positions of good training images that are copies, byte for byte, of held-out ones.
+    """Return the indices of good training images that are byte-for-byte copies of held-out ones.
 
-    of: returns the digest of an image's file.
+    of: returns the digest of an image file.
     """
     held_out = {of(sample.path) for sample in parts.held_out}
     return frozenset(number for number, sample in enumerate(parts.train) if of(sample.path) in held_out)
 
 
 def without(planned: Plan, left_out: frozenset[int]) -> Plan:
-    """Return a plan without some of the good training images, by position, and warn that they are copies."""
+    """Return a plan without the good training images at these indices, and warn that they are copies."""
     if not left_out:
         return planned
     LOG.warning("%d training images are copies of held-out ones and are left out", len(left_out))
@@ -173,7 +173,7 @@ def without(planned: Plan, left_out: frozenset[int]) -> Plan:
 
 
 def without_empty_masks(parts: Split) -> Split:
-    """Drop masks without a marked pixel from training defects: they do not say where the defect is."""
+    """Drop masks without a marked pixel from training defects: they do not show where the defect is."""
     defects = tuple(
         dataclasses.replace(sample, masks=()) if all(map(images.mask_is_empty, sample.masks)) else sample
         for sample in parts.train_defects
@@ -189,8 +189,8 @@ def without_empty_masks(parts: Split) -> Split:
 def choose_images(request: TrainingRequest, trained: Collection[str]) -> Split:
     """Scan and split a data set.
 
-    trained: short digests of what an earlier model was trained on, which gives no threshold now. Raises
-    DataError for too few good images to hold any out.
+    trained: short digests of the images that an earlier model was trained on, which must not set thresholds
+    now. Raises DataError if there are too few good images to hold any out.
     """
     root = request.data
     samples: Sequence[Sample] = data.scan(root, request.layout)

@@ -1,6 +1,6 @@
-"""What a run is asked for, as a record.
+"""A request for a run, as a record.
 
-The command line, Python, a sweep on another machine and an app all build the same record, and it can be
+The command line, Python, a sweep on another machine and an app all build the same record, which can be
 written as JSON and read back.
 """
 
@@ -15,6 +15,7 @@ import msgspec
 from typing_extensions import override
 
 from blemish.data.folds import Fold
+from blemish.detectors.settings import nearest
 from blemish.errors import ConfigError
 from blemish.files import plain
 from blemish.inference.calibration import check_shares
@@ -23,101 +24,104 @@ from blemish.training.length import Length, seconds
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What every run of the training loop is asked for."""
+    """The options that every run of the training loop has."""
 
     out: Path
     """The file to write."""
     preset: str = "default"
-    """A preset of the method: default, or paper for the method to the letter."""
+    """A preset of the method: default, or paper for exactly the paper's settings."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the method's config, as text or as values."""
+    """Settings of the method by name, as text or as values."""
     weights: Path | None = None
-    """Pretrained weights, where they should not be looked up."""
+    """File of pretrained weights, in place of the usual lookup."""
     steps: int | None = None
     epochs: int | None = None
     budget: float | str | None = None
-    """Wall time for everything, in seconds or as text such as "10m". At most one of the three is given."""
+    """Wall time for the whole run, in seconds or as text such as "10m". At most one of the three may be
+    given."""
     seed: int = 0
     device: str = "auto"
     """auto, cpu or cuda."""
     precision: str = "auto"
     """auto, fp32 or bf16."""
     memory: int = 4 << 30
-    """Bytes for decoded images, and as many again for encoded ones."""
+    """Bytes for decoded images, and the same again for encoded ones."""
     cache: str = "auto"
-    """Where encoded images go that memory does not hold: auto, into files beside `out` until the end; a
-    folder, which keeps all of them for later runs, too; off, nowhere."""
+    """Where encoded images that exceed the memory are stored: auto, in files beside `out` until the run ends;
+    a folder, which keeps all of them, also for later runs; off, nowhere."""
     resume: bool = False
-    """Whether to go on from the checkpoint beside `out`."""
+    """Whether to resume from the checkpoint beside `out`."""
 
     def __post_init__(self) -> None:
-        """Take paths as text, too; raise ConfigError for a length that cannot be."""
+        """Convert paths and durations given as text; raise ConfigError for an invalid length."""
         for name in self.paths():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value))
-        object.__setattr__(self, "cache", str(self.cache))
+        object.__setattr__(self, "cache", as_text(self.cache))
         if isinstance(self.budget, str):
             object.__setattr__(self, "budget", seconds(self.budget))
         self.length.check()
 
     @classmethod
     def paths(cls) -> tuple[str, ...]:
-        """Names of the fields that are paths."""
+        """Return the names of the fields that are paths."""
         return ("out", "weights")
 
     @property
     def length(self) -> Length:
-        """How long to train."""
+        """The length of training."""
         return Length(self.steps, self.epochs, self.budget if not isinstance(self.budget, str) else None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the request as JSON has it."""
+        """Return the request as JSON values."""
         record: dict[str, Any] = plain(self)
         return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; raise ConfigError that names the field that does not fit."""
+        """Return the request from JSON values; raise ConfigError, which names the field that does not fit."""
         try:
-            return msgspec.convert(record, cls, dec_hook=lambda kind, value: kind(value))
+            request = msgspec.convert(record, cls, dec_hook=lambda kind, value: kind(value))
         except msgspec.ValidationError as error:
             raise ConfigError(f"this is no request for a run: {error}") from error
+        refuse_unknown(record, request.to_json())
+        return request
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest(RunRequest):
-    """What `blemish.train` is asked for."""
+    """The options of `blemish.train`."""
 
     data: Path
     """Folder or manifest of a data set."""
     model: str | None = None
     """The method; None: that of `start`."""
     start: Path | None = None
-    """A model file to go on from, with its method and settings, in a shorter run."""
+    """A model file for a warm start, with its method and settings, in a shorter run."""
     layout: str = "auto"
     supervision: str = "auto"
-    """What is learned of defects: none, weak, mixed or full; auto: what the training images allow."""
-    train_defects: str | float | None = None
-    """How many defective images train, a number or a share, chosen at random by the seed; None: as the data
-    set's own split says."""
-    train_masks: str | float | None = None
-    """How many of those keep their masks; None: all."""
+    """What to learn from defects: none, weak, mixed or full; auto: what the training images allow."""
+    train_defects: str | int | float | None = None  # 1 is one image, 1.0 is all of them
+    """Number or share of the defective images to train on, chosen at random by the seed; None: those of the
+    data set's own split."""
+    train_masks: str | int | float | None = None
+    """Number or share of those that keep their masks; None: all."""
     fold: Fold | None = None
-    """The part of a cross-validation that does not train; None: as the data set's own split says."""
+    """The fold of a cross-validation that is tested and not trained on; None: the data set's own split."""
     natural_images: str = "drawn"
     """For a method with a pretraining penalty: "drawn" for rendered images, a folder of photographs, or
     "none" to switch the penalty off."""
     schedule: str = "default"
-    """paper: the paper's own length, rates and batches, under any preset."""
+    """default, or paper for the paper's own length, learning rates and batch size, under any preset."""
     false_reject_rate: float = 0.01
     """Share of good parts that may be called defective."""
 
     @override
     def __post_init__(self) -> None:
-        """Take paths as text, too; raise ConfigError for a length or a rate that cannot be."""
+        """Convert paths and durations given as text; raise ConfigError for an invalid length or rate."""
         super().__post_init__()
-        object.__setattr__(self, "natural_images", str(self.natural_images))
+        object.__setattr__(self, "natural_images", as_text(self.natural_images))
         check_shares(false_reject_rate=self.false_reject_rate)
 
     @classmethod
@@ -128,16 +132,31 @@ class TrainingRequest(RunRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationRequest(RunRequest):
-    """What `distill` is asked for."""
+    """The options of `distill`."""
 
     images: Path
-    """Folder of natural images of anything."""
+    """Folder of natural images, of anything."""
     size: str = "small"
-    """Of the teacher: small or medium, for EfficientAD-S or -M."""
+    """Size of the teacher: small or medium, for EfficientAD-S or -M."""
     source: str | None = None
-    """The backbone whose features are learned; None: the paper's. `weights` are its own."""
+    """The backbone whose features are distilled; None: the paper's. `weights` are this backbone's."""
 
     @classmethod
     @override
     def paths(cls) -> tuple[str, ...]:
         return (*super().paths(), "images")
+
+
+def as_text(choice: str | Path) -> str:
+    """Return a choice as text; a path stays one where its name is also that of a choice, such as "none"."""
+    bare = isinstance(choice, Path) and len(choice.parts) == 1 and not choice.is_absolute()
+    return f"./{choice}" if bare else str(choice)
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, Any], place: str = "") -> None:
+    """Raise ConfigError for a field that a record does not have: msgspec ignores it."""
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"a request has no field {place + name!r}; {nearest(name, known)}")
+        if isinstance(value, Mapping):
+            refuse_unknown(value, known[name], f"{place}{name}.")

@@ -1,4 +1,4 @@
-"""From a data set to a model file: put together what the training loop needs, and finalise the result."""
+"""From a data set to a model file: assemble what the training loop needs, and finalise the result."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ def train(
     """Train a detector on a data set, calibrate it on held-out good images, and write the model file `out`.
 
     options: the other fields of `TrainingRequest`, such as model, settings, steps, seed or resume. report:
-    receives an Event for each step and message. stop: is asked after each step; once it returns true, the run
-    writes a checkpoint and raises StoppedError, and `resume` goes on from there to the same weights. Both are
-    called on the thread that trains. Raises a BlemishError that a user can fix, as early as it can be known.
+    receives an Event for each step and message. stop: is called after each step; once it returns true, the
+    run writes a checkpoint and raises StoppedError, and `resume` continues from there to the same weights.
+    Both are called on the thread that trains. Raises a BlemishError for anything that a user can fix, as
+    early as possible.
     """
     return run(TrainingRequest(data=Path(data), out=Path(out), **options), report=report, stop=stop)
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a run learns from."""
+    """The images, features and batches of a run."""
 
     store: ImageStore
     """Training images, in the order of the plan's samples."""
@@ -107,7 +108,8 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
             report=report,
             stop=stop,
         )
-        # Quantiles, the graph's check (twice) and thresholds score every held-out image; then the export.
+        # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
+        # the rest is for the export.
         reserve = 15.0 + 6 * forward_seconds * len(held.paths)
         begin(
             session,
@@ -129,15 +131,16 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
 
 def training_precision(request: TrainingRequest, device: str) -> torch.dtype:
     """Return the type that training computes in."""
-    # The papers trained in float32, and their noise is close to bfloat16's rounding.
+    # The papers trained in float32, and their noise is close to bfloat16's rounding errors.
     faithful = request.preset != "default" and request.precision == "auto"
     return choose_precision("fp32" if faithful else request.precision, device)
 
 
 def read_images(planned: Plan, memory: Memory, report: Report) -> tuple[Plan, ImageStore, ImageStore]:
-    """Read every training and held-out image once, to decode and digest it together.
+    """Read every training and held-out image once, to decode and digest it at the same time.
 
-    Returns the plan without copies of held-out images, and the stores of training and of held-out images.
+    Returns the plan without training images that are copies of held-out ones, and the stores of training and
+    held-out images.
     """
     samples, held_out = planned.samples, planned.parts.held_out
     preprocessing = Preprocessing(planned.config.image_size)
@@ -157,7 +160,7 @@ def read_images(planned: Plan, memory: Memory, report: Report) -> tuple[Plan, Im
 
 
 def digests_of(store: ImageStore) -> dict[Path, str]:
-    """Return the digests of a store's files by path."""
+    """Return the digests of a store's files, by path."""
     return {path: store.digest(index) for index, path in enumerate(store.paths)}
 
 
@@ -171,7 +174,7 @@ def assemble(
     pretrained: str,
     device: str,
 ) -> Material:
-    """Put together what the run learns from; pretrained: the digest of the weights of the frozen part."""
+    """Assemble what the run learns from; pretrained: the digest of the frozen part's weights."""
     config, rules = planned.config, detector.label_rules
     made_of = [str(torch.__version__), __version__, pretrained, *detector.encoding, *config.image_size]
     features = open_cache(
@@ -193,7 +196,7 @@ def assemble(
 
 
 def fingerprint_of(planned: Plan, material: Material, natural: NaturalImages | None) -> dict[str, Any]:
-    """Return what a run is made of: its settings, its images with their labels, and the versions."""
+    """Return what identifies a run: its settings, its images with their labels, and the versions."""
     return {
         "model": planned.model,
         "preset": planned.preset,
@@ -209,7 +212,7 @@ def fingerprint_of(planned: Plan, material: Material, natural: NaturalImages | N
 
 
 def facts_of(request: TrainingRequest, planned: Plan, material: Material) -> dict[str, Any]:
-    """Return what the model file says of the images that it was trained on."""
+    """Return what the model file records about the images that it was trained on."""
     fold, labels = request.fold, material.batches.labels
     dealt = None if fold is None else record(fold, data.scan(request.data, request.layout), request.data)
     return {
@@ -228,11 +231,11 @@ def facts_of(request: TrainingRequest, planned: Plan, material: Material) -> dic
 
 
 def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
-    """Fill a detector's pretrained part, or with an earlier model all that they share; return a digest.
+    """Load a detector's pretrained weights or, for a warm start, all that an earlier model shares with it.
 
-    What the earlier model lacks, such as a classification head, keeps its initial weights. Raises
-    WeightsError for weights that are missing or do not fit, ModelFileError for a model that does not fit, and
-    ConfigError for weights that have no use.
+    What the earlier model lacks, such as a classification head, keeps its initial weights. Returns the digest
+    of the pretrained weights. Raises WeightsError for weights that are missing or do not fit, ModelFileError
+    for a model that does not fit, and ConfigError for weights that would not be used.
     """
     if start is not None:
         if given is not None:
@@ -251,7 +254,7 @@ def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
 
 
 def take_earlier(detector: Detector, start: Bundle) -> None:
-    """Fill a detector with all that an earlier model has, too; raise ModelFileError if it does not fit."""
+    """Load all that a detector shares with an earlier model; raise ModelFileError if it does not fit."""
     stored = load_tensors(start.weights)
     registry.take_sizes(detector, stored)
     state = detector.state_dict()
@@ -266,7 +269,7 @@ def take_earlier(detector: Detector, start: Bundle) -> None:
 
 
 def try_out(detector: Detector, device: str) -> float:
-    """Score one empty image, so that settings that do not go together are refused now; return its seconds."""
+    """Score one empty image and return the seconds taken; raise ConfigError for incompatible settings."""
     height, width = detector.config.image_size
     begun = time.monotonic()
     try:
@@ -281,9 +284,9 @@ def try_out(detector: Detector, device: str) -> float:
 def open_natural(
     request: TrainingRequest, detector: Detector, memory: Memory, report: Report
 ) -> NaturalImages | None:
-    """Open the images for the pretraining penalty, or report that it is off.
+    """Open the natural images for the pretraining penalty, or report that the penalty is off.
 
-    Raises ConfigError for a folder without images, and for a choice where there is no penalty.
+    Raises ConfigError for a folder without images, and for a choice of images where there is no penalty.
     """
     chosen, size = request.natural_images, detector.config.image_size
     if not detector.config.reads_natural_images:
@@ -308,7 +311,7 @@ def open_natural(
 
 
 def encode_all(material: Material, report: Report) -> Iterator[tuple[Tensor, ...]]:
-    """Run the frozen part over every entry of an epoch; yield those of good images as batches of one."""
+    """Run the frozen part over every entry of an epoch; yield those of good images, as batches of one."""
     batches = material.batches
     chosen = [
         (index, flip)
@@ -323,15 +326,15 @@ def encode_all(material: Material, report: Report) -> Iterator[tuple[Tensor, ...
 
 
 def prepare(run: Run, material: Material, warm: bool) -> None:
-    """Encode all images, and let the detector learn what it must know of the good ones.
+    """Encode all images, and let the detector measure what it needs on the good ones.
 
-    warm: it knows that already, from an earlier model.
+    warm: whether that is already known from an earlier model.
     """
     if not run.detector.frozen:
         return
     entries = encode_all(material, run.report)
     if warm:
-        collections.deque(entries, 0)  # for the cache alone
+        collections.deque(entries, 0)  # only to fill the cache
     elif note := run.detector.prepare(entries):
         run.notes.append(note)
         tell(run.report, note)
@@ -347,7 +350,7 @@ def fit(
     report: Report,
     stop: Stop,
 ) -> dict[str, Any]:
-    """Fit a detector that has no steps in one pass; return how it went, for the model file."""
+    """Fit a detector in one pass, without steps; return the facts about it that the model file records."""
     with torch.no_grad():
         note = detector.fit(
             Epoch(material.batches, report, stop), seeding.generator(seed, "fit", device=device)

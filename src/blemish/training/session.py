@@ -1,4 +1,4 @@
-"""Begin a run, or resume it from its checkpoint."""
+"""Start a run, or resume it from its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from blemish.training.loop import Run
 
 
 def checkpoint_path(out: Path, resume: bool) -> Path:
-    """Return where the checkpoints of a run that writes `out` go; refuse one that another run has left."""
+    """Return the checkpoint path of a run that writes `out`.
+
+    Raises ConfigError if a checkpoint exists there, unless it is a file and `resume` is true.
+    """
     path = out.with_name(out.name + ".checkpoint")
     if path.exists() and not (resume and path.is_file()):
         raise ConfigError(f"{path} is of a run that has not ended: go on with --resume, or delete it")
@@ -27,9 +30,10 @@ def begin(
     reserve: Callable[[], float],
     prepare: Callable[[], None],
 ) -> None:
-    """Prepare a new run, or return to its checkpoint.
+    """Prepare a new run, or resume it from its checkpoint.
 
-    reserve: the seconds of a budget for what follows training. prepare: learns what the first step needs.
+    reserve: returns the seconds of a budget to keep for what follows training. prepare: measures what the
+    first step needs.
     """
     for group in run.optimizer.param_groups:
         group["base_lr"] = group["lr"]

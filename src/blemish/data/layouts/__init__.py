@@ -1,6 +1,6 @@
-"""From a folder to samples: one module per layout of data sets on disk.
+"""Layouts of data sets on disk: one module per layout, which lists the samples of a folder.
 
-To add a layout, write its module and name it in `LAYOUTS`.
+To add a layout, write a module with the functions of `Layout` and add it to `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ __all__ = ["LAYOUTS", "Layout", "recognise", "scan"]
 
 
 class Layout(Protocol):
-    """What the module of a layout offers."""
+    """The functions that the module of a layout provides."""
 
     def matches(self, root: Path, /) -> bool:
-        """Tell from names alone whether `root` looks like this layout."""
+        """Return whether `root` looks like this layout, judging by names alone."""
         ...
 
     def scan(self, root: Path, /) -> list[Sample]:
-        """List the samples below `root`, sorted; raise DataError where it is not in this layout."""
+        """Return the samples below `root`, sorted; raise DataError if it is not in this layout."""
         ...
 
     def mask_files(self, root: Path, /) -> list[Path]:
-        """List the mask files below `root`, with or without an image, so that `check` finds stray ones."""
+        """Return the mask files below `root`, with or without an image, so that `check` finds stray ones."""
         ...
 
 
 LAYOUTS: dict[str, Layout] = {
-    "visa": visa,  # before csv: its categories hold tables of another kind with the columns of a manifest
+    "visa": visa,  # before csv: its categories hold other tables that have the columns of a manifest
     "csv": csv_manifest,
     "loco": loco,
     "mvtec": mvtec,
@@ -41,14 +41,14 @@ LAYOUTS: dict[str, Layout] = {
     "sensum": sensum,
     "folder": folder,
 }
-"""Every layout, the more specific before the more general: the first that matches is taken."""
+"""All layouts, specific before general: the first that matches is used."""
 
 
 def scan(root: Path, layout: str = "auto") -> list[Sample]:
-    """List the samples of the data set at `root`, a folder or a manifest, without opening an image.
+    """Return the samples of the data set at `root`, a folder or a manifest, without opening any image.
 
-    Masks are opened only where nothing else tells good from defective (ksdd2).
-    Raises DataError where `root` is missing, its layout is unknown, or it holds no images.
+    Masks are opened only if nothing else distinguishes good from defective (ksdd2).
+    Raises DataError if `root` is missing, its layout is unknown, or it holds no images.
     """
     samples = LAYOUTS[recognise(root, layout)].scan(root)
     if not samples:
@@ -57,9 +57,9 @@ def scan(root: Path, layout: str = "auto") -> list[Sample]:
 
 
 def recognise(root: Path, layout: str = "auto") -> str:
-    """Name the layout of the data set at `root`: `layout` itself, or what `root` looks like where it is auto.
+    """Return the name of the layout of `root`: `layout` itself or, for "auto", the first that matches.
 
-    Raises DataError for an unknown name, a missing folder, and a folder that is like no layout.
+    Raises DataError for an unknown name, a missing folder, or a folder that matches no layout.
     """
     if layout not in LAYOUTS and layout != "auto":
         near = difflib.get_close_matches(layout, LAYOUTS, n=1)
@@ -82,7 +82,7 @@ def _matching(root: Path) -> str | None:
 
 
 def _contents(root: Path) -> str:
-    """Say what is in an unrecognised `root`, pointing at a data set one level down."""
+    """Describe an unrecognised `root` for a message, with a hint at a data set one level below it."""
     if root.is_file():
         return f"the file {root}"
     names = sorted(

@@ -1,11 +1,12 @@
-"""The layout `csv`: a manifest, image,label[,mask][,split][,kind], one line an image.
+"""The layout `csv`: a manifest with one line per image and the columns image,label[,mask][,split][,kind].
 
     image,label,mask,split,kind
     a/001.png,good,,train,
     a/002.png,defect,m/002.png;m/002b.png,test,scratch
 
 Paths are relative to the manifest. label is good or defect, or 0 or 1; split is train, validation or test, or
-empty in every line; kind is "defect" where it is left out. Other columns are passed over.
+empty in every line; the default kind is "defect". Masks are separated by semicolons.
+Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ SPLITS: dict[str, SplitName] = {"": "", "train": "train", "validation": "validat
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` is a .csv file, or a folder with a manifest."""
+    """Return whether `root` is a .csv file or a folder with a manifest."""
     return _is_csv(root) if root.is_file() else bool(_manifests(root))
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples of the manifest at `root`, or of the only one in the folder, in its order.
+    """Return the samples of the manifest `root`, or of the only manifest in that folder, in their order.
 
-    Raises DataError that names the file and the line.
+    Raises DataError with the file and the line.
     """
     manifest = _only_manifest(root)
     lines = _read(manifest)
@@ -57,12 +58,12 @@ def scan(root: Path) -> list[Sample]:
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the masks that the manifest names: it knows of no others."""
+    """Return the masks that the manifest lists: others cannot be found."""
     return [mask for sample in scan(root) for mask in sample.masks]
 
 
 def _sample(row: dict[str, str], base: Path, where: str) -> Sample:
-    """Turn one line into a sample; every file must exist and every word be known."""
+    """Convert one line to a sample; all files must exist and all values must be valid."""
     label = LABELS.get(row["label"])
     if label is None:
         raise DataError(f"{where}: found the label {row['label']!r}; expected one of {', '.join(LABELS)}")
@@ -83,7 +84,7 @@ def _sample(row: dict[str, str], base: Path, where: str) -> Sample:
 
 
 def _check_columns(columns: list[str], manifest: Path) -> None:
-    """Refuse a header without what is needed, or with what looks like a slip of the pen."""
+    """Refuse a header with a missing, duplicate or apparently misspelt column."""
     names = [name.strip() for name in columns]
     missing = [name for name in ("image", "label") if name not in names]
     if missing:
@@ -99,7 +100,7 @@ def _check_columns(columns: list[str], manifest: Path) -> None:
 
 
 def _read(manifest: Path) -> list[tuple[int, list[str]]]:
-    """Read the lines that are not blank, with the number of the line where each ends."""
+    """Return the non-blank rows, each with the number of its last line."""
     try:
         with manifest.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -134,7 +135,7 @@ def _is_csv(path: Path) -> bool:
 
 
 def _has_header(path: Path) -> bool:
-    """Tell whether a file begins as a manifest does; other tables may lie beside images."""
+    """Return whether a file has the header of a manifest; a folder of images may hold other tables."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         names = {name.strip() for name in file.readline().split(",")}
     return {"image", "label"} <= names

@@ -1,12 +1,12 @@
 """The layout `folder`: one folder per kind of part.
 
-    good/ KIND/ ...                     every folder but good/ is a kind of defect
+    good/ KIND/ ...                     every folder except good/ is a kind of defect
     masks/KIND/NAME.png                 optional, or NAME_mask.png
     train/ test/ [validation/]          each with folders as above; train/ may hold its good images directly
-    *.png                               only images: all are good
+    *.png                               images alone: all are good
 
-Masks are looked for beside the folders of kinds and at the root; a folder of masks may also be called
-ground_truth. Images and masks may lie in further folders inside a kind, alike for both.
+Masks are searched for beside the folders of kinds and at the root; their folder may also be called
+ground_truth. Images and masks of a kind may lie in subfolders, the same for both.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 MASK_FOLDERS = ("masks", "ground_truth")
 
 NOT_DEFECTS = (GOOD, "ok", "normal")
-"""Names that no kind of defect has, in any case of letters."""
+"""Names, in any letter case, that cannot denote a kind of defect."""
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` has a folder good/, train/, validation/ or test/, or images."""
+    """Return whether `root` has a folder good/, train/, validation/ or test/, or images."""
     return root.is_dir() and (
         any((root / name).is_dir() for name in (GOOD, *SPLITS)) or bool(list_images(root))
     )
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples below `root`; raise DataError where folders contradict each other or are not known."""
+    """Return the samples below `root`; raise DataError for contradictory or unknown folders."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder, as the layout folder expects")
     given = [name for name in SPLITS if (root / name).is_dir()]
@@ -48,7 +48,7 @@ def scan(root: Path) -> list[Sample]:
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the files in all folders of masks, but for those of good parts."""
+    """Return the files in all mask folders, except those of good parts."""
     return [
         path
         for place in (root, *(root / name for name in SPLITS))
@@ -60,7 +60,7 @@ def mask_files(root: Path) -> list[Path]:
 
 
 def _part(folder: Path, split: SplitName, root: Path) -> list[Sample]:
-    """List the samples of one folder that holds folders of kinds, or good images only."""
+    """Return the samples of a folder that holds one folder per kind, or good images alone."""
     kinds = [
         kind
         for kind in _folders(folder)
@@ -88,7 +88,7 @@ def _part(folder: Path, split: SplitName, root: Path) -> list[Sample]:
 
 
 def _kind(folder: Path, split: SplitName, mask_folders: list[Path]) -> Iterator[Sample]:
-    """List the samples of one kind, each with the masks of its name."""
+    """Yield the samples of one kind, each with the masks of the same name."""
     good = folder.name == GOOD
     masks: dict[str, list[Path]] = {}
     for mask_folder in mask_folders:
@@ -99,7 +99,7 @@ def _kind(folder: Path, split: SplitName, mask_folders: list[Path]) -> Iterator[
 
 
 def _each_mask_once(samples: list[Sample]) -> list[Sample]:
-    """Refuse a mask that fits several images by its name: one of them would get a defect that it has not."""
+    """Refuse a mask whose name matches several images: all but one would get the wrong mask."""
     owners: dict[Path, Path] = {}
     for sample in samples:
         for mask in sample.masks:
@@ -112,7 +112,7 @@ def _each_mask_once(samples: list[Sample]) -> list[Sample]:
 
 
 def _refuse_unknown_folders(root: Path) -> None:
-    """Refuse a folder of images beside train/ and test/ that would be passed over, such as val/."""
+    """Refuse an unknown folder of images beside train/ and test/, such as val/, instead of ignoring it."""
     known = (*SPLITS, *MASK_FOLDERS)
     for folder in _folders(root):
         if folder.name not in known and list_images(folder, recursive=True):

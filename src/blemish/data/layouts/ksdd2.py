@@ -3,8 +3,8 @@
 train/10000.png   train/10000_GT.png
 test/20000.png    test/20000_GT.png
 
-Every image has a mask beside it; the image is good where its mask is all black. The published archive holds a
-second 10301 as "10301 (copy).png" and "10301_GT (copy).png": such copies are passed over.
+Every image has a mask beside it, which is all black for a good image. The published archive contains a second
+copy of 10301, "10301 (copy).png" and "10301_GT (copy).png"; such copies are ignored.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ KIND = "defect"
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` has train and test, with masks beside the images."""
+    """Return whether `root` has train and test, with masks beside the images."""
     return _has_folders(root) and any(_masks(root / split) for split in SPLITS)
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples below `root`; opens the masks, since they alone tell good from defective.
+    """Return the samples below `root`, opening the masks, which alone distinguish good from defective.
 
-    Raises DataError where train or test is missing or an image has no mask, ImageError for a damaged mask.
+    Raises DataError if train or test is missing or an image has no mask, ImageError for a damaged mask.
     """
     if not _has_folders(root):
         raise DataError(f"{root} is not in the layout ksdd2; expected train and test in it")
@@ -46,7 +46,7 @@ def scan(root: Path) -> list[Sample]:
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the masks that mark something, and those without an image."""
+    """Return the masks that are not empty, and those without an image."""
     return [
         mask
         for split in SPLITS

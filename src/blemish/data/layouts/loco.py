@@ -2,8 +2,8 @@
 
 train/good/000.png              validation/good/000.png
 test/good/000.png               test/KIND/000.png, KIND logical_anomalies or structural_anomalies
-ground_truth/KIND/000/000.png   one file for each defect of that image: 000.png, 001.png, ...
-defects_config.json             what the pixel value of a mask means, and when its defect counts as found
+ground_truth/KIND/000/000.png   one file per defect of that image: 000.png, 001.png, ...
+defects_config.json             pixel value and saturation threshold of each kind of defect
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ KINDS = ("logical_anomalies", "structural_anomalies")
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` has the folders of MVTec AD, and LOCO's configuration or one of its kinds."""
+    """Return whether `root` has the folders of MVTec AD, and LOCO's configuration or one of its kinds."""
     own = (root / CONFIG).is_file() or any((root / "test" / kind).is_dir() for kind in KINDS)
     return own and mvtec.matches(root)
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples below `root`; raise DataError for another layout or a malformed configuration."""
+    """Return the samples below `root`; raise DataError for another layout or a malformed configuration."""
     if not mvtec.matches(root):
         raise DataError(f"{root} is not in the layout loco; expected {', '.join(mvtec.NEEDED)} in it")
     config = root / CONFIG
@@ -39,7 +39,7 @@ def scan(root: Path) -> list[Sample]:
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the files in ground_truth."""
+    """Return the files in ground_truth."""
     return folder.mask_files(root)
 
 

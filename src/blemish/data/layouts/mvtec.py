@@ -17,12 +17,12 @@ NEEDED = ("train/good", "test", "ground_truth")
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` has train/good, test and ground_truth."""
+    """Return whether `root` has train/good, test and ground_truth."""
     return all((root / name).is_dir() for name in NEEDED)
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples below `root`; raise DataError where one of the three folders is missing."""
+    """Return the samples below `root`; raise DataError if one of the three folders is missing."""
     missing = [name for name in NEEDED if not (root / name).is_dir()]
     if missing:
         raise DataError(
@@ -32,5 +32,5 @@ def scan(root: Path) -> list[Sample]:
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the files in ground_truth."""
+    """Return the files in ground_truth."""
     return folder.mask_files(root)

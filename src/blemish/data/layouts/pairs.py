@@ -1,4 +1,4 @@
-"""Good and defective images in two folders, masks of the defective in a third: what some layouts share."""
+"""The part common to some layouts: folders of good images, of defective images and of their masks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from blemish.types import Sample
 
 
 def pair(good: Path, defective: Path, masks: Path, kind: str) -> list[Sample]:
-    """List the images of two folders, the defective ones as `kind` with the mask of their name, if any.
+    """Return the images of two folders as samples; defective ones get `kind` and the mask of the same name.
 
-    Raises DataError where there is no such folder of images, or one name fits two defective images or masks.
+    Raises DataError if a folder is missing, or two defective images or two masks share a name.
     """
     by_name = _by_name(masks) if masks.is_dir() else {}
     return [

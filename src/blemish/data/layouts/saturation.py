@@ -1,7 +1,7 @@
-"""What saturated PRO asks of a data set: masks as regions, and the area from which each counts as whole.
+"""Input of the saturated PRO metric: masks as regions, each with the area at which it saturates.
 
-Bergmann et al., "Beyond Dents and Scratches" (MVTec LOCO AD), section 4: where it cannot be said which pixels
-are wrong (of a part that is missing, any of the places that it could have), finding some of them is enough.
+Bergmann et al., "Beyond Dents and Scratches" (MVTec LOCO AD), section 4: where the anomalous pixels are
+ambiguous (a missing part could have been in any of several places), finding some of them is enough.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ CONFIG = "defects_config.json"
 
 @dataclass(frozen=True)
 class Regions:
-    """The defects of one image, as `PixelScores.update` takes them."""
+    """The defect regions of one image, in the form expected by `PixelScores.update`."""
 
     masks: BoolArray
-    """(R, H, W); a region may be in several pieces and overlap others."""
+    """(R, H, W); a region may be disconnected and may overlap others."""
     areas: tuple[float, ...]
-    """R numbers of pixels."""
+    """R saturation areas in pixels."""
 
 
 def read_config(path: Path) -> tuple[Saturation, ...]:
-    """Read a `defects_config.json`: a list with the pixel value and the saturation of each kind of defect.
+    """Read a `defects_config.json`, a list of the pixel value and the saturation of each kind of defect.
 
-    Raises DataError that names the file and the entry.
+    Raises DataError with the file and the entry.
     """
     try:
         entries = json.loads(path.read_text("utf-8"))
@@ -51,11 +51,11 @@ def read_config(path: Path) -> tuple[Saturation, ...]:
 
 
 def regions(sample: Sample, size: tuple[int, int]) -> Regions:
-    """Read each mask file of an image of `size`, height and width, as one region.
+    """Read each mask file of an image of `size` (height, width) as one region.
 
-    A relative area is rounded down to whole pixels, as the authors' own evaluation does, but not to none.
-    Raises ImageError and DataError as `read_mask` does, and DataError for a file that marks nothing or whose
-    value the data set's configuration does not name.
+    A relative area is rounded down to whole pixels, as in the authors' evaluation code, but to at least 1.
+    Raises ImageError and DataError as `read_mask` does, and DataError for a mask that is empty or has a value
+    that the data set's configuration does not define.
     """
     known = {saturation.pixel_value: saturation for saturation in sample.saturations}
     masks, areas = [], []
@@ -80,7 +80,7 @@ def _saturation(entry: Any, where: str) -> Saturation:
     value: Any = entry.get("pixel_value")
     threshold: Any = entry.get("saturation_threshold")
     relative: Any = entry.get("relative_saturation")
-    # JSON's true is an int to Python, so types are compared and not asked for.
+    # In Python, bool is a subclass of int, so compare the types rather than use isinstance.
     if type(value) is not int or not 1 <= value <= 255:
         raise DataError(f"{where}: found the pixel_value {value!r}; expected a whole number from 1 to 255")
     if type(relative) is not bool:

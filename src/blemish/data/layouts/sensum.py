@@ -3,7 +3,7 @@
 negative/data/000.png
 positive/data/000.png   positive/annotation/000.png
 
-Nothing says what an image is for: the published protocol is a cross-validation.
+There is no predefined split: the published protocol is cross-validation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ KIND = "positive"
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` has negative/data and positive/data."""
+    """Return whether `root` has negative/data and positive/data."""
     return (root / GOOD).is_dir() and (root / DEFECTIVE).is_dir()
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples below `root`; raise DataError where it is no category of SensumSODF."""
+    """Return the samples below `root`; raise DataError if it is not a category of SensumSODF."""
     if not matches(root):
         raise DataError(f"{root} is not in the layout sensum; expected {GOOD} and {DEFECTIVE} in it")
     return pair(root / GOOD, root / DEFECTIVE, root / MASKS, KIND)
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the annotations of positive images."""
+    """Return the annotations of positive images."""
     return list_images(root / MASKS) if (root / MASKS).is_dir() else []

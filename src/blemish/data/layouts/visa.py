@@ -3,8 +3,8 @@
 Data/Images/Normal/0000.JPG     Data/Images/Anomaly/000.JPG     Data/Masks/Anomaly/000.png
 ../split_csv/1cls.csv           object,split,label,image,mask of all categories, paths relative to VisA's root
 
-The table beside the categories says which images are for training and which for testing. Without it nothing
-does. It must agree with the folders in everything else.
+The table beside the categories defines the split; without it there is none. In all other respects the table
+must agree with the folders.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ SPLITS: dict[str, SplitName] = {"train": "train", "test": "test"}
 
 
 def matches(root: Path) -> bool:
-    """Tell whether `root` has Data/Images/Normal and Data/Images/Anomaly."""
+    """Return whether `root` has Data/Images/Normal and Data/Images/Anomaly."""
     return (root / GOOD).is_dir() and (root / DEFECTIVE).is_dir()
 
 
 def scan(root: Path) -> list[Sample]:
-    """List the samples below `root`, with their split where the table beside it is there.
+    """Return the samples below `root`, with their split if the table exists.
 
-    Raises DataError where `root` is no category of VisA, or that names a line of the table where it does not
-    say what the folders say.
+    Raises DataError if `root` is not a category of VisA, or with the line at which the table contradicts the
+    folders.
     """
     if not matches(root):
         raise DataError(f"{root} is not in the layout visa; expected {GOOD} and {DEFECTIVE} in it")
@@ -50,12 +50,12 @@ def scan(root: Path) -> list[Sample]:
 
 
 def mask_files(root: Path) -> list[Path]:
-    """List the masks of anomalous images."""
+    """Return the masks of anomalous images."""
     return list_images(root / MASKS) if (root / MASKS).is_dir() else []
 
 
 def _with_split(samples: list[Sample], root: Path, table: Path) -> list[Sample]:
-    """Give every sample the split of its line in the table."""
+    """Return the samples with the split that the table assigns them."""
     category = root.resolve().name
     known = {_name(sample.path, root, category): sample for sample in samples}
     lines: dict[str, int] = {}
@@ -80,7 +80,7 @@ def _with_split(samples: list[Sample], root: Path, table: Path) -> list[Sample]:
 
 
 def _check_row(row: dict[str, str], sample: Sample, masks: list[str], where: str) -> None:
-    """Refuse a line that says something else than the folders."""
+    """Refuse a line that contradicts the folders."""
     if row["split"] not in SPLITS:
         raise DataError(f"{where}: found the split {row['split']!r}; expected {' or '.join(SPLITS)}")
     if LABELS.get(row["label"]) != sample.label:
@@ -94,7 +94,7 @@ def _check_row(row: dict[str, str], sample: Sample, masks: list[str], where: str
 
 
 def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
-    """Read the lines of the table, each with its number."""
+    """Return the rows of the table, each with its line number."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True, restval="")
@@ -109,5 +109,5 @@ def _rows(table: Path) -> list[tuple[int, dict[str, str]]]:
 
 
 def _name(path: Path, root: Path, category: str) -> str:
-    """Name a file as the table does."""
+    """Return the path by which the table refers to a file."""
     return f"{category}/{path.relative_to(root).as_posix()}"

@@ -1,1 +1,1 @@
-"""What a training step reads. Empty, so that nothing pulls in torch."""
+"""The input of training steps. Imports nothing, so that other modules can be used without torch."""

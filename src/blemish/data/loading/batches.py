@@ -1,4 +1,4 @@
-"""The batch of every step of a run, every random draw from the seed."""
+"""The batches of a training run, with all randomness derived from the seed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from blemish.types import Batch, Sample
 
 
 class NaturalImages(Protocol):
-    """Images of all the world but the product, for EfficientAD's pretraining penalty."""
+    """Images of anything but the product, for EfficientAD's pretraining penalty."""
 
     @property
     def digest(self) -> str:
-        """What tells a run with these images from one with others."""
+        """Identifies the set of images, so that a resumed run can detect another one."""
 
     def batch(self, step: int, count: int) -> Tensor:
         """Return a step's (count, 3, H, W) float32 images in [0, 1]."""
@@ -32,12 +32,12 @@ class NaturalImages(Protocol):
 
 @dataclass(frozen=True)
 class Photographs:
-    """Natural images sampled from a store; those that cannot be read are skipped."""
+    """Natural images sampled at random from a store; unreadable ones are skipped."""
 
     store: ImageStore
     seed: int
     digest: str
-    """Of the files."""
+    """SHA-256 of the names and sizes of the files."""
 
     def batch(self, step: int, count: int) -> Tensor:
         """Return a step's (count, 3, H, W) float32 images in [0, 1]; raise DataError if none can be read."""
@@ -47,16 +47,16 @@ class Photographs:
 
 
 class Epoch:
-    """The batches of a run's first epoch, which can be iterated more than once.
+    """The batches of a run's first epoch; can be iterated more than once.
 
-    Progress is reported after each; once `stop` returns true, StoppedError is raised.
+    Reports progress after each batch, and raises StoppedError once `stop` returns true.
     """
 
     def __init__(self, batches: Batches, report: Report = silent, stop: Stop = never) -> None:
         self.batches, self.report, self.stop = batches, report, stop
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield them in order."""
+        """Yield the batches in order."""
         steps = range(self.batches.per_epoch)
         for step in tracked(steps, len(steps), self.report, "fitting", unit="batch"):
             if self.stop():
@@ -67,9 +67,9 @@ class Epoch:
 
 
 class Batches:
-    """The batch of every step of a run, as a pure function of the seed and the step's number.
+    """The batch of each step of a run, as a pure function of the seed and the step's number.
 
-    Images of the next step, natural ones too, are prepared on another thread while a step runs.
+    While a step runs, the images of the next one, including natural images, are prepared on another thread.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class Batches:
         self.ahead: tuple[int, Future[tuple[Tensor, Tensor | None]]] | None = None
 
     def entries(self, step: int) -> list[Entry]:
-        """Return the samples and flips of a step."""
+        """Return the sample indices and flips of a step."""
         epoch, place = divmod(step, self.per_epoch)
         order = epoch_entries(self.labels, self.seed, epoch, self.flips)
         return order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def read(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Read a step's images, and natural ones where the run has them."""
+        """Read the images of a step, and its natural images if the run uses them."""
         chosen = [index for index, _ in self.entries(step)]
         natural = self.natural.batch(step, len(chosen)) if self.natural is not None else None
         images_ = self.store.batch(chosen) if self.with_images else torch.empty(0)
@@ -128,7 +128,7 @@ class Batches:
         )
 
     def labelled_pixels(self, entries: Sequence[Entry]) -> tuple[Tensor | None, Tensor | None]:
-        """Return the (B, H, W) masks and weights of a step, None where the run has none."""
+        """Return the (B, H, W) masks and weights of a step, each None if there are none."""
         if not self.masks:
             return None, None
         masks = torch.zeros(len(entries), *self.store.size)
@@ -144,9 +144,9 @@ class Batches:
 
 
 def readable(store: ImageStore, pick: int) -> int:
-    """Return the first image from `pick` on that can be read, for a purpose that any image serves.
+    """Return the index of the first readable image from `pick` on, where any image will do.
 
-    Raises DataError if there is none.
+    Raises DataError if no image can be read.
     """
     for offset in range(len(store.paths)):
         index = (pick + offset) % len(store.paths)

@@ -1,4 +1,4 @@
-"""What the frozen network makes of images, kept: in memory while it fits, in files beyond."""
+"""The feature cache: outputs of the frozen part, in memory up to a budget and in files beyond it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Encoded = tuple[Tensor, ...]
 
 
 class Memory:
-    """A budget in bytes that several stores share, from several threads."""
+    """A memory budget in bytes, shared by several stores; safe to use from several threads."""
 
     def __init__(self, budget: int) -> None:
         self.left = budget
         self.lock = Lock()
 
     def take(self, size: int) -> bool:
-        """Take some bytes, if there are as many left."""
+        """Reserve `size` bytes; return whether that many were left."""
         with self.lock:
             fits = size <= self.left
             self.left -= size if fits else 0
@@ -36,11 +36,11 @@ class Memory:
 
 
 class FeatureCache:
-    """Entries of half-precision tensors, by name.
+    """Cache entries, each a tuple of half-precision tensors, by name.
 
-    folder: where entries go that memory does not take, a safetensors file each, mapped to be read;
-    None: nowhere. With shared, every entry goes there, for runs to come. A file is written whole or
-    not at all, so a run that was killed leaves nothing but good entries.
+    folder: where entries are written that exceed the memory budget, each as one memory-mapped safetensors
+    file; None to drop them. If `shared`, every entry is written there, for use by later runs. Files are
+    written atomically, so that a killed run leaves only valid entries.
     """
 
     def __init__(self, memory: Memory, folder: Path | None = None, *, shared: bool = False) -> None:
@@ -50,28 +50,28 @@ class FeatureCache:
         self.bytes_on_disk = 0
 
     def get(self, name: str) -> Encoded | None:
-        """Give an entry, or None where it is not kept."""
+        """Return an entry, or None if it is not cached."""
         if name in self.kept or self.folder is None:
             return self.kept.get(name)
         try:
             parts = load_file(self.folder / name)
             entry = tuple(parts[str(number)] for number in range(len(parts)))
-        except (FileNotFoundError, SafetensorError, KeyError):  # damaged or foreign: computed once more
+        except (FileNotFoundError, SafetensorError, KeyError):  # damaged or foreign: compute it again
             return None
         if self.shared:
             self.remember(name, entry)
         return entry
 
     def put(self, name: str, entry: Encoded) -> None:
-        """Keep an entry; raise OutputError where the disk does not take it."""
+        """Store an entry; raise OutputError if its file cannot be written."""
         if (not self.remember(name, entry) or self.shared) and self.folder is not None:
             with whole_file(self.folder / name) as temporary:
-                # not save_file: a full disk is an error of its own there, of no known number
+                # not save_file, which reports a full disk as an error of its own, without errno
                 temporary.write_bytes(save({str(number): part for number, part in enumerate(entry)}))
             self.bytes_on_disk += sum(part.nbytes for part in entry)
 
     def remember(self, name: str, entry: Encoded) -> bool:
-        """Keep an entry in memory, if it fits."""
+        """Keep a copy of an entry in memory; return False if it does not fit."""
         size = sum(part.nbytes for part in entry)
         if not self.memory.take(size):
             return False
@@ -80,15 +80,15 @@ class FeatureCache:
         return True
 
     def clear(self) -> None:
-        """Forget everything, and remove the files unless they are shared."""
+        """Empty the cache, and delete its files unless they are shared."""
         self.kept = {}
         if self.folder is not None and not self.shared and self.folder.is_dir():
             shutil.rmtree(self.folder)
-            with suppress(OSError):  # something else lies beside it, which is not ours to remove
+            with suppress(OSError):  # not empty: it holds files that are not ours
                 self.folder.parent.rmdir()
 
     def describe(self) -> str:
-        """Say how much is kept, and where."""
+        """Return a summary of how much is cached, and where."""
         places = [f"{self.bytes_in_memory / 2**20:.0f} MB in memory"]
         if self.bytes_on_disk:
             places.append(f"{self.bytes_on_disk / 2**20:.0f} MB in {self.folder}")
@@ -96,7 +96,11 @@ class FeatureCache:
 
 
 def open_cache(cache: str | Path, out: Path, memory: int, made_of: Sequence[Any]) -> FeatureCache:
-    """Open the cache of encoded images; what entries are made of, besides the images, names their folder."""
+    """Open the feature cache that `cache` selects: off, auto (a folder beside `out`) or a shared folder.
+
+    memory: budget in bytes. made_of: everything besides the images that determines the entries; its digest
+    names the folder of the entries. Raises OutputError if the folder cannot be written to.
+    """
     if cache == "off":
         return FeatureCache(Memory(0))
     own = cache == "auto"

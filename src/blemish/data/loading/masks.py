@@ -1,4 +1,4 @@
-"""Masks of training defects at the network's size, with the weights of their pixels."""
+"""Masks of training defects at the network's input size, with the weights of their pixels."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from blemish.types import BoolArray, FloatArray, LabelRules, Sample
 LOG = logging.getLogger(__name__)
 
 WEIGHT = 3.0
-"""Of the pixel of a region that lies furthest from its border."""
+"""Weight of the pixel of a region that is furthest from its border."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What is known of one training defect's pixels."""
+    """The labelled pixels of one training defect."""
 
     defective: BoolArray
-    """(H, W) at the network's size."""
+    """(H, W) at the network's input size."""
     weights: FloatArray | None
-    """(H, W) of the defective pixels; None: all count alike."""
+    """(H, W) weights of the defective pixels; None for equal weights."""
 
 
 def read_masks(samples: Sequence[Sample], size: tuple[int, int], rules: LabelRules) -> dict[int, Mask]:
-    """Read the masks of those samples that have any, by position.
+    """Read the masks of the defective samples that have any; return them by index.
 
-    An empty mask on a defect says nothing of where it is: the image counts as one without a mask, and that is
-    said. Raises ImageError or DataError for a mask that cannot be read or is of another size than its image.
+    An empty mask does not show where the defect is: the image counts as unmasked, with a warning. Raises
+    ImageError or DataError for a mask that cannot be read or differs in size from its image.
     """
     masked = [index for index, sample in enumerate(samples) if sample.label == 1 and sample.masks]
     with ThreadPoolExecutor() as pool:
@@ -47,9 +47,10 @@ def read_masks(samples: Sequence[Sample], size: tuple[int, int], rules: LabelRul
 
 
 def read_one(sample: Sample, size: tuple[int, int], rules: LabelRules) -> Mask | None:
-    """Read one defect's mask, widened and weighted at its own size, then resized; None for an empty one.
+    """Read one defect's mask, dilate and weight it at full size, then resize it; None if it is empty.
 
-    A pixel is defective from half of its area up; where that leaves none, every one that the defect touches.
+    A resized pixel is defective if at least half of its area is; if none is, every pixel that the defect
+    touches.
     """
     mask = images.read_mask(sample.masks, images.describe(sample.path).size)
     if not mask.any():
@@ -67,12 +68,12 @@ def read_one(sample: Sample, size: tuple[int, int], rules: LabelRules) -> Mask |
 
 
 def distance_weights(mask: BoolArray) -> FloatArray:
-    """Weight the pixels of (H, W) regions by 3 (d / d_max)^2, d the distance to the region's border.
+    """Return (H, W) weights of 3 (d / d_max)^2, where d is the distance to the border of the pixel's region.
 
-    SuperSimpleNet's journal extension, after SegDecNet (Bozic, Tabernik, Skocaj 2021). The image's frame is
-    no border; in a region that fills the image, which then has none, all pixels weigh 3.
+    SuperSimpleNet's journal extension, after SegDecNet (Bozic, Tabernik, Skocaj 2021). The edge of the image
+    is not a border; a region that fills the image has no border, and all its pixels have weight 3.
     """
-    if mask.all():  # scipy gives distances to a corner then
+    if mask.all():  # SciPy would return distances to a corner
         return np.full(mask.shape, WEIGHT, np.float32)
     distance = ndimage.distance_transform_edt(mask)
     regions, count = cc3d.connected_components(mask, connectivity=8, return_N=True)

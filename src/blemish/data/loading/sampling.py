@@ -1,4 +1,4 @@
-"""Which images make up an epoch: pure functions of the seed and the epoch's number."""
+"""The composition of an epoch, as pure functions of the random seed and the epoch's number."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from blemish import seeding
 from blemish.types import AnyArray
 
 FLIPS = 4
-"""An image as it is, flipped left to right, upside down, and both: turned by 180 degrees."""
+"""Number of flips of an image: none, left to right, upside down, and both (a rotation by 180 degrees)."""
 
 Entry = tuple[int, int]
-"""The position of a sample, and the number of its flip."""
+"""The index of a sample and the number of its flip."""
 
 
 def epoch_length(labels: Sequence[int], flips: int = FLIPS) -> int:
-    """Count the entries of an epoch."""
+    """Return the number of entries in an epoch."""
     return 2 * flips * sum(labels) or len(labels)
 
 
 def epoch_entries(labels: Sequence[int], seed: int, epoch: int, flips: int = FLIPS) -> list[Entry]:
-    """List an epoch's entries in their order, for samples with labels 0 (good) and 1 (defective).
+    """Return the entries of an epoch in order, for samples with labels 0 (good) and 1 (defective).
 
-    With good images alone every image has one turn. With defective ones (SuperSimpleNet, section 4) each of
-    those has a turn for every flip, and as many good images come in among them: those that had the fewest
-    turns so far, which is what drawing by inverse frequency tends to, without anything to carry from epoch to
-    epoch. So half of a batch is defective on average.
+    Without defective images, every image is used once. With them (SuperSimpleNet, section 4), each defective
+    image is used once per flip, together with the same number of good images: those used least often so far.
+    This approximates the paper's sampling by inverse frequency without carrying state between epochs. On
+    average, half of a batch is defective.
     """
     good = [index for index, label in enumerate(labels) if label == 0]
     defective = [(index, flip) for index, label in enumerate(labels) if label for flip in range(flips)]
@@ -42,7 +42,7 @@ def epoch_entries(labels: Sequence[int], seed: int, epoch: int, flips: int = FLI
 
 
 def fewest_turns(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Give `count` of `size` positions from the `start`-th on of an endless row of shuffled rounds."""
+    """Return `count` indices below `size`, from position `start` of an endless sequence of permutations."""
     turns: list[int] = []
     while len(turns) < count:
         number, place = divmod(start + len(turns), size)
@@ -52,6 +52,6 @@ def fewest_turns(size: int, seed: int, start: int, count: int) -> list[int]:
 
 
 def flipped(array: AnyArray, flip: int) -> AnyArray:
-    """Flip an array whose last two axes are height and width."""
+    """Return a flipped copy of an array whose last two axes are height and width."""
     across, down = flip & 1, flip & 2
     return np.ascontiguousarray(array[..., :: -1 if down else 1, :: -1 if across else 1])

@@ -1,4 +1,4 @@
-"""Images decoded once, and the frozen part run once on each of them."""
+"""Stores of images that are decoded once, and of the frozen part's outputs for them, computed once."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Encode = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 class ImageStore:
-    """Images at the network's size, decoded once and kept while they fit into memory.
+    """Images at the network's input size, decoded once and kept in memory up to a budget.
 
-    They are kept as `Preprocessing.resized` returns them: bytes for 8-bit files, float32 for deeper ones.
-    With crop, an image is resized to twice the size and its centre is taken.
+    They are kept as returned by `Preprocessing.resized`: uint8 for 8-bit files, float32 for deeper ones. With
+    `crop`, an image is resized to twice the input size and its centre cropped.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class ImageStore:
         self.paths, self.preprocessing, self.memory, self.crop = list(paths), preprocessing, memory, crop
         self.kept: dict[int, AnyArray] = {}
         self.maxima: dict[int, int] = {}
-        """Largest value of each image read so far from a file of more than 8 bits."""
+        """Largest value of each image with more than 8 bits read so far."""
         self.digests: dict[int, str] = {}
-        """SHA-256 of the file of each image read so far."""
+        """SHA-256 of the file of each image read so far, by index."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -44,18 +44,18 @@ class ImageStore:
         return self.preprocessing.image_size
 
     def fill(self) -> ImageStore:
-        """Read every image once, in parallel; raise ImageError for the first that cannot be read."""
+        """Read all images in parallel and return the store; raise ImageError for the first unreadable one."""
         with ThreadPoolExecutor() as pool:
             for _ in pool.map(self.resized, range(len(self.paths))):
                 pass
         return self
 
     def set_white(self, white: float) -> None:
-        """Set the value of 16-bit data that is white from now on."""
+        """Set the white level of 16-bit data for later reads."""
         self.preprocessing = dataclasses.replace(self.preprocessing, white=white)
 
     def without(self, left_out: frozenset[int]) -> ImageStore:
-        """Return the store of the other images, with what has been read of them."""
+        """Return a store without these images that keeps what has been read of the others."""
         kept = [index for index in range(len(self.paths)) if index not in left_out]
         store = ImageStore(
             [self.paths[index] for index in kept], self.preprocessing, self.memory, crop=self.crop
@@ -66,13 +66,13 @@ class ImageStore:
         return store
 
     def digest(self, index: int) -> str:
-        """Return the SHA-256 of an image's file, which is read for it only if it has not been read before."""
+        """Return the SHA-256 of an image's file, reading the file only if it has not been read before."""
         if index not in self.digests:
             self.digests[index] = digest(self.paths[index])
         return self.digests[index]
 
     def resized(self, index: int) -> AnyArray:
-        """Return one image at the store's size, (h, w, 3) in the file's units."""
+        """Return one image at the store's size: (h, w, 3), in the units of its file."""
         if index in self.kept:
             return self.kept[index]
         image, self.digests[index] = images.read_digested(self.paths[index])
@@ -90,24 +90,24 @@ class ImageStore:
         return image
 
     def inputs(self, index: int) -> AnyArray:
-        """Return one image's inputs (N, 3, h, w), float32 in [0, 1]."""
+        """Return the (N, 3, h, w) inputs of one image, float32 in [0, 1]."""
         return self.preprocessing.scaled(self.resized(index))
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Return (B, 3, h, w) float32 images in [0, 1]."""
+        """Return the images as a (B, 3, h, w) float32 tensor in [0, 1]."""
         return torch.from_numpy(np.concatenate([self.inputs(index) for index in indices]))
 
     def batches(self, size: int = 4) -> Iterator[Tensor]:
-        """Yield all images in order, `size` at a time."""
+        """Yield all images in order, in batches of `size`."""
         for start in range(0, len(self.paths), size):
             yield self.batch(range(start, min(start + size, len(self.paths))))
 
 
 class EncodedStore:
-    """What the frozen part makes of each image and its flips, in half precision, kept where there is room.
+    """Outputs of the frozen part for each image and its flips, in half precision, cached while there is room.
 
-    An entry that is not kept is computed again and rounded alike, so a memory budget changes no result.
-    Without a frozen part, `encode` is None and entries are empty.
+    An entry that is not cached is computed again with the same rounding, so that the memory budget affects no
+    result. For detectors without a frozen part, `encode` is None and entries are empty.
     """
 
     def __init__(
@@ -123,19 +123,19 @@ class EncodedStore:
         self.cache, self.device = cache, device
 
     def entries(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield every image's entry in order, as a batch of one."""
+        """Yield the entry of each image in order, as a batch of one."""
         for index in range(len(self.store.paths)):
             yield self.batch([(index, 0)])
 
     def compute(self, encode: Encode, index: int, flip: int) -> tuple[Tensor, ...]:
-        """Encode an image, rounded to half precision."""
+        """Run the frozen part on one image and round its outputs to half precision."""
         image = self.view(self.store.inputs(index), flip)
         with torch.no_grad():
             parts = encode(torch.from_numpy(image).to(self.device))
         return tuple(part[0].half().cpu().contiguous() for part in parts)
 
     def entry(self, index: int, flip: int) -> tuple[Tensor, ...]:
-        """Return one image's entry, from the cache where it is kept."""
+        """Return the entry of one image, from the cache if it is there."""
         if self.encode is None:
             return ()
         name = f"{self.store.digest(index)}.{flip}"
@@ -146,6 +146,6 @@ class EncodedStore:
         return entry
 
     def batch(self, entries: Sequence[Entry]) -> tuple[Tensor, ...]:
-        """Return several entries as (B, ...) float32 tensors on the device."""
+        """Return several entries as float32 tensors (B, ...) on the device."""
         columns = zip(*(self.entry(*entry) for entry in entries), strict=True)
         return tuple(torch.stack(column).to(self.device).float() for column in columns)

@@ -1,12 +1,13 @@
-"""Draw images with the statistics of photographs, for EfficientAD's pretraining penalty without any.
+"""Render images with the statistics of photographs, which EfficientAD's pretraining penalty can use instead.
 
-What the student must not imitate the teacher on is all the world but the product, so breadth counts and not
-meaning: every scale, colour, edge, corner and line. An image is one to three surfaces, each a pattern seen
-through a palette, with shapes whose sizes follow r^-3 lying on them ("dead leaves": Lee, Mumford, Huang:
-"Occlusion Models for Natural Images", IJCV 2001), then lit, focused and exposed. Baradad et al., "Learning to
-See by Looking at Noise", NeurIPS 2021, compare such images as what a network learns to see from.
+The penalty keeps the student from imitating the teacher on anything but the product. For that, variety
+matters and not meaning: all scales, colours, edges, corners and lines. An image has one to three surfaces,
+each a pattern mapped through a palette, covered with shapes whose sizes follow r^-3 ("dead leaves": Lee,
+Mumford, Huang: "Occlusion Models for Natural Images", IJCV 2001); then lighting, focus and exposure are
+simulated. Baradad et al., "Learning to See by Looking at Noise", NeurIPS 2021, compare such images as
+training data.
 
-Lengths are in pixels, colours in [0, 1] but for what exposure clips in the end.
+Lengths are in pixels; colours are in [0, 1], except for values that the exposure finally clips.
 """
 
 from __future__ import annotations
@@ -31,31 +32,31 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Textures:
-    """Images that are drawn as they are asked for, none of them twice."""
+    """Images rendered on demand, none of them twice."""
 
     size: Size
     """Height and width."""
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuse a size that is too small; raise ConfigError."""
+        """Raise ConfigError if the size is too small."""
         if min(self.size) < 32:
             height, width = self.size
             raise ConfigError(f"image size {height}x{width}: drawn images need at least 32 in both axes")
 
     @property
     def digest(self) -> str:
-        """Tell a run with these from one with photographs."""
+        """Identifies rendered images, as opposed to photographs."""
         return "drawn"
 
     def batch(self, step: int, count: int) -> Tensor:
-        """Give a step's (count, 3, H, W) float32 images in [0, 1]."""
+        """Return a step's (count, 3, H, W) float32 images in [0, 1]."""
         keys = [seeding.generator(self.seed, "texture", step, place).initial_seed() for place in range(count)]
         return torch.from_numpy(np.stack([images.to_input(draw(self.size, key)) for key in keys]))
 
 
 def draw(size: Size, seed: int) -> AnyArray:
-    """Draw one (H, W, 3) uint8 image of at least 32 pixels in both axes, the same for the same seed."""
+    """Render one (H, W, 3) uint8 image of at least 32 x 32 pixels, determined by the seed."""
     rng = np.random.default_rng(seed)
     saturation = 0.12 * rng.lognormal(0, 0.7)
     tint = saturation * rng.normal((0.6, 0), (1.1, 0.7))
@@ -65,9 +66,9 @@ def draw(size: Size, seed: int) -> AnyArray:
 
 
 def colours(rng: Rng, count: int, saturation: float, tint: AnyArray) -> AnyArray:
-    """Draw (count, 3) colours: far apart in lightness, less from blue to orange, least from purple to green.
+    """Sample (count, 3) colours that vary most in lightness, less in blue-orange, least in purple-green.
 
-    These are the principal axes of colours in photographs (Ohta, Kanade, Sakai 1980).
+    These are the principal axes of the colours in photographs (Ohta, Kanade, Sakai 1980).
     """
     light = 0.5 + 0.25 * rng.standard_normal((count, 1))
     warm, green = (tint + saturation * rng.standard_normal((count, 2)) * (1.0, 0.65)).T
@@ -76,12 +77,12 @@ def colours(rng: Rng, count: int, saturation: float, tint: AnyArray) -> AnyArray
     return drawn
 
 
-# --- patterns: (H, W) float32 of about [0, 1] ---
+# --- patterns: (H, W) float32, roughly in [0, 1] ---
 
 
 def spectral_noise(rng: Rng, size: Size, amplitude: AnyArray) -> AnyArray:
-    """Draw (H, W) noise of unit variance from the (H, W // 2 + 1) amplitudes of its spectrum."""
-    # Evenly distributed, which is three times as fast: their sum at each pixel is Gaussian all the same.
+    """Return (H, W) noise of unit variance, given the (H, W // 2 + 1) amplitudes of its spectrum."""
+    # Uniform, which is three times as fast as Gaussian: the sums at each pixel are Gaussian in any case.
     parts = rng.random((*amplitude.shape, 2), np.float32) - np.float32(0.5)
     noise: AnyArray = fft.irfft2(parts.view(np.complex64)[..., 0] * amplitude, size)
     noise /= noise.std() + np.float32(1e-6)
@@ -89,7 +90,7 @@ def spectral_noise(rng: Rng, size: Size, amplitude: AnyArray) -> AnyArray:
 
 
 def frequencies(rng: Rng, size: Size, stretch: float) -> tuple[AnyArray, AnyArray]:
-    """Give frequencies in cycles per pixel along two drawn axes, the second stretched: (H, W // 2 + 1)."""
+    """Return (H, W // 2 + 1) frequencies, in cycles per pixel, along two random axes, the second scaled."""
     fy = np.fft.fftfreq(size[0])[:, None].astype(np.float32)
     fx = np.fft.rfftfreq(size[1])[None, :].astype(np.float32)
     cos, sin = direction(rng)
@@ -98,13 +99,13 @@ def frequencies(rng: Rng, size: Size, stretch: float) -> tuple[AnyArray, AnyArra
 
 
 def direction(rng: Rng) -> tuple[np.float32, np.float32]:
-    """Draw a unit vector; upright and level ones, as the world has them, come up more often."""
+    """Sample a unit vector; vertical and horizontal ones are more frequent, as in the real world."""
     angle = rng.uniform(0, 2 * math.pi) if rng.random() < 0.7 else math.pi / 2 * rng.integers(4)
     return np.float32(math.cos(angle)), np.float32(math.sin(angle))
 
 
 def cloud(rng: Rng, size: Size) -> AnyArray:
-    """Draw 1/f^a noise, isotropic or drawn out to fibres, as it is, folded into ridges, or like marble."""
+    """Render 1/f^a noise, isotropic or stretched to fibres: plain, folded into ridges, or like marble."""
     along, across = frequencies(rng, size, 1 if rng.random() < 0.6 else rng.uniform(2, 12))
     squared = along * along + across * across
     squared[0, 0] = np.inf
@@ -118,7 +119,7 @@ def cloud(rng: Rng, size: Size) -> AnyArray:
 
 
 def spots(rng: Rng, size: Size) -> AnyArray:
-    """Draw noise of one scale: grains and pores, or with one direction ripples and stripes, soft or hard."""
+    """Render noise of one scale: grains and pores or, if directional, ripples and stripes; soft or hard."""
     along, across = frequencies(rng, size, 1)
     center = math.exp(rng.uniform(math.log(4 / min(size)), math.log(0.2)))
     distance = (np.hypot(along, across) - np.float32(center)) / np.float32(center * rng.uniform(0.1, 0.5))
@@ -130,14 +131,14 @@ def spots(rng: Rng, size: Size) -> AnyArray:
 
 
 def hardened(rng: Rng, wave: AnyArray) -> AnyArray:
-    """Turn values around 0 to [0, 1], from a gentle swell to two levels with an edge between."""
+    """Map values around 0 to [0, 1], with anything from a gentle slope to a sharp edge between two levels."""
     level, hardness = np.float32(rng.normal(0, 0.3)), np.float32(rng.lognormal(0.5, 1))
     hard: AnyArray = 0.5 + np.tanh((wave - level) * hardness) / 2
     return hard
 
 
 def warped_axes(rng: Rng, size: Size) -> tuple[AnyArray, AnyArray]:
-    """Give (H, W) coordinates along two drawn axes, bent by slow waves and seen in perspective."""
+    """Return (H, W) coordinates along two random axes, bent by slow waves and seen in perspective."""
     x = np.arange(size[1], dtype=np.float32)[None, :] - size[1] / 2
     y = np.arange(size[0], dtype=np.float32)[:, None] - size[0] / 2
     cos, sin = direction(rng)
@@ -150,7 +151,7 @@ def warped_axes(rng: Rng, size: Size) -> tuple[AnyArray, AnyArray]:
 
 
 def waves(rng: Rng, size: Size) -> AnyArray:
-    """Draw stripes, grids, checks or a weave of them."""
+    """Render stripes, checks, a grid or a weave."""
     period = math.exp(rng.uniform(math.log(3), math.log(min(size) / 3)))
     per = np.float32(2 * math.pi / period)
     u, v = warped_axes(rng, size)
@@ -163,7 +164,7 @@ def waves(rng: Rng, size: Size) -> AnyArray:
 
 
 def tiles(rng: Rng, size: Size) -> AnyArray:
-    """Draw bricks, tiles or planks, each of its own shade, with joints or without."""
+    """Render bricks, tiles or planks in various shades, with or without joints."""
     u, v = warped_axes(rng, size)
     height = math.exp(rng.uniform(math.log(4), math.log(min(size) / 2)))
     width = height * rng.choice([1, rng.uniform(1, 4)])
@@ -178,7 +179,7 @@ def tiles(rng: Rng, size: Size) -> AnyArray:
 
 
 def ramp(rng: Rng, size: Size) -> AnyArray:
-    """Draw a gradient: from side to side, or round a point."""
+    """Render a linear or radial gradient."""
     u, v = warped_axes(rng, size)
     if rng.random() < 0.5:
         return 0.5 + u / max(size)
@@ -192,11 +193,11 @@ PATTERNS: tuple[tuple[Callable[[Rng, Size], AnyArray], float], ...] = (
     (tiles, 0.1),
     (ramp, 0.1),
 )
-"""What a surface bears, each with its share."""
+"""The patterns of surfaces, each with its probability."""
 
 
 def pattern(rng: Rng, size: Size) -> AnyArray:
-    """Draw any pattern."""
+    """Render a pattern chosen at random."""
     number = rng.choice(len(PATTERNS), p=[share for _, share in PATTERNS])
     return PATTERNS[number][0](rng, size)
 
@@ -205,7 +206,7 @@ def pattern(rng: Rng, size: Size) -> AnyArray:
 
 
 def surface(rng: Rng, size: Size, palette: AnyArray) -> AnyArray:
-    """Draw a pattern through some of the palette's colours, half of the time with a second one over it."""
+    """Render a pattern in some of the palette's colours, in half of the cases with a second one over it."""
     image = painted(rng, pattern(rng, size), palette)
     if rng.random() < 0.5:
         over = painted(rng, pattern(rng, size), palette) - palette.mean(0)
@@ -214,7 +215,7 @@ def surface(rng: Rng, size: Size, palette: AnyArray) -> AnyArray:
 
 
 def painted(rng: Rng, values: AnyArray, palette: AnyArray) -> AnyArray:
-    """Give each of the (H, W) values in [0, 1] a colour: from 2 to all of the palette's, blended."""
+    """Map (H, W) values in [0, 1] to colours interpolated between 2 or more of the palette's."""
     chosen = palette[: rng.integers(2, len(palette) + 1)]
     places = np.linspace(0, len(chosen) - 1, 1024)
     table = np.stack([np.interp(places, range(len(chosen)), channel) for channel in chosen.T], axis=1)
@@ -227,19 +228,19 @@ Shape = Callable[[AnyArray, AnyArray], AnyArray]
 
 SHAPES: tuple[Shape, ...] = (
     lambda u, v: u * u + v * v,  # an ellipse
-    lambda u, v: np.maximum(np.abs(u), np.abs(v)),  # a square, drawn out a bar
+    lambda u, v: np.maximum(np.abs(u), np.abs(v)),  # a square, or a bar if stretched
     lambda u, v: np.maximum(np.abs(u) * np.float32(0.87) + v * np.float32(0.5), -v) * 2,  # a triangle
     lambda u, v: np.abs(v) + u * u,  # a leaf with two tips
     lambda u, v: np.abs(u) + np.abs(v),  # a diamond
     lambda u, v: 4 * np.abs(u * u + v * v - np.float32(0.7)),  # a ring
     lambda u, v: np.sqrt(np.abs(u)) + np.sqrt(np.abs(v)),  # a star with four tips
 )
-"""Functions of coordinates in [-1, 1] that are below 1 inside; 0 is the middle."""
+"""Functions of coordinates in [-1, 1] whose values are below 1 inside the shape and 0 at its centre."""
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """Which shape each pixel sees, 0: none, and how near its edge, 1, that is."""
+    """For each pixel the number of the visible shape, 0 for none, and the shape's function, 1 at the edge."""
 
     numbers: AnyArray
     rim: AnyArray
@@ -247,11 +248,11 @@ class Leaves:
 
 
 def scatter(rng: Rng, size: Size) -> Leaves:
-    """Let shapes fall on each other at random, few and large or many of all sizes, round or drawn out."""
+    """Scatter overlapping shapes at random: few large ones or many of all sizes, round or elongated."""
     count = int(math.exp(rng.uniform(0, math.log(90))))
     smallest = min(size) * rng.uniform(0.1, 0.4) / math.sqrt(count)
     largest = 0.5 * min(size)
-    # The inverse of the distribution with density r^-3 between the two.
+    # Inverse transform sampling of the density r^-3 between the two.
     radii = (smallest**-2 - rng.random(count) * (smallest**-2 - largest**-2)) ** -0.5
     spread = rng.choice([0.2, 1.0])
     numbers, rim = np.zeros(size, np.intp), np.zeros(size, np.float32)
@@ -267,7 +268,7 @@ def scatter(rng: Rng, size: Size) -> Leaves:
 def placed(
     rng: Rng, size: Size, radius: float, aspect: float, shape: Shape
 ) -> tuple[tuple[slice, slice], AnyArray]:
-    """Bend, turn and place a shape; give the window of the image that holds it, and its function there."""
+    """Bend, rotate and place a shape at random; return its window in the image and its function there."""
     length, width, bend = radius * aspect, radius / math.sqrt(aspect), rng.uniform(-0.7, 0.7)
     reach = math.hypot(length, (1 + abs(bend)) * width)
     middle = rng.random(2) * size
@@ -284,7 +285,7 @@ def placed(
 
 
 def arrange(rng: Rng, scene: list[AnyArray], saturation: float, tint: AnyArray) -> AnyArray:
-    """Lay shapes of the other surfaces on the first, each with its own colour and shading; their shadows."""
+    """Lay shapes cut from the other surfaces on the first, each with its own colour, shading and shadow."""
     leaves = scatter(rng, scene[0].shape[:2])
     ground, *others = scene
     if rng.random() < 0.3:
@@ -302,7 +303,7 @@ def arrange(rng: Rng, scene: list[AnyArray], saturation: float, tint: AnyArray) 
 
 
 def shading(rng: Rng, leaves: Leaves) -> AnyArray:
-    """Make the shapes round or flat, slanted to the light, some with an outline: (H, W) to add."""
+    """Return an (H, W) term to add that makes the shapes look rounded, tilted to the light or outlined."""
     height, width = leaves.numbers.shape
     slant = rng.normal(0, 0.3, (2, leaves.count + 1)).astype(np.float32)
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
@@ -315,14 +316,14 @@ def shading(rng: Rng, leaves: Leaves) -> AnyArray:
 
 
 def shadow(rng: Rng, leaves: Leaves) -> AnyArray:
-    """Darken what lies beside the shapes: an (H, W) factor."""
+    """Return an (H, W) factor for the shadow that the shapes cast."""
     shift = rng.normal(0, 0.03 * min(leaves.rim.shape), 2).astype(int)
     mask = np.roll((leaves.numbers > 0).astype(np.float32), tuple(shift), (0, 1))
     return 1 - np.float32(rng.uniform(0.2, 0.8)) * blurred(mask, rng.uniform(1, 6))
 
 
 def blurred(image: AnyArray, sigma: float) -> AnyArray:
-    """Blur both axes by two boxes after each other, at a cost that does not grow with the width."""
+    """Blur along both axes with two successive box filters, whose cost is independent of their width."""
     width = max(1, round(math.sqrt(6 * sigma * sigma + 1)))
     size = (width, width) + (1,) * (image.ndim - 2)
     result: AnyArray = ndimage.uniform_filter(ndimage.uniform_filter(image, size), size)
@@ -333,7 +334,7 @@ def blurred(image: AnyArray, sigma: float) -> AnyArray:
 
 
 def lit(rng: Rng, image: AnyArray) -> AnyArray:
-    """Let the light fall off to one side, and cast a soft shadow across some images."""
+    """Make the light fall off to one side and, in some images, cast a soft-edged shadow."""
     height, width = image.shape[:2]
     cos, sin = direction(rng)
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :] * cos
@@ -346,8 +347,8 @@ def lit(rng: Rng, image: AnyArray) -> AnyArray:
 
 
 def focused(rng: Rng, image: AnyArray) -> AnyArray:
-    """Blur by a lens, from hardly to far out of focus: as often over three pixels as gives a Gaussian."""
-    times = min(12, 1 + int(rng.exponential(0.9)))  # the deviation is the root of half of it
+    """Simulate defocus of a random degree by repeated binomial blurs over three pixels, nearly a Gaussian."""
+    times = min(12, 1 + int(rng.exponential(0.9)))  # the standard deviation is the square root of half of it
     image = np.pad(image, ((times, times), (times, times), (0, 0)), mode="edge")
     for _ in range(times):
         image = image[:-2] + 2 * image[1:-1] + image[2:]
@@ -356,7 +357,7 @@ def focused(rng: Rng, image: AnyArray) -> AnyArray:
 
 
 def exposed(rng: Rng, image: AnyArray) -> AnyArray:
-    """Give an image a drawn mean, contrast, gamma, cast and noise: (H, W, 3) uint8."""
+    """Apply a random mean, contrast, noise, gamma and colour cast; return (H, W, 3) uint8."""
     contrast = np.clip(rng.normal(0.24, 0.08), 0.06, 0.45) / (float(image.std()) + 1e-3)
     image = (image - image.mean()) * np.float32(min(contrast, 4.0)) + np.float32(rng.normal(0.48, 0.13))
     if rng.random() < 0.3:

@@ -1,16 +1,18 @@
-"""EfficientAD: a student that imitates a teacher on good images, an autoencoder for what is logically wrong.
+"""EfficientAD: a student that imitates a teacher on good images, and an autoencoder for logical anomalies.
 
-Batzner, Heckler, König: "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies",
-WACV 2024; networks of tables 5 to 8, training of algorithm 1, inference of algorithm 2 in its supplement.
+Batzner, Heckler, König: "EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies", WACV
+2024. The networks follow tables 5 to 8 of its supplement, training algorithm 1 and inference algorithm 2.
 
-Departures from the paper, each one word in the config, all undone by `--preset paper`:
-- 70,000 iterations at 1e-4 are days on a CPU: the default is a shorter run of one cycle with Muon, on random
-  squares of the images, whose student learns from more of its errors (hard quantile 0.9);
-- the image score joins the map's maximum with its smoothed maximum and top mean.
-The penalty's natural images are drawn unless photographs are given, in either preset.
-The networks run without padding, as in the reproduction that reaches the published numbers; the finished map
-is padded by the 4 cells that this costs on each side, so that it is blind there. With edges=reflect, which is
-no paper's, it sees to the edge. The teacher's outputs are kept in half precision.
+Departures from the paper, each a single setting, all undone by `--preset paper`:
+- 70,000 iterations at 1e-4 take days on a CPU. The default is a shorter run with Muon and a one-cycle
+  schedule, on random crops of the images, in which the student learns from more of its errors (hard quantile
+  0.9);
+- the image score combines the maximum of the map with its smoothed maximum and its top mean.
+
+In either preset, the natural images of the penalty are rendered unless photographs are given. The networks
+run without padding, as in the reproduction that reaches the published numbers; the final map is padded by the
+4 cells that this costs on each side, where it is blind. With edges=reflect, which is not from any paper, it
+covers the whole image. The teacher's outputs are stored in half precision.
 """
 
 from blemish.detectors.efficientad.config import PAPER, EfficientADConfig

@@ -1,12 +1,14 @@
-"""Fewer channels where channels repeat each other: a fused EfficientAD, approximated to a stated error.
+"""Reduce redundant channels: a fused EfficientAD, approximated to within a stated error.
 
-No paper's. Each half of the map is the squared length of a vector of 384 numbers, and turning a vector keeps
-its length. Turned to the axes along which such vectors vary most, the last numbers are nearly nothing, so the
-last convolutions need not compute them. Likewise, the first convolution looks at 48 numbers and gives 128 or
-256: what the second, most expensive one reads of them is nearly a space of fewer dimensions.
+This is not from a paper. Each half of the map is the squared length of a vector of 384 numbers, and rotating
+a vector preserves its length. Once the vectors are rotated to their principal axes, the last components are
+almost zero, so the last convolutions need not compute them. Likewise, the first convolution reads 48 numbers
+and outputs 128 or 256: what the second, most expensive one reads of them lies nearly in a space of fewer
+dimensions.
 
-Axes come from held-out good images and from drawn ones, which look like nothing in particular, so that what
-no good image has is kept, too. How many are kept is found by the error of the map on the good images.
+The axes come from held-out good images and from rendered images of nothing in particular, so that directions
+absent from good images are kept, too. The number of channels kept is determined by the error of the map on
+the good images.
 """
 
 from __future__ import annotations
@@ -22,15 +24,16 @@ from blemish.detectors.efficientad.fused import FusedEfficientAD, convolution
 from blemish.detectors.fusing import Kept
 
 STEP = 32
-"""Channels are kept in multiples of this: of what a processor multiplies at once."""
+"""The number of channels kept is a multiple of this, the number that a processor multiplies at once."""
 
 
 def reduce(
     network: nn.Module, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
 ) -> tuple[FusedEfficientAD, list[Kept]]:
-    """Keep as few channels as the tolerance allows, one layer after the other.
+    """Keep as few channels as the tolerance allows, one layer after another.
 
-    good, other: (B, 3, H, W) batches; the error is that of the good ones. Returns a copy, and what was kept.
+    good, other: (B, 3, H, W) batches; the error is measured on the good ones. Returns a copy, and how many
+    channels each layer keeps.
     """
     made = copy.deepcopy(cast(FusedEfficientAD, network))
     with torch.no_grad():
@@ -42,7 +45,7 @@ def reduce(
 def turn(
     network: FusedEfficientAD, half: int, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
 ) -> Kept:
-    """Turn the vectors of one half of the map to their main axes, and drop the last ones."""
+    """Rotate the vectors of one half of the map to their principal axes, and drop the last components."""
     vectors = [
         torch.cat([rows(network.halves(batch)[half]) for batch in batches]) for batches in (good, other)
     ]
@@ -67,7 +70,7 @@ def turn(
 def narrow(
     network: FusedEfficientAD, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
 ) -> Kept:
-    """Put a narrow layer before the second convolutions of teacher and student."""
+    """Insert a narrow layer before the second convolutions of teacher and student."""
     whole = maps(network, good)
     channels = second(network.teacher).in_channels
     bases = [basis(network, part, [*good, *other]) for part in (0, 1)]
@@ -89,22 +92,23 @@ def narrow(
 
 
 def basis(network: FusedEfficientAD, part: int, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Give (C, C) matrices into the space where the second convolution of one trunk reads, and back.
+    """Return (C, C) matrices into the space that the second convolution of one trunk reads, and back.
 
-    The main axes come first: of the inputs, each channel weighted by what the convolution makes of it.
+    The principal axes come first: those of the inputs, with each channel weighted by its effect on the
+    output.
     """
     seen = [rows(network.shallow(batch).chunk(2, 1)[part]) for batch in batches]
     weight = second(network.trunks[part]).weight.double()
     weigh = root(torch.einsum("oixy,ojxy->ij", weight, weight))
     axes = torch.linalg.svd(weigh @ root(summed(seen)))[0]
     into, back = axes.T @ weigh, torch.linalg.solve(weigh, axes)
-    # An even range of all channels costs nothing, and whole numbers fit it better.
+    # Giving all channels the same range costs nothing and makes quantisation more accurate.
     largest = torch.stack([(each @ into.T).abs().amax(0) for each in seen]).amax(0)
     return into / largest[:, None], back * largest
 
 
 def squeezed(trunk: nn.Sequential, matrices: tuple[Tensor, Tensor], kept: int) -> nn.Sequential:
-    """Read the input of a trunk's first convolution through `kept` channels."""
+    """Return a trunk whose first convolution reads its input through `kept` channels."""
     into, back = (matrix.float() for matrix in matrices)
     wide, rest = second(trunk), list(trunk)[1:]
     weight = torch.einsum("oixy,ik->okxy", wide.weight, back[:, :kept])
@@ -113,46 +117,46 @@ def squeezed(trunk: nn.Sequential, matrices: tuple[Tensor, Tensor], kept: int) -
 
 
 def second(trunk: nn.Sequential) -> nn.Conv2d:
-    """Return the second convolution of a network, which is the first of its trunk."""
+    """Return the second convolution of a network, which is the first layer of its trunk."""
     return cast(nn.Conv2d, trunk[0])
 
 
 def maps(network: FusedEfficientAD, batches: Sequence[Tensor]) -> Tensor:
-    """Give the map of all batches at the networks' resolution, flat, in float64."""
+    """Return the maps of all batches at the networks' resolution, flattened, in float64."""
     halves = [network.cells(batch)[0].flatten() for batch in batches]
     return torch.cat(halves).double()
 
 
 def rows(x: Tensor) -> Tensor:
-    """Lay (B, C, h, w) out as (B h w, C), in float64."""
+    """Rearrange (B, C, h, w) to (B h w, C), in float64."""
     return x.permute(0, 2, 3, 1).flatten(0, 2).double()
 
 
 def moments(vectors: Tensor) -> Tensor:
-    """Give the (C, C) second moments of (N, C) vectors, for vectors of a mean squared length of one."""
+    """Return the (C, C) second moments of (N, C) vectors, normalised to a mean squared length of one."""
     products = vectors.T @ vectors
     return products / products.trace()
 
 
 def summed(groups: Sequence[Tensor]) -> Tensor:
-    """Add the moments of groups of (N, C) vectors, which count alike."""
+    """Return the sum of the moments of groups of (N, C) vectors; all groups have the same weight."""
     return torch.stack([moments(group) for group in groups]).sum(0)
 
 
 def principal(groups: Sequence[Tensor]) -> Tensor:
-    """Give the axes, as columns, along which the vectors of groups are longest."""
+    """Return the principal axes of groups of vectors as columns, in order of decreasing second moment."""
     axes: Tensor = torch.linalg.eigh(summed(groups))[1]
     return axes.flip(1)
 
 
 def root(matrix: Tensor) -> Tensor:
-    """Give the square root of a symmetric matrix without negative eigenvalues, slightly lifted from zero."""
+    """Return the square root of a positive semidefinite matrix, its eigenvalues kept slightly above zero."""
     values, axes = torch.linalg.eigh(matrix)
     lifted: Tensor = (axes * values.clamp(min=1e-9 * float(values[-1])).sqrt()) @ axes.T
     return lifted
 
 
 def multiplied(matrix: Tensor, layer: nn.Conv2d) -> nn.Conv2d:
-    """Multiply a convolution's output vectors with a (kept, outputs) matrix."""
+    """Return a convolution whose output vectors are multiplied by a (kept, outputs) matrix."""
     weight = torch.einsum("ko,oixy->kixy", matrix, layer.weight)
     return convolution(weight, matrix @ cast(Tensor, layer.bias), layer)

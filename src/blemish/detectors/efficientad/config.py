@@ -1,4 +1,4 @@
-"""EfficientAD's settings, and those of the paper."""
+"""EfficientAD's settings, and the values used in the paper."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from typing import ClassVar, Literal
 from typing_extensions import override
 
 from blemish.backbones.pdn import CELL
-from blemish.detectors.settings import Config
+from blemish.detectors.settings import Config, refuse_numbers
 from blemish.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientADConfig(Config):
-    """EfficientAD's settings."""
+    """The settings of EfficientAD."""
 
     SCHEDULE: ClassVar[frozenset[str]] = Config.SCHEDULE | {"optimiser", "crop", "learning_rate"}
     FIXED: ClassVar[frozenset[str]] = frozenset({"size", "padding", "edges", "autoencoder"})
 
     size: Literal["small", "medium"] = "small"
     padding: bool = False
-    """Zero-pad inside the networks, which then see to the edge but learn its zeros."""
+    """Zero-pad inside the networks, which then cover the border but learn its zeros."""
     edges: Literal["blind", "reflect"] = "blind"
-    """What makes up for the margin of unpadded networks: zeros in the map, or a rim of reflected pixels."""
+    """What fills the margin that unpadded networks lose: zeros in the map, or a rim of reflected pixels."""
     batch_size: int = 2
     steps: int = 2000
     learning_rate: float = 2e-3
     weight_decay: float = 1e-5
     hard_quantile: float = 0.9
-    """Only elements of the student's error from this quantile up train it; 0: all of them."""
+    """The student learns only from errors at or above this quantile; 0: from all of them."""
     penalty: bool = True
-    """Keep the student from imitating the teacher on natural images."""
+    """Penalise the student for imitating the teacher on natural images."""
     autoencoder: bool = True
-    """Use the autoencoder's half of the map."""
+    """Use the autoencoder and its half of the map."""
     logical_weight: float = 0.5
-    """Share of that half in the map; it plays no part in training."""
+    """Weight of that half in the map; it has no effect on training."""
     map_normalisation: bool = True
-    """Scale the two halves by quantiles of held-out maps before they are joined."""
+    """Scale the two halves by quantiles of held-out maps before they are combined."""
     low_quantile: float = 0.9
     high_quantile: float = 0.995
     dropout: float = 0.2
     crop: int = 128
-    """Side in pixels of the square that the student sees of each image in a step; 0: all of it."""
+    """Side in pixels of the random square that the student sees of each image in a step; 0: the whole
+    image."""
     optimiser: Literal["adam", "muon"] = "muon"
 
     @property
@@ -52,8 +53,38 @@ class EfficientADConfig(Config):
         return self.penalty
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that cannot work and settings that contradict each other."""
-        refuse_numbers(self)
+        """Raise ConfigError for values out of range and for settings that contradict each other."""
+        refuse_numbers(
+            (
+                (
+                    "learning_rate",
+                    self.learning_rate,
+                    0 < self.learning_rate < math.inf,
+                    "more than 0, and finite",
+                ),
+                (
+                    "weight_decay",
+                    self.weight_decay,
+                    0 <= self.weight_decay < math.inf,
+                    "at least 0, and finite",
+                ),
+                ("logical_weight", self.logical_weight, 0 <= self.logical_weight <= 1, "0 to 1"),
+                ("dropout", self.dropout, 0 <= self.dropout < 1, "at least 0 and less than 1"),
+                (
+                    "hard_quantile",
+                    self.hard_quantile,
+                    0 <= self.hard_quantile < 1,
+                    "at least 0 and less than 1",
+                ),
+                (
+                    "low_quantile",
+                    self.low_quantile,
+                    0 <= self.low_quantile < self.high_quantile,
+                    "less than high_quantile",
+                ),
+                ("high_quantile", self.high_quantile, self.high_quantile <= 1, "at most 1"),
+            )
+        )
         if self.padding and self.edges != "blind":
             raise ConfigError(
                 f"edges={self.edges} beside padding=true: both fill the margin; expected one of them"
@@ -81,19 +112,3 @@ PAPER = {
     "schedule": "step-95",
     "statistics": ("maximum",),
 }
-
-
-def refuse_numbers(config: EfficientADConfig) -> None:
-    """Raise ConfigError for numbers out of their range, and for those that are not finite."""
-    c = config
-    for name, value, fits, expected in (
-        ("learning_rate", c.learning_rate, 0 < c.learning_rate < math.inf, "more than 0, and finite"),
-        ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "at least 0, and finite"),
-        ("logical_weight", c.logical_weight, 0 <= c.logical_weight <= 1, "0 to 1"),
-        ("dropout", c.dropout, 0 <= c.dropout < 1, "at least 0 and less than 1"),
-        ("hard_quantile", c.hard_quantile, 0 <= c.hard_quantile < 1, "at least 0 and less than 1"),
-        ("low_quantile", c.low_quantile, 0 <= c.low_quantile < c.high_quantile, "less than high_quantile"),
-        ("high_quantile", c.high_quantile, c.high_quantile <= 1, "at most 1"),
-    ):
-        if not fits:
-            raise ConfigError(f"setting {name}={value} does not fit; expected {expected}")

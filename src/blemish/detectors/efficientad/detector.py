@@ -39,7 +39,7 @@ class Autoencoder(nn.Module):
         self.penultimate = nn.Conv2d(64, 64, 3, padding=1)
         self.last = nn.Conv2d(64, channels, 3, padding=1)
         self.dropout = dropout
-        # 3, 8, 15, 32, 63, 127 and 56 (64 without a margin) at 256 pixels.
+        # At 256 pixels: 3, 8, 15, 32, 63, 127 and 56 (64 without a margin).
         plan = ((64, 1), (32, 0), (16, 1), (8, 0), (4, 1), (2, 1), (CELL, 2 * margin))
         self.sizes = [tuple(length // by - less for length in image_size) for by, less in plan]
 
@@ -49,12 +49,12 @@ class Autoencoder(nn.Module):
         return cast(nn.Conv2d, self.encoder[0])
 
     def replace_entrance(self, layer: nn.Conv2d) -> None:
-        """Put another convolution in the place of the one that reads the image."""
+        """Replace the convolution that reads the image."""
         self.encoder[0] = layer
 
     @override
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Reconstruct the teacher's description; with a generator dropout is on."""
+        """Reconstruct the teacher's normalised output; dropout is applied only if a generator is given."""
         x = self.encoder(x)
         for size, convolution in zip(self.sizes, self.decoder, strict=False):
             x = torch.relu(convolution(functional.interpolate(x, size, mode="bilinear")))
@@ -67,7 +67,7 @@ class Autoencoder(nn.Module):
 
 
 class EfficientAD(Detector):
-    """Teacher, student and autoencoder with the statistics that join their maps."""
+    """Teacher, student and autoencoder, with the statistics that normalise their outputs and maps."""
 
     outputs: tuple[str, ...] = ("map", "statistics", "structural", "logical")
     wants_images = True
@@ -98,7 +98,7 @@ class EfficientAD(Detector):
         )
         self.register_buffer("teacher_mean", torch.zeros(CHANNELS, 1, 1))
         self.register_buffer("teacher_std", torch.ones(CHANNELS, 1, 1))
-        # Low and high quantile of the structural, then of the logical map. These leave a map as it is.
+        # Low and high quantile of the structural, then of the logical map. These leave a map unchanged.
         self.register_buffer("quantiles", torch.tensor([0.0, 0.1, 0.0, 0.1]))
 
     @property
@@ -125,10 +125,11 @@ class EfficientAD(Detector):
         return (self.teacher(self.surround(self.normalise(images))),)
 
     def surround(self, x: Tensor) -> Tensor:
-        """Give (B, 3, H, W) images as teacher and student see them: with edges "reflect", H + 32, W + 32.
+        """Return (B, 3, H, W) images as teacher and student read them: H + 32, W + 32 with edges=reflect.
 
-        What unpadded networks lose of that is the reflected rim, so that their cells are the map's. What a
-        cell sees is centred 1.5 pixels up and left of the cell's own middle, as in the paper's map.
+        The networks, which do not pad, lose just this reflected rim, so that their cells match the map's. The
+        receptive field of a cell is centred 1.5 pixels up and left of the cell's own centre, as in the
+        paper's map.
         """
         if self.config.edges == "blind":
             return x
@@ -152,7 +153,7 @@ class EfficientAD(Detector):
 
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Algorithm 1, lines 12 to 24; the student reads all its images in one pass, half by half."""
+        """Return the loss terms of algorithm 1, lines 12 to 24; the student runs once on all its images."""
         count, described = len(batch.images), self.describe(batch.encoded[0])
         images = [self.normalise(batch.images)]
         if self.config.penalty and batch.natural is not None:
@@ -182,16 +183,16 @@ class EfficientAD(Detector):
         return terms
 
     def student_heads(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-        """Return weight and bias of the student's two last convolutions.
+        """Return weight and bias of both halves of the student's last convolution.
 
-        The first imitates the teacher, the second what the autoencoder rebuilds; without one it is empty.
+        The first half imitates the teacher, the second the autoencoder; without an autoencoder it is empty.
         """
         last = self.student.last
         biases = (None, None) if last.bias is None else (last.bias[:CHANNELS], last.bias[CHANNELS:])
         return (last.weight[:CHANNELS], biases[0]), (last.weight[CHANNELS:], biases[1])
 
     def draw_places(self, seen: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
-        """Draw the first cell, down and across, of each image's square; none where all of it is shown."""
+        """Sample the first cell, down and across, of each image's crop; empty if images are used whole."""
         if not self.config.crop:
             return []
         room = [(length - self.config.crop) // CELL + 1 for length in seen.shape[2:]]
@@ -203,18 +204,18 @@ class EfficientAD(Detector):
         return (raw - self.teacher_mean) / self.teacher_std
 
     def hard_loss(self, error: Tensor) -> Tensor:
-        """Average the (B, C, h, w) squared errors that are at least their own image's hard quantile."""
+        """Return the mean of the (B, C, h, w) squared errors at or above their own image's hard quantile."""
         if self.config.hard_quantile == 0:
             return error.mean()
         flat = error.flatten(1)
         count = flat.shape[1]
-        # The elements that are at least the linearly interpolated quantile, without sorting them all.
+        # The number of elements at or above the linearly interpolated quantile; topk need not sort them all.
         hard = count - math.ceil((count - 1) * self.config.hard_quantile)
         return flat.topk(hard, sorted=False).values.mean()
 
     @override
     def finish(self, images: Iterable[Tensor]) -> None:
-        """Measure the maps' quantiles on held-out good images: algorithm 1, lines 26 to 36."""
+        """Measure the quantiles of the maps on held-out good images: algorithm 1, lines 26 to 36."""
         if not self.config.map_normalisation:
             return
         pairs = [self.raw_maps(batch) for batch in images]
@@ -224,7 +225,7 @@ class EfficientAD(Detector):
                 self.quantiles[2 * number + place] = quantile(pixels, share)
 
     def raw_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Give the (B, h, w) structural map, and the logical one where there is an autoencoder."""
+        """Return the (B, h, w) structural map, and the logical one if there is an autoencoder."""
         x = self.normalise(images)
         seen = self.surround(x)
         student = self.student(seen)
@@ -235,7 +236,7 @@ class EfficientAD(Detector):
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Algorithm 2, where the logical map has a weight of 0.5."""
+        """Return map, statistics and halves by algorithm 2, in which the logical map has a weight of 0.5."""
         parts = []
         for number, raw in enumerate(self.raw_maps(images)):
             low, high = self.quantiles[2 * number], self.quantiles[2 * number + 1]
@@ -271,7 +272,7 @@ class EfficientAD(Detector):
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
-    """Interpolate a quantile linearly, for more elements than torch.quantile takes."""
+    """Return a linearly interpolated quantile, of more elements than torch.quantile accepts."""
     place = (values.numel() - 1) * share
     low = values.kthvalue(math.floor(place) + 1).values
     high = values.kthvalue(math.ceil(place) + 1).values
@@ -279,18 +280,18 @@ def quantile(values: Tensor, share: float) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey (B, 1, H, W) of RGB images, by ITU-R 601."""
+    """Return the (B, 1, H, W) luma of RGB images, by ITU-R 601."""
     return (images * images.new_tensor(ops.LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
 def sometimes_grey(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Turn each of (B, 3, H, W) images grey with a probability."""
+    """Convert each of (B, 3, H, W) images to grey with the given probability."""
     draw = torch.rand((len(images), 1, 1, 1), generator=generator, device=images.device)
     return torch.where(draw < probability, luma(images).expand_as(images), images)
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Change one of brightness, contrast and saturation of each image by a factor from U(0.8, 1.2)."""
+    """Change brightness, contrast or saturation of each image, at random, by a factor from U(0.8, 1.2)."""
     shape, device = (len(images), 1, 1, 1), images.device
     which = torch.randint(3, shape, generator=generator, device=device)
     factor = 0.8 + 0.4 * torch.rand(shape, generator=generator, device=device)

@@ -1,12 +1,14 @@
-"""EfficientAD for inference: teacher, student and autoencoder as one network that ends in their difference.
+"""EfficientAD for inference: teacher, student and autoencoder as one network that computes their differences.
 
-Exact rewrites of algorithm 2, equal to the plain networks but for rounding:
+Exact rewrites of algorithm 2, equal to the plain networks up to rounding:
 - teacher and student read the image through one first convolution with the kernels of both;
-- the image's normalisation is in the first convolutions, the teacher's in its last one;
+- the normalisation of the image is folded into the first convolutions, that of the teacher's output into its
+  last one;
 - what pooling without padding drops at the far edges is not computed;
-- a map needs the difference of two last convolutions: one convolution on both networks' features;
-- the scale of each half of the map is in those convolutions: a half is a sum of squares and an offset;
-- the map is padded and resized by one product for each axis.
+- the difference of two last convolutions is one convolution on the features of both networks;
+- the scale of each half of the map is folded into those convolutions: a half is a sum of squares less an
+  offset;
+- the map is padded and resized by one matrix product for each axis.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class FusedEfficientAD(Fused):
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Algorithm 2."""
+        """Return the outputs of algorithm 2."""
         cells, *parts = self.cells(images)
         maps = enlarge(cells, self.down, self.across)
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
@@ -80,7 +82,7 @@ class FusedEfficientAD(Fused):
         return (maps, joined, *(parts if len(parts) > 1 else ()))
 
     def cells(self, images: Tensor) -> list[Tensor]:
-        """Give the (B, h, w) map at the networks' resolution, then the halves that it is joined from."""
+        """Return the (B, h, w) map at the networks' resolution, then the halves that it is combined from."""
         raw = [half.float().square().sum(1) for half in self.halves(images)]
         parts = [cells - offset for cells, offset in zip(raw, self.offsets, strict=False)]
         weight = self.config.logical_weight
@@ -88,7 +90,7 @@ class FusedEfficientAD(Fused):
         return [joined, *parts]
 
     def halves(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Give (B, C, h, w) vectors whose squared lengths are the structural and the logical map."""
+        """Return (B, C, h, w) vectors whose squared lengths are the structural and the logical map."""
         described, imitated = self.shallow(images).chunk(2, 1)
         described, imitated = self.teacher(described), self.student(imitated)
         structural = self.structural(torch.cat([described, imitated], 1))
@@ -97,9 +99,9 @@ class FusedEfficientAD(Fused):
         return structural, self.autoencoder(images - self.mean) + self.logical(imitated)
 
     def shallow(self, images: Tensor) -> Tensor:
-        """Give what the first convolutions and their pooling make of images, the teacher's half first."""
+        """Return the outputs of the first convolutions and their pooling, the teacher's half first."""
         padded = self.first.padding != (0, 0)
-        seen = self.surround(images - self.mean if padded else images)  # zeros stand for the mean colour
+        seen = self.surround(images - self.mean if padded else images)  # zero padding is the mean colour
         if not padded:
             height, width = (used(length, self.windows) for length in seen.shape[2:])
             seen = seen[:, :, :height, :width]
@@ -108,14 +110,14 @@ class FusedEfficientAD(Fused):
 
 
 def window(layer: nn.Module) -> tuple[int, int]:
-    """Give the side and the stride of a square convolution or pooling."""
+    """Return the side and the stride of a square convolution or pooling."""
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size[0], 1
     return 2, 2
 
 
 def used(length: int, windows: Sequence[tuple[int, int]]) -> int:
-    """Say how many of `length` pixels unpadded layers with these sides and strides look at.
+    """Return how many of `length` pixels are read by unpadded layers with these sides and strides.
 
     >>> used(256, [(4, 1), (2, 2), (4, 1), (2, 2), (3, 1), (4, 1)])
     253
@@ -128,7 +130,7 @@ def used(length: int, windows: Sequence[tuple[int, int]]) -> int:
 
 
 def convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d | None = None) -> nn.Conv2d:
-    """Make a convolution with a copy of these weights, and the stride and padding of another."""
+    """Return a convolution with a copy of these weights, and the stride and padding of `like`."""
     stride, padding = (like.stride, like.padding) if like else ((1, 1), (0, 0))
     made = nn.Conv2d(
         weight.shape[1],
@@ -145,9 +147,10 @@ def convolution(weight: Tensor, bias: Tensor | None, like: nn.Conv2d | None = No
 
 
 def absorb(entrance: nn.Conv2d, normalise: Normalise) -> nn.Conv2d:
-    """Take the normalisation of the image into the convolution that reads it.
+    """Return the convolution that reads the image with the image's normalisation folded into it.
 
-    Of one that pads, only the division: its zeros stand for the mean colour, so it reads centred images.
+    If it pads, only the division is folded in: its zeros stand for the mean colour, so it reads centred
+    images.
     """
     weight, bias = entrance.weight / normalise.std, cast(Tensor, entrance.bias)
     if entrance.padding == (0, 0):
@@ -156,23 +159,23 @@ def absorb(entrance: nn.Conv2d, normalise: Normalise) -> nn.Conv2d:
 
 
 def stacked(layers: Sequence[nn.Conv2d]) -> nn.Conv2d:
-    """Join convolutions of one input, whose outputs come one after the other."""
+    """Return one convolution with the outputs of several that have the same input, in order."""
     weights, biases = zip(*((layer.weight, cast(Tensor, layer.bias)) for layer in layers), strict=True)
     return convolution(torch.cat(weights), torch.cat(biases), layers[0])
 
 
 def normalised(last: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
-    """Subtract a mean from a convolution's outputs and divide them by a deviation, both (C, 1, 1)."""
+    """Return a convolution whose outputs are normalised by a mean and a deviation, both (C, 1, 1)."""
     bias = (cast(Tensor, last.bias) - mean.flatten()) / std.flatten()
     return convolution(last.weight / std[..., None], bias, last)
 
 
 def difference(minuend: nn.Conv2d, subtrahend: nn.Conv2d) -> nn.Conv2d:
-    """Subtract one convolution from another: one of the inputs of both, joined in this order."""
+    """Return the difference of two convolutions as one, whose input is the inputs of both in this order."""
     weight = torch.cat([minuend.weight, -subtrahend.weight], 1)
     return convolution(weight, cast(Tensor, minuend.bias) - cast(Tensor, subtrahend.bias), minuend)
 
 
 def scaled(layer: nn.Conv2d, gain: Tensor) -> nn.Conv2d:
-    """Multiply a convolution's outputs with a number."""
+    """Return a convolution whose outputs are multiplied by a number."""
     return convolution(layer.weight * gain, cast(Tensor, layer.bias) * gain, layer)

@@ -1,20 +1,23 @@
-"""SuperSimpleNet: tell frozen features from the same features with noise under Perlin masks.
+"""SuperSimpleNet: learn to tell frozen features from the same features with noise added in Perlin masks.
 
 Rolih, Fučka, Skočaj: "SuperSimpleNet: Unifying Unsupervised and Supervised Learning for Fast and Reliable
-Surface Defect Detection", ICPR 2024. Section 3.1 is the network, 3.2 the synthetic anomalies, 3.3 the losses.
+Surface Defect Detection", ICPR 2024. Section 3.1 describes the network, 3.2 the synthetic anomalies, 3.3 the
+losses.
 
-Departures from the paper, each one word in the config, all undone by `--preset paper`:
-- the noise is set by the features' own spread, for the published 0.015 belongs to one set of weights;
-- trained on good images only, the image score comes from the map, so the classification head is not built
-  (the paper's ablation has both detection and localisation higher without it);
-- the run is shorter, in smaller batches, under a one-cycle schedule, in bfloat16 where the processor has it,
-  and with labelled defects at higher rates.
-In all presets the backbone's outputs are kept in half precision, and a defect without a mask gets no
-synthetic noise but in `journal`.
+Departures from the paper, each a single setting, all undone by `--preset paper`:
+- the noise level is set from the spread of the features, since the published 0.015 suits one set of weights
+  only;
+- with good images only, the image score comes from the map, so that the classification head is not built (in
+  the paper's ablation both detection and localisation are higher without it);
+- the run is shorter, in smaller batches, with a one-cycle schedule, in bfloat16 where the processor supports
+  it, and at higher learning rates with labelled defects.
 
-With labelled defects the rules of the paper's supervised setting hold, and those of its journal extension for
-defects without masks (arXiv 2408.03143 v3, 2025); REGIMES and JOURNAL list them. `simplenet.py` has the
-numbers of its predecessor, which is the same network with less.
+In all presets the backbone's outputs are stored in half precision. Only `journal` adds synthetic noise to a
+defect without a mask.
+
+With labelled defects, the rules of the paper's supervised setting apply, and for defects without masks those
+of its journal extension (arXiv 2408.03143 v3, 2025); REGIMES and JOURNAL list them. `simplenet.py` has the
+settings of its predecessor, a reduced form of the same network.
 """
 
 from blemish.detectors.settings import Method, Preset

@@ -1,4 +1,4 @@
-"""SuperSimpleNet's settings, those of its papers, and what each supervision changes."""
+"""SuperSimpleNet's settings, the values used in its papers, and what each supervision changes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SuperSimpleNetConfig(Config):
-    """SuperSimpleNet's settings."""
+    """The settings of SuperSimpleNet."""
 
     SCHEDULE: ClassVar[frozenset[str]] = Config.SCHEDULE | {"adaptor_learning_rate", "head_learning_rate"}
     FIXED: ClassVar[frozenset[str]] = frozenset({"backbone", "layers", "noise_ratio"})
 
     backbone: str = "efficientnet_lite0"
     layers: tuple[str, ...] = ()
-    """Backbone outputs that are joined, finest first; empty: the backbone's default."""
+    """Names of the backbone outputs that are joined, finest first; empty: the backbone's default."""
     batch_size: int = 8
     epochs: int = 0
     steps: int = 1000
@@ -33,35 +33,40 @@ class SuperSimpleNetConfig(Config):
     head_learning_rate: float = 2e-4
     head_weight_decay: float = 1e-5
     upscale: bool = True
-    """Double the finest layer's resolution."""
+    """Double the resolution of the finest layer."""
     hidden_channels: int = 0
-    """Of the segmentation head; 0: two thirds of the features' channels, as in the paper, at least 256."""
+    """Width of the segmentation head; 0: two thirds of the feature channels, as in the paper, at least
+    256."""
     classification_head: bool = False
     adapt_classification_features: bool = True
     stop_gradient: bool = True
-    """Keep the classification head's gradient out of the segmentation map (good-only training)."""
+    """Keep the gradient of the classification head out of the segmentation map (good-only training)."""
     anomalies: Literal["perlin", "whole", "none"] = "perlin"
-    """Synthetic ones: noise under Perlin masks; SimpleNet's noise on a whole copy of the features; none."""
+    """Synthetic anomalies: noise in Perlin masks, noise on a whole copy of the features (SimpleNet), or
+    none."""
     noise: float = 0.0
-    """Standard deviation of the synthetic noise; 0: the backbone's published one, else by noise_ratio."""
+    """Standard deviation of the synthetic noise; 0: as published for the backbone, else set by
+    noise_ratio."""
     noise_ratio: float = 0.5
-    """Noise in shares of the features' own spread."""
+    """Noise level relative to the spread of the features."""
     raise_noise: bool = True
-    """Double noise whose level is not given, if held-out noisy cells are not told from clean ones."""
+    """Double a noise level that was not set if noisy and clean held-out cells cannot be told apart."""
     perlin_threshold: float = 0.2
     noise_on_defects: bool = False
-    """Draw synthetic noise where a real defect's mask is, too."""
+    """Add synthetic noise inside the masks of real defects, too."""
     noise_on_unmasked: bool = False
-    """Draw synthetic noise on defective images without a mask, as the extension does."""
+    """Add synthetic noise to defective images without a mask, as in the journal extension."""
     flip_defects: bool = True
-    """Show each defective image flipped, too; turn off where good parts always lie alike, left from right."""
+    """Also train on flipped copies of each defective image; turn off if all good parts have one
+    orientation."""
     mask_dilation: int = 0
-    """Widen real masks by a square of this side, odd, in pixels of the image; the extension has 7."""
+    """Side in image pixels, odd, of the square that dilates real masks; 0: none. The journal extension uses
+    7."""
     distance_weights: bool = False
-    """Weight cells of real defects by 3 (d / d_max)^2, d from the region's border (extension)."""
+    """Weight cells of real defects by 3 (d / d_max)^2, d the distance to the region's border (extension)."""
     focal_loss: bool = True
     blur_sigma: float = 4.0
-    """Of the finished map, in pixels of the network's input."""
+    """Sigma of the blur of the final map, in pixels of the network's input."""
     statistics: tuple[str, ...] = ("maximum", "smoothed_maximum", "top_mean")
 
     def __post_init__(self) -> None:
@@ -78,7 +83,7 @@ class SuperSimpleNetConfig(Config):
 
     @override
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Score by the map where a preset scores by the classification head and the user turned that off."""
+        """Score by the map if a preset scores by the classification head and the user turned that off."""
         headless = "statistics" not in given and not changes.get("classification_head")
         if headless and "head" in changes.get("statistics", ()):
             return changes | {"statistics": self.statistics}
@@ -114,7 +119,7 @@ LABELLED: dict[str, Any] = {
 }
 
 MASKED: dict[str, Any] = LABELLED | {"perlin_threshold": 0.6, "raise_noise": False}
-"""With masks, real defects say what the map must tell, and synthetic ones are few."""
+"""With masks, real defects determine what the map must show, and synthetic ones are few."""
 
 REGIMES: dict[Supervision, dict[str, Any]] = {
     "none": {},
@@ -122,10 +127,11 @@ REGIMES: dict[Supervision, dict[str, Any]] = {
     "mixed": MASKED,
     "full": MASKED,
 }
-"""What each kind of supervision changes, in every preset; section 4."""
+"""What each supervision changes, in every preset; section 4."""
 
 FASTER = {"adaptor_learning_rate": 1e-3, "head_learning_rate": 2e-3}
-"""Ten times the paper's, for runs of hundreds of steps and not of thousands (docs/papers.md, Measured)."""
+"""Ten times the paper's rates, for runs of hundreds rather than thousands of steps (docs/papers.md,
+Measured)."""
 
 DEFAULT_REGIMES = {name: changes | (FASTER if changes else {}) for name, changes in REGIMES.items()}
 

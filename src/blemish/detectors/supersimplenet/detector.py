@@ -31,13 +31,13 @@ from blemish.errors import ConfigError
 from blemish.types import Batch, LabelRules
 
 DOUBLINGS = 3
-"""How often the noise may be doubled."""
+"""How many times the noise may be doubled."""
 TOLD_APART = 0.6
-"""Share of cells, noisy and clean alike, that must be told apart once training has got under way."""
+"""Share of noisy and clean cells that must be classified correctly once training is under way."""
 
 
 class SuperSimpleNet(Detector):
-    """Frozen backbone, adaptor, segmentation head, and the classification head where it is asked for."""
+    """Frozen backbone, adaptor, segmentation head and, if configured, classification head."""
 
     noise_std: Tensor
     doublings: Tensor
@@ -48,7 +48,7 @@ class SuperSimpleNet(Detector):
         self.config: SuperSimpleNetConfig = config
         self.backbone = Backbone(config.backbone, choose_layers(config.backbone, config.layers))
         channels = sum(self.backbone.channels)
-        # The paper's 1x1 convolutions, as linear layers on cells whose channels lie last.
+        # The paper's 1x1 convolutions, as linear layers on cells with their channels last.
         self.adaptor = nn.Linear(channels, channels)
         hidden = config.hidden_channels or max(256, 2 * channels // 3)
         self.segmentation = SegmentationHead(channels, hidden)
@@ -89,15 +89,15 @@ class SuperSimpleNet(Detector):
 
     @override
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Give the backbone's outputs as (B, h_i, w_i, C_i), those of one size as one."""
+        """Return the backbone's outputs as (B, h_i, w_i, C_i), those of the same size concatenated."""
         return by_cells(self.backbone(images))
 
     @override
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
-        """Measure the spread of the adapted features, and set the noise by it unless its level is given.
+        """Measure the spread of the adapted features, and set the noise level by it unless that is given.
 
-        The spread is the root mean square over channels of a channel's standard deviation. The adaptor starts
-        with unit gain, so it is measured behind it: there the noise is added.
+        The spread is the root mean square, over channels, of the standard deviation of a channel. It is
+        measured after the adaptor, which starts with unit gain, because the noise is added there.
         """
         with torch.no_grad():
             _, variance = ops.channel_moments(self.adapted(parts).permute(0, 3, 1, 2) for parts in encoded)
@@ -119,7 +119,7 @@ class SuperSimpleNet(Detector):
         )
 
     def feature_size(self, parts: Sequence[Tensor]) -> tuple[int, int]:
-        """Say the height and width in cells, from (B, h_i, w_i, C) parts."""
+        """Return the height and width of the features in cells, from (B, h_i, w_i, C) parts."""
         factor = 2 if self.config.upscale else 1
         return factor * parts[0].shape[1], factor * parts[0].shape[2]
 
@@ -129,7 +129,7 @@ class SuperSimpleNet(Detector):
         return torch.cat([spread([part], size) for part in encoded], 3)
 
     def adapted(self, encoded: tuple[Tensor, ...]) -> Tensor:
-        """Give the adapted features (B, h, w, C)."""
+        """Return the adapted features, (B, h, w, C)."""
         parts = [
             functional.linear(x, weight)
             for x, weight in zip(encoded, layer_columns(self.adaptor.weight, encoded), strict=True)
@@ -137,7 +137,7 @@ class SuperSimpleNet(Detector):
         return spread(parts, self.feature_size(encoded)) + self.adaptor.bias
 
     def hidden(self, encoded: tuple[Tensor, ...]) -> Tensor:
-        """Give the segmentation head's first convolution of the adapted features, (B, h, w, hidden)."""
+        """Return the segmentation head's first layer of the adapted features, (B, h, w, hidden)."""
         first = self.segmentation.first
         weights = (first.weight @ columns for columns in layer_columns(self.adaptor.weight, encoded))
         parts = [functional.linear(x, weight) for x, weight in zip(encoded, weights, strict=True)]
@@ -146,7 +146,7 @@ class SuperSimpleNet(Detector):
 
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Section 3.2: two copies of every image, each with noise under a mask of its own."""
+        """Return the loss terms on two copies of every image, each with its own noise mask (section 3.2)."""
         size = self.feature_size(batch.encoded)
         masks, weights = self.real_masks(batch, size)
         if self.config.anomalies != "none":
@@ -165,9 +165,9 @@ class SuperSimpleNet(Detector):
         return self.losses(batch.encoded, noisy, noise, target, labels, weights)
 
     def real_masks(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Bring real masks and their weights to (B, h, w): bilinearly, and anomalous from 0.5 up.
+        """Resize real masks and their weights to (B, h, w) bilinearly; cells of at least 0.5 are anomalous.
 
-        Of a mask that vanishes so, every cell that it touches is anomalous.
+        If a mask vanishes in this way, every cell that it touches is anomalous.
         """
         if batch.masks is None:
             nothing = torch.zeros(len(batch.labels), *size, device=batch.labels.device)
@@ -182,7 +182,7 @@ class SuperSimpleNet(Detector):
         return small, torch.where(vanished, functional.adaptive_max_pool2d(batch.weights, size), weights)
 
     def draw_masks(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Draw (count, h, w) boolean masks of where noise goes."""
+        """Sample (count, h, w) boolean masks of the cells that receive noise."""
         if self.config.anomalies == "perlin":
             return ops.perlin_masks(count, size, self.config.perlin_threshold, generator)
         noisy = torch.zeros(count, *size, dtype=torch.bool, device=generator.device)
@@ -191,9 +191,10 @@ class SuperSimpleNet(Detector):
         return noisy
 
     def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw noise, a row of C for each of `count` noisy cells, and rows of zeros up to a round number.
+        """Sample a row of C noise values for each of `count` noisy cells, padded with rows of zeros.
 
-        A number of rows that is new at every step would leave a freed buffer of a new size at every step.
+        The padding is to a round number: a new number of rows at every step would each time leave a freed
+        buffer of a new size.
         """
         shape, device = (round_up(count), self.adaptor.out_features), self.noise_std.device
         noise = torch.randn(shape, generator=generator, device=device).mul_(self.noise_std)
@@ -209,11 +210,11 @@ class SuperSimpleNet(Detector):
         labels: Tensor,
         weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Section 3.3, on N = one or more copies of the B encoded images.
+        """Return the loss terms of section 3.3 on N images: one or more copies of the B encoded ones.
 
-        noisy: (N, h, w) booleans, the cells that get the rows of `noise` in order (what rows are left over
-        are zeros); masks: (N, h, w) booleans, what is anomalous; labels: (N,) likewise of whole images;
-        weights: (N, h, w) of the cells in the segmentation's loss, 0 where a cell is left out.
+        noisy: (N, h, w) booleans, the cells that receive the rows of `noise` in order (surplus rows are
+        zeros); masks: (N, h, w) booleans, the anomalous cells; labels: (N,), whether each image is anomalous;
+        weights: (N, h, w), those of the cells in the segmentation loss, 0 where a cell is left out.
         """
         logits = self.segment(encoded, noisy, noise)
         target = masks.flatten().float()
@@ -226,10 +227,10 @@ class SuperSimpleNet(Detector):
         return terms
 
     def segment(self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor) -> Tensor:
-        """Give the segmentation logits of every cell, (N h w,) float32.
+        """Return the segmentation logits of every cell, (N h w,) float32.
 
-        A cell without noise is the same in all copies, so it is computed once: rows are the B images' cells,
-        then the noisy ones.
+        A cell without noise is the same in all copies, so it is computed once: the rows are the cells of the
+        B images, followed by the noisy ones.
         """
         rows = self.hidden(encoded).flatten(0, 2)
         cells, copies = len(rows), noisy.numel() // len(rows)
@@ -253,7 +254,7 @@ class SuperSimpleNet(Detector):
         noisy: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """Score images by the classification head, (N,) logits, given their (N, h, w) segmentation."""
+        """Return the (N,) logits of the classification head, given the (N, h, w) segmentation."""
         head = self.classification
         if head is None:
             raise ConfigError(
@@ -277,9 +278,9 @@ class SuperSimpleNet(Detector):
 
     @override
     def inspect(self, encoded: Iterable[tuple[Tensor, ...]], generator: torch.Generator) -> str:
-        """See whether noisy cells are told from clean ones on held-out images; if not, double the noise.
+        """Check whether noisy and clean cells are told apart on held-out images; if not, double the noise.
 
-        At most DOUBLINGS times: what then still fails does not fail for want of noise.
+        This happens at most DOUBLINGS times: if it does not help, the noise level is not the cause.
         """
         raising = self.config.raise_noise and self.config.anomalies != "none"
         if not raising or self.given_noise or self.doublings >= DOUBLINGS:
@@ -303,7 +304,7 @@ class SuperSimpleNet(Detector):
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Section 3.4: the logits, resized and blurred, are the map."""
+        """Return the map, which is the logits resized and blurred (section 3.4), and the statistics."""
         encoded = self.encode(images)
         hidden = self.hidden(encoded)
         cells: Tensor = self.segmentation(hidden.flatten(0, 2)).view(hidden.shape[:3])
@@ -324,7 +325,7 @@ class SuperSimpleNet(Detector):
 
 
 def by_cells(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Lay (B, C_i, h_i, w_i) outputs out as (B, h_i, w_i, C_i), those of one size as one."""
+    """Rearrange (B, C_i, h_i, w_i) outputs to (B, h_i, w_i, C_i), those of the same size concatenated."""
     parts: list[Tensor] = []
     for x in outputs:
         if parts and parts[-1].shape[2:] == x.shape[2:]:

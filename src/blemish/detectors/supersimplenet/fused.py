@@ -1,11 +1,12 @@
-"""SuperSimpleNet for inference: what lies behind one another and is linear is multiplied beforehand.
+"""SuperSimpleNet for inference: successive linear layers are multiplied into one beforehand.
 
-Exact rewrites, equal to the plain network but for rounding:
-- the batch norms of the backbone are in its convolutions, and the image's deviation in the first of them;
-- the adaptor and the batch norm of the segmentation head are in the head's first layer, which runs on the
-  backbone's outputs before they are upscaled and averaged (`detectors.heads`);
-- the adaptor is in the classification head's kernel, and its batch norm, too;
-- the map is resized and blurred by one product for each axis.
+Exact rewrites, equal to the plain network up to rounding:
+- the batch norms of the backbone are folded into its convolutions, and the division by the image's deviation
+  into the first of them;
+- the adaptor and the batch norm of the segmentation head are folded into the head's first layer, which runs
+  on the backbone's outputs before they are upscaled and averaged (`heads`);
+- the adaptor and the batch norm of the classification head are folded into that head's kernel;
+- the map is resized and blurred by one matrix product for each axis.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class FusedSuperSimpleNet(Fused):
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Section 3.4: the logits, resized and blurred, are the map."""
+        """Return the map, which is the logits resized and blurred (section 3.4), and the statistics."""
         encoded = by_cells(self.backbone(images))
         parts = [layer(x) for x, layer in zip(encoded, self.hidden, strict=True)]
         hidden = spread(parts, self.feature_size(encoded)) + self.bias
@@ -71,7 +72,7 @@ class FusedSuperSimpleNet(Fused):
 
 
 class FusedClassification(nn.Module):
-    """Score images by the classification head, without its batch norm and with the adaptor in its kernel."""
+    """The classification head with its batch norm and the adaptor folded into its kernel."""
 
     own: Tensor
     constant: Tensor
@@ -99,14 +100,14 @@ class FusedClassification(nn.Module):
 
     @override
     def forward(self, encoded: tuple[Tensor, ...], segmentation: Tensor) -> Tensor:
-        """Give (B,) logits from (B, h_i, w_i, C_i) and the (B, h, w) segmentation."""
+        """Return (B,) logits from (B, h_i, w_i, C_i) features and the (B, h, w) segmentation."""
         size, half = self.feature_size(encoded), self.taps // 2
         parts = [layer(x).chunk(self.taps, 3) for x, layer in zip(encoded, self.layers, strict=True)]
         maps = segmentation[:, None].to(self.own.dtype)
         everywhere = torch.ones(1, 1, *size, device=maps.device, dtype=maps.dtype)
         seen = spread_shifted(parts, size, self.taps).permute(0, 3, 1, 2)
         seen = seen + functional.conv2d(maps, self.own, padding=half)
-        # of no image at all: every runtime computes it once, when it loads the graph
+        # independent of the image: every runtime computes it once, when it loads the graph
         seen = seen + functional.conv2d(everywhere, self.constant, self.shift, padding=half)
         seen = torch.relu(seen)
         pooled = [x.amax((2, 3)) for x in (seen, maps)], [x.mean((2, 3)) for x in (seen, maps)]
@@ -116,14 +117,14 @@ class FusedClassification(nn.Module):
 
 
 def cell_parts(detector: SuperSimpleNet) -> tuple[Tensor, ...]:
-    """Give what `by_cells` makes of the backbone's outputs, as (1, h_i, w_i, C_i) tensors without memory."""
+    """Return meta tensors, without memory, of the shapes (1, h_i, w_i, C_i) that the detector encodes to."""
     height, width = detector.config.image_size
     with torch.device("meta"):
         return by_cells(copy.deepcopy(detector.backbone).to("meta")(torch.empty(1, 3, height, width)))
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Give the (C,) gain and shift that a batch norm in evaluation mode is."""
+    """Return the (C,) gain and shift that a batch norm applies in evaluation mode."""
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
         raise ValueError(f"{norm} has no running statistics")
     gain: Tensor = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -131,14 +132,14 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def linear(weight: Tensor) -> nn.Linear:
-    """Make a linear layer without bias of a copy of (outputs, inputs) weights."""
+    """Return a linear layer without bias, with a copy of these (outputs, inputs) weights."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return layer
 
 
 def without_norms(backbone: Backbone) -> Backbone:
-    """Copy a backbone with its batch norms, and the image's deviation, multiplied into its convolutions."""
+    """Return a copy of a backbone with batch norms and the image's deviation folded into its convolutions."""
     made = copy.deepcopy(backbone)
     for module in list(made.modules()):
         for (before, layer), (name, norm) in pairwise(list(module.named_children())):

@@ -1,12 +1,12 @@
-"""SuperSimpleNet's heads and their losses, computed where that is cheap: before any upscaling.
+"""SuperSimpleNet's heads and their losses, computed where that is cheapest: before any upscaling.
 
-Joining, upscaling and averaging the backbone's outputs is linear, and so are the adaptor and the first
-convolution of each head. So those convolutions run on the outputs as they are, on a quarter and a sixteenth
-of the positions, with the adaptor multiplied into their weights; upscaling and averaging are one product with
-a matrix per axis, which also holds the shifts of a convolution wider than one cell. Noise is added behind, on
-the cells that have any. The same numbers, several times faster.
+Concatenating, upscaling and averaging the backbone's outputs is linear, and so are the adaptor and the first
+layer of each head. Those layers therefore run on the outputs at their own resolution, on a quarter and a
+sixteenth of the positions, with the adaptor multiplied into their weights. Upscaling and averaging are one
+matrix product per axis, whose matrix also contains the shifts of a kernel wider than one cell. Noise is added
+afterwards, to the noisy cells only. The results are the same, several times faster.
 
-Cells lie as rows: tensors are (B, h, w, C).
+Channels are last: tensors are (B, h, w, C), and a cell is a row.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing_extensions import override
 from blemish.types import FloatArray
 
 SLOPE = 0.2
-"""Of the leaky ReLU below 0."""
+"""Slope of the leaky ReLU below 0."""
 
 CHUNK = 1024
-"""Rows that are worked on at a time, for their elements to stay in the processor's cache."""
+"""Rows processed at a time, so that their elements stay in the processor's cache."""
 
 TAPS = 5
 """Height and width of the classification head's kernel."""
 
 
 class SegmentationHead(nn.Module):
-    """Map the first layer's output of any number of cells, (cells, hidden), to (cells,) logits.
+    """Map the first layer's output for any number of cells, (cells, hidden), to (cells,) logits.
 
-    `first` is applied by the detector, which knows how to do so on few positions. A row that stands for
-    several equal cells comes once, with their number: in training it counts so often in the batch norm.
+    `first` is applied by the detector, which can do so on fewer positions. Cells that are equal are passed as
+    one row with their count, which is the row's weight in the batch norm during training.
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -58,7 +58,7 @@ class SegmentationHead(nn.Module):
             return self.forward_counted(rows, counts)
 
     def forward_counted(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Normalise by the moments of rows that count several times, and move the running ones."""
+        """Return the logits of rows normalised by count-weighted moments; update the running moments."""
         norm = self.norm
         with torch.no_grad():
             total, mean, variance = counted_moments(rows, counts)
@@ -72,9 +72,9 @@ class SegmentationHead(nn.Module):
 
 
 def counted_moments(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the number of cells, and the mean and biased variance of (n, H) rows that count several times."""
+    """Return the number of cells, and mean and biased variance of (n, H) rows weighted by their counts."""
     total = counts.sum()
-    first = rows[0].float()  # sums of squares around a value of the data do not cancel
+    first = rows[0].float()  # sums of squares around a value of the data avoid cancellation
     sums, squares = torch.zeros_like(first), torch.zeros_like(first)
     for part, count in zip(torch.split(rows, CHUNK), torch.split(counts, CHUNK), strict=True):
         moved = part.float() - first
@@ -85,11 +85,11 @@ def counted_moments(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 class NormalisedDot(torch.autograd.Function):
-    """Batch norm, leaky ReLU and product with a vector of (n, H) rows: (n,), by chunks that fit the cache.
+    """Batch norm, leaky ReLU and dot product with a vector, on (n, H) rows in chunks that fit the cache.
 
-    Nothing of the rows' size is kept for the backward pass but the rows themselves, and each pass reads them
-    once, where three layers one by one read and write them a dozen times. shares: of each row in the batch's
-    moments, their sum is 1.
+    The only tensor of the rows' size kept for the backward pass is the rows themselves. They are read once in
+    the forward pass and twice in the backward pass, whereas three separate layers read and write them a dozen
+    times. shares: the weight of each row in the batch's moments; their sum is 1.
     """
 
     @staticmethod
@@ -120,7 +120,7 @@ class NormalisedDot(torch.autograd.Function):
         rows, weight, bias, vector, mean, scale, shares = ctx.saved_tensors
         gain = weight * scale
         offset = bias - gain * mean
-        # Of sum_i g_i m_ih and sum_i g_i m_ih x_ih, m the slope at each element, all other sums are made.
+        # All other sums follow from sum_i g_i m_ih and sum_i g_i m_ih x_ih, m the slope at each element.
         slopes, products = torch.zeros_like(weight), torch.zeros_like(weight)
         for part, grad in zip(torch.split(rows, CHUNK), torch.split(gradient, CHUNK), strict=True):
             values = part.float()
@@ -130,7 +130,7 @@ class NormalisedDot(torch.autograd.Function):
         of_bias = vector * slopes
         of_weight = scale * (vector * products - mean * of_bias)
         of_vector = gain * products + offset * slopes
-        # gain (g m v - share (of_bias + (x - mean) scale of_weight)), as a line in x for each column
+        # gain (g m v - share (of_bias + (x - mean) scale of_weight)), a linear function of x in each column
         line = -gain * scale * of_weight
         level = -gain * (of_bias - mean * scale * of_weight)
         of_rows = torch.empty_like(rows)
@@ -143,14 +143,14 @@ class NormalisedDot(torch.autograd.Function):
 
 
 def slope_of(values: Tensor) -> Tensor:
-    """Give the leaky ReLU's slope at each value, in the values' place."""
+    """Return the leaky ReLU's slope at each value, overwriting the values."""
     return values.gt_(0).mul_(1 - SLOPE).add_(SLOPE)
 
 
 class ClassificationHead(nn.Module):
     """Map features, their noise and a segmentation to (N,) score logits.
 
-    The convolution reads the features' channels, then the segmentation's one.
+    The convolution reads the channels of the features, then the single one of the segmentation.
     """
 
     def __init__(self, channels: int) -> None:
@@ -167,7 +167,7 @@ class ClassificationHead(nn.Module):
 
     @property
     def norm(self) -> nn.BatchNorm2d:
-        """The batch norm behind the convolution."""
+        """The batch norm after the convolution."""
         return cast(nn.BatchNorm2d, self.convolution[1])
 
     def weights(self) -> tuple[Tensor, Tensor]:
@@ -177,9 +177,10 @@ class ClassificationHead(nn.Module):
 
     @override
     def forward(self, seen: Tensor, constant: Tensor | None, segmentation: Tensor) -> Tensor:
-        """Finish the convolution of (N, h, w, 128), add the (N, h, w) segmentation's part, pool, and score.
+        """Return scores from the features' share of the convolution, (N, h, w, 128), and the segmentation.
 
-        constant: (C,) that is added to the features everywhere but beyond the borders, or None.
+        The share of the (N, h, w) segmentation is added here. constant: (C,), added to the features
+        everywhere except beyond the borders, or None.
         """
         features, own = self.weights()
         planes, kernels = segmentation[:, None], own
@@ -190,7 +191,7 @@ class ClassificationHead(nn.Module):
         more = functional.conv2d(planes, kernels, self.kernel.bias, padding=TAPS // 2)
         seen = seen.permute(0, 3, 1, 2) + more
         seen = torch.relu(self.norm(seen))
-        # amax would share its gradient out among equals, and takes nine times as long
+        # amax would divide its gradient among equal maxima, and takes nine times as long
         pooled = [functional.adaptive_max_pool2d(seen, 1).flatten(1), seen.mean((2, 3))]
         maps = segmentation[:, None]
         pooled += [functional.adaptive_max_pool2d(maps, 1).flatten(1), maps.mean((2, 3))]
@@ -204,10 +205,11 @@ def spread(parts: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 
 
 def spread_shifted(parts: Sequence[Sequence[Tensor]], size: tuple[int, int], taps: int) -> Tensor:
-    """Spread parts as `spread` does, each shifted to where a kernel's tap sees it, and sum: (B, h, w, K).
+    """Resize, average and sum parts as `spread` does, each shifted to where a kernel's tap sees it.
 
-    parts: for each layer, for each of the kernel's rows, (B, h_i, w_i, taps K): the layer multiplied with the
-    kernel's taps of that row. Beyond the borders are zeros, as a convolution of the same size has them.
+    Returns (B, h, w, K). parts: for each layer and each row of the kernel, (B, h_i, w_i, taps K): the layer
+    multiplied by the kernel's taps in that row. Beyond the borders are zeros, as in a convolution with "same"
+    padding.
     """
     tall, across = [], []
     for rows in parts:
@@ -222,17 +224,17 @@ def spread_shifted(parts: Sequence[Sequence[Tensor]], size: tuple[int, int], tap
 
 
 def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Convolve a few rows of an otherwise empty (N, h, w) grid: (N, h, w, K).
+    """Convolve a few cells of an otherwise empty (N, h, w) grid: (N, h, w, K).
 
-    rows: (M, taps, taps, K), each cell multiplied with every tap; places: (M,) where the cells lie in the
+    rows: (M, taps, taps, K), each cell multiplied by every tap; places: (M,), the cells' indices in the
     flattened grid.
     """
     count, height, width = shape
     taps, channels = rows.shape[1], rows.shape[3]
-    margin = taps // 2  # a frame around each image takes what falls beyond its borders
+    margin = taps // 2  # a frame around each image holds what falls beyond its borders
     tall, wide = height + 2 * margin, width + 2 * margin
     image, y, x = places // (height * width), places // width % height, places % width
-    # The kernel's first tap sees a cell from `margin` further down and right, its last from up and left.
+    # The kernel's first tap adds to the cell `margin` further down and right, its last to that up and left.
     first = (image * tall + y + 2 * margin) * wide + x + 2 * margin
     tap = torch.arange(taps, device=places.device)
     target = first[:, None, None] - tap[:, None] * wide - tap
@@ -241,28 +243,28 @@ def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> T
 
 
 def places(noisy: Tensor, count: int) -> Tensor:
-    """Give the places of (N, h, w) noisy cells in order, then the first cell's up to `count`."""
+    """Return the indices of the noisy cells in an (N, h, w) grid in order, padded to `count` with zeros."""
     found = noisy.flatten().nonzero()[:, 0]
     return functional.pad(found, (0, count - len(found)))
 
 
 def round_up(count: int) -> int:
-    """Give the next of at most four numbers between a power of two and the next, and of multiples of 64."""
+    """Round up to a multiple of 64, and from 512 on to one of four numbers between two powers of two."""
     step = max(64, 1 << count.bit_length() >> 3)
     return -(-count // step) * step
 
 
 def layer_columns(weight: Tensor, encoded: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Split weights (..., C) on joined features into those on each (B, h_i, w_i, C_i)."""
+    """Split weights (..., C) on concatenated features into those on each (B, h_i, w_i, C_i)."""
     return torch.split(weight, [x.shape[3] for x in encoded], -1)
 
 
 def segmentation_losses(
     logits: Tensor, target: Tensor, weight: Tensor, *, focal_loss: bool
 ) -> dict[str, Tensor]:
-    """Section 3.3 on (cells,) logits, 0/1 targets and weights: truncated L1 of either class, and focal loss.
+    """Return the terms of section 3.3: truncated L1 of each class and, if asked for, the focal loss.
 
-    Means are over the cells of a weight above 0.
+    logits, target, weight: (cells,), targets 0 or 1. Means are over the cells with a weight above 0.
     """
     counted = (weight > 0).float()
     normal, anomalous = (1 - target) * counted, target * counted
@@ -276,23 +278,23 @@ def segmentation_losses(
 
 
 def focal(logits: Tensor, targets: Tensor, gamma: float = 4.0) -> Tensor:
-    """Give the focal loss of each logit against its 0/1 target, without class weights."""
+    """Return the focal loss of each logit against its 0/1 target, without class weights."""
     entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return (1 - torch.exp(-entropy)) ** gamma * entropy
 
 
 def axis_matrices(cells: int, length: int, taps: int) -> Tensor:
-    """Make the (taps, length, cells) matrices that resize an axis linearly, ends aligned, and average.
+    """Return the (taps, length, cells) matrices that resize an axis linearly, ends aligned, and average.
 
-    Each averages three cells, beyond the ends zeros that count, as in SimpleNet; matrix k is then shifted by
-    what a kernel's tap k sees, k - taps // 2, with zeros from beyond the ends.
+    Each averages three cells and counts zeros beyond the ends, as in SimpleNet. Matrix k is then shifted to
+    what tap k of a kernel sees, by k - taps // 2, with zeros from beyond the ends.
     """
     return torch.from_numpy(axis_weights(cells, length, taps))
 
 
 @lru_cache(maxsize=64)
 def axis_weights(cells: int, length: int, taps: int) -> FloatArray:
-    """Compute `axis_matrices` with NumPy: a tensor made while torch traces would be kept as a stand-in."""
+    """Compute `axis_matrices` with NumPy: a tensor made while tracing would be cached as a placeholder."""
     places = np.linspace(0, cells - 1, length)[:, None]
     resized = np.pad(np.maximum(0, 1 - np.abs(places - np.arange(cells))), ((1, 1), (0, 0)))
     averaged = (resized[:-2] + resized[1:-1] + resized[2:]) / 3

@@ -1,9 +1,9 @@
-"""SimpleNet: the numbers of SuperSimpleNet's predecessor, which is the same network with less.
+"""SimpleNet: the settings of SuperSimpleNet's predecessor, which is a reduced form of the same network.
 
 Liu, Zhou, Xu, Wang: "SimpleNet: A Simple Network for Image Anomaly Detection and Localization", CVPR 2023.
 Features are not upscaled, there is no classification head, and the synthetic anomalies are noise on one whole
-copy of the features and none on the other, under the truncated L1 loss alone. Its choice of the epoch that
-does best on the test set is not reproduced.
+copy of the features and none on the other, with the truncated L1 loss only. Selecting the epoch that does
+best on the test set, as the authors do, is not reproduced.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PAPER: dict[str, Any] = {
 }
 
 MASKED: dict[str, Any] = {"perlin_threshold": 0.6, "raise_noise": False}
-"""For the ablation's SimpleNet with SuperSimpleNet's anomalies."""
+"""For SimpleNet with SuperSimpleNet's synthetic anomalies, as in the ablation."""
 
 REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": MASKED, "full": MASKED}
-"""Without a classification head, an image label alone has nothing to teach."""
+"""There is no "weak": without a classification head, nothing can be learned from an image label alone."""
 
 DEFAULT_REGIMES = {name: changes | (FASTER if changes else {}) for name, changes in REGIMES.items()}

@@ -1,4 +1,4 @@
-"""What runs a model's graph: ONNX Runtime, OpenVINO or PyTorch, on a processor or a GPU.
+"""The engines that run a model's graph: ONNX Runtime, OpenVINO or PyTorch, on a CPU or a GPU.
 
 All engines take and return the same arrays, so that a caller need not know which one it has. Only the chosen
 one is imported: ONNX Runtime is always installed, OpenVINO comes with `blemish[openvino]`, PyTorch with
@@ -16,20 +16,20 @@ from blemish.types import FloatArray
 
 
 class Engine(Protocol):
-    """A graph, ready to run. Safe to call from several threads at once."""
+    """A graph that is ready to run. Safe to call from several threads at once."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs: "map", "statistics", then the maps that the map was joined from."""
+        """Names of the outputs: "map", "statistics", then the maps that the map was combined from."""
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
         """Run (B, 3, H, W) float32 images in [0, 1]; return (B, ...) float32 arrays by output name."""
 
 
 def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
-    """Make a model file's graph ready to run. threads: 0 lets the engine choose.
+    """Prepare the graph of a model file for running. threads: 0 lets the engine choose.
 
-    Raises ConfigError for what this machine does not have, ModelFileError for a graph that cannot run.
+    Raises ConfigError for what is not available on this machine, ModelFileError for a graph that cannot run.
     """
     if threads < 0:
         raise ConfigError(f"{threads} threads: expected 0 or more")
@@ -48,7 +48,7 @@ def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
 
 
 def open_graph(graph: bytes, outputs: tuple[str, ...], choice: Choice, threads: int = 0) -> Engine:
-    """Make an ONNX graph ready to run, as `open_engine` does."""
+    """Prepare an ONNX graph for running, as `open_engine` does."""
     if choice.backend == "openvino":
         from blemish.inference.engines.openvino import OpenVino
 

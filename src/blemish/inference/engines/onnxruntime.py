@@ -1,4 +1,4 @@
-"""ONNX Runtime: the engine that every installation has."""
+"""ONNX Runtime: the engine included in every installation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""What runs a graph on each device; the later ones take the nodes that the first cannot."""
+"""Execution providers for each device; later ones take the nodes that the first cannot."""
 
 
 class OnnxRuntime:
@@ -30,7 +30,7 @@ class OnnxRuntime:
             )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors only, which are raised here
+        options.log_severity_level = 3  # errors only, which are raised below
         try:
             self.session = onnxruntime.InferenceSession(graph, options, providers=list(providers))
         except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as error:

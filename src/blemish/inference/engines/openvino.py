@@ -1,4 +1,4 @@
-"""OpenVINO: the fastest engine on a processor, and the one with bfloat16."""
+"""OpenVINO: the fastest engine on a CPU, with support for bfloat16."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from blemish.inference.choice import Choice
 from blemish.types import FloatArray
 
 HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
-"""What layers compute in that the graph itself does not quantise."""
+"""Type, for each precision, of the layers that the graph itself does not quantise."""
 
 
 class SignalStack(ctypes.Structure):
-    """What the C library calls stack_t, on Linux."""
+    """The C library's stack_t, on Linux."""
 
     _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 @contextmanager
 def same_signal_stack() -> Iterator[None]:
-    """Give the thread back the stack that its signals are handled on.
+    """Restore the stack on which this thread's signals are handled.
 
-    OpenVINO 2026.4 moves it when it compiles, into memory that it frees with its models: a Ctrl-C that comes
-    later then ends the process with a segmentation fault. Elsewhere than on Linux this does nothing.
+    OpenVINO 2026.4 moves it when it compiles a model, into memory that is freed with the model: a later
+    Ctrl-C then ends the process with a segmentation fault. On systems other than Linux this does nothing.
     """
     set_stack = getattr(ctypes.CDLL(None), "sigaltstack", None) if sys.platform == "linux" else None
     before = SignalStack()
@@ -43,7 +43,7 @@ def same_signal_stack() -> Iterator[None]:
 
 
 class OpenVino:
-    """A graph in OpenVINO, compiled for each batch size when that first comes."""
+    """A graph in OpenVINO, compiled for each batch size on first use."""
 
     def __init__(self, graph: bytes, outputs: tuple[str, ...], choice: Choice, threads: int = 0) -> None:
         self.core = openvino.Core()
@@ -73,7 +73,7 @@ class OpenVino:
         return dict(zip(self.outputs, found, strict=True))
 
     def compile(self, shape: tuple[int, ...]) -> openvino.InferRequest:
-        """Compile the graph for one shape: fixed shapes run faster than open ones."""
+        """Compile the graph for one shape: fixed shapes run faster than dynamic ones."""
         fixed = self.model.clone()
         fixed.reshape(list(shape))
         with same_signal_stack():

@@ -1,4 +1,4 @@
-"""A detector's network as its authors run it: PyTorch and nothing else, for comparisons."""
+"""A detector's network as its authors run it, in PyTorch without further optimisation, for comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blemish.types import FloatArray
 
 
 class PlainTorch:
-    """A network in PyTorch, each operation launched by itself, its channels first unless told otherwise."""
+    """A network in eager PyTorch, in the channels-first layout by default."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""PyTorch: the engine of a machine that trains, and of a GPU without another runtime."""
+"""PyTorch: the engine of a machine used for training, and of a GPU without another runtime."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def restored(opened: Bundle) -> Detector:
-    """Build the detector of a model file, with its weights; raise ModelFileError if they do not fit."""
+    """Return the detector of a model file with its weights; raise ModelFileError if they do not fit."""
     manifest = opened.manifest
     return registry.restore(manifest.method, manifest.config, opened.weights, str(opened.path))
 
 
 class PyTorch:
-    """A model file's fused network in PyTorch; on CUDA each batch size is one recorded CUDA graph."""
+    """A model file's fused network in PyTorch; on CUDA, each batch size is recorded as a CUDA graph."""
 
     def __init__(self, opened: Bundle, choice: Choice, threads: int = 0) -> None:
         self.device = choose_device(choice.device)
@@ -39,11 +39,11 @@ class PyTorch:
         self.forward = torch.compile(self.network) if choice.compiled else self.network
         self.recorded: dict[int, Recorded] = {}
         self.lock = threading.Lock()
-        """A CUDA graph has one place for its inputs and one for its outputs."""
+        """A CUDA graph has a single buffer for its inputs and one for its outputs."""
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
         """Run (B, 3, H, W) images."""
-        with torch.no_grad():  # not inference_mode: torch.compile stumbles over its tensors (2.13)
+        with torch.no_grad():  # not inference_mode: torch.compile fails on its tensors (2.13)
             images = torch.from_numpy(inputs)
             if self.device == "cpu":
                 return self.named(self.compute(images))
@@ -55,25 +55,25 @@ class PyTorch:
         return {name: np.asarray(tensor.cpu()) for name, tensor in zip(self.outputs, found, strict=True)}
 
     def compute(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Run images that are on the device."""
+        """Run images that are on the device already."""
         found: tuple[Tensor, ...] = self.forward(images.contiguous(memory_format=torch.channels_last))
         return found
 
     def replay(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Run images through the CUDA graph of their batch size: one launch instead of a hundred."""
+        """Run images through the CUDA graph of their batch size: one launch instead of about a hundred."""
         if len(images) not in self.recorded:
             self.recorded[len(images)] = Recorded(self, images)
         return self.recorded[len(images)].replay(images)
 
 
 class Recorded:
-    """One CUDA graph with the memory that it reads and writes."""
+    """One CUDA graph and the memory that it reads and writes."""
 
     def __init__(self, engine: PyTorch, images: Tensor) -> None:
         self.inputs = images.to(engine.device)
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is chosen or allocated at first use must not be recorded
+        with torch.cuda.stream(aside):  # choices and allocations on first use must not be recorded
             for _ in range(3):
                 engine.compute(self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
@@ -82,7 +82,7 @@ class Recorded:
             self.found = engine.compute(self.inputs)
 
     def replay(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Copy images in, run; what comes is overwritten by the next run."""
+        """Copy the images in and run the graph; the next run overwrites the outputs returned."""
         self.inputs.copy_(images, non_blocking=True)
         self.graph.replay()
         return self.found

@@ -1,1 +1,1 @@
-"""Distil a teacher for EfficientAD. Empty, so that nothing pulls in torch."""
+"""Distil a teacher for EfficientAD. Nothing is imported here, so that torch is not loaded."""

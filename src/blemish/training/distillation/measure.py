@@ -1,4 +1,4 @@
-"""What a distillation measures: the target's moments, and how much of it a network explains."""
+"""What a distillation measures: the target's moments, and the share of its variance a network explains."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from blemish.training.distillation.pairs import Pairs
 from blemish.training.distillation.teacher import Distillation
 
 STATISTICS = 10_000
-"""Images that the target's channel moments are taken from, at most (algorithm 3)."""
+"""Largest number of images from which the target's channel moments are computed (algorithm 3)."""
 
 
 def measure_target(detector: Distillation, targets: EncodedStore, report: Report) -> None:
-    """Take the target's channel moments from the training images, each process from its share of them."""
+    """Compute the target's channel moments on the training images, each process on its share of them."""
     chosen = distributed.share(min(STATISTICS, len(targets.store.paths)))
     parts = (
         targets.batch([(index, 0)])[0]
@@ -31,7 +31,7 @@ def measure_target(detector: Distillation, targets: EncodedStore, report: Report
 
 
 def moments_of_all(parts: Iterable[Tensor], device: str) -> tuple[Tensor, Tensor]:
-    """Take the channel moments of every process's parts, as `ops.channel_moments` does of one's."""
+    """Return the channel moments over all processes' parts, as `ops.channel_moments` does for one."""
     elements = 0
 
     def counted() -> Iterator[Tensor]:
@@ -47,9 +47,9 @@ def moments_of_all(parts: Iterable[Tensor], device: str) -> tuple[Tensor, Tensor
 
 
 def explained(detector: Distillation, network: nn.Module, pairs: Pairs, report: Report) -> float:
-    """Measure which share of the target's variance a network explains, over all channels together.
+    """Return the share of the target's variance that a network explains, over all channels together.
 
-    Each process measures its share of the images, whose targets are all of one size.
+    Each process measures its share of the images, whose targets all have the same size.
     """
     chosen, device = distributed.share(len(pairs.paths)), pairs.targets.device
     errors: list[float] = []
@@ -68,7 +68,7 @@ def explained(detector: Distillation, network: nn.Module, pairs: Pairs, report: 
 
 
 def compare(detector: Distillation, network: nn.Module, pairs: Pairs, index: int) -> tuple[Tensor, Tensor]:
-    """Return the normalised target of an image, (1, C, h, w), and what a network makes of the image."""
+    """Return the normalised target of an image, (1, C, h, w), and the network's output for the image."""
     target = detector.normalised(pairs.targets.batch([(index, 0)])[0])
     image = pairs.small.batch([index]).to(pairs.targets.device)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def compare(detector: Distillation, network: nn.Module, pairs: Pairs, index: int
 
 
 def seconds_at_the_end(detector: Distillation, held_out: Pairs) -> float:
-    """Estimate how long measuring on the held-out images will take, from its second image."""
+    """Estimate the seconds that measuring the held-out images will take, by timing the second one."""
     for index in range(2):
         started = time.monotonic()
         compare(detector, detector.network, held_out, index)

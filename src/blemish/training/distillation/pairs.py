@@ -1,4 +1,4 @@
-"""The images of a distillation, each with its target: what the source makes of the image."""
+"""The images of a distillation, each with its target: the source's output for the image."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from blemish.types import AnyArray, Batch
 LOG = logging.getLogger(__name__)
 
 FEWEST = 20
-"""Images for each process below which no teacher can be distilled."""
+"""Smallest number of images for each process."""
 HELD_OUT = 0.1
-"""Share of the images that the network is measured on."""
+"""Share of the images held out to measure the network on."""
 MOST_HELD_OUT = 1000
 MIRRORED, GREY = 1, 2
-"""Bits of a view of an image."""
+"""Bits of a view, which is how an image is shown."""
 
 
 def seen(array: AnyArray, view: int) -> AnyArray:
-    """Return a view of (..., 3, H, W) RGB values."""
+    """Return a view of (..., 3, H, W) RGB images."""
     array = flipped(array, view & MIRRORED)
     if view & GREY:
         grey = np.tensordot(np.array(ops.LUMA, np.float32), array, (0, -3))
@@ -46,7 +46,7 @@ def seen(array: AnyArray, view: int) -> AnyArray:
 class Pairs:
     """The images and targets of every step, as a pure function of the seed and the step's number.
 
-    A step's images are those of all processes together; each of them reads its own part.
+    The images of a step are shared by all processes; each reads its own share.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Pairs:
         self.per_epoch = -(-len(small.paths) // self.batch_size)
 
     def entries(self, step: int) -> list[tuple[int, int]]:
-        """Return the positions and views of a step's images."""
+        """Return the indices and views of a step's images."""
         chosen = fewest_turns(len(self.small.paths), self.seed, step * self.batch_size, self.batch_size)
         draw = torch.rand((2, self.batch_size), generator=seeding.generator(self.seed, "view", step))
         views = MIRRORED * (draw[0] < self.config.mirror) + GREY * (draw[1] < self.config.grey)
         return list(zip(chosen, views.tolist(), strict=True))
 
     def at(self, step: int) -> Batch:
-        """Return this process's part of a step's batch on the device."""
+        """Return this process's share of a step's batch, on the device."""
         entries = self.entries(step)[distributed.rank() :: distributed.count()]
         arrays = [seen(self.small.inputs(index)[0], view) for index, view in entries]
         device, none = self.targets.device, torch.zeros(len(entries))
@@ -75,7 +75,7 @@ class Pairs:
 
 
 def list_readable(folder: Path) -> list[Path]:
-    """List all images below a folder that can be read, in order; raise DataError for too few."""
+    """List all readable images in a folder, recursively and in order; raise DataError for too few."""
     fewest = FEWEST * distributed.count()
     paths = images.list_images(folder, recursive=True)
     with ThreadPoolExecutor() as pool:
@@ -97,7 +97,7 @@ def can_be_read(path: Path) -> bool:
 
 
 def divide(paths: Sequence[Path], seed: int) -> tuple[list[Path], list[Path]]:
-    """Choose at random which images train, and which the network is measured on."""
+    """Split the images at random into those that train and those that the network is measured on."""
     order = torch.randperm(len(paths), generator=seeding.generator(seed, "held out")).tolist()
     held = min(MOST_HELD_OUT, round(HELD_OUT * len(paths)))
     return [paths[place] for place in sorted(order[held:])], [paths[place] for place in sorted(order[:held])]
@@ -113,7 +113,7 @@ def open_pairs(
     decoded: Memory,
     report: Report,
 ) -> tuple[Pairs, Pairs]:
-    """Pair the training images below a folder with their targets, and the held-out ones with theirs."""
+    """Return the training images in a folder with their targets, and the held-out ones with theirs."""
     config = detector.config
     train, held_out = divide(list_readable(folder), seed)
     tell(

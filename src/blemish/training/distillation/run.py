@@ -1,4 +1,4 @@
-"""From a folder of natural images to a teacher's file: the backbone's features, the run, what it explains."""
+"""From a folder of natural images to a teacher's file: the source's features, the run, the measurement."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from blemish.progress import Report, Stop, never, silent
 from blemish.training import distributed, loop
 from blemish.training.distillation.measure import explained, measure_target, seconds_at_the_end
 from blemish.training.distillation.pairs import Pairs, open_pairs
-from blemish.training.distillation.teacher import PAPER, Distillation, DistillationConfig, refuse_numbers
+from blemish.training.distillation.teacher import PAPER, Distillation, DistillationConfig, check_numbers
 from blemish.training.fingerprint import digest_all, digest_names
 from blemish.training.loop import Run
 from blemish.training.request import DistillationRequest
@@ -42,9 +42,9 @@ def distill(
     """Distil a teacher for EfficientAD from the natural images in a folder, and write it to `out`.
 
     Pass the file to `train` as its weights. options: the other fields of `DistillationRequest`. report, stop:
-    as for `train`. Under torchrun all processes share each step's batch. Returns what the file says of
-    itself, among it the share of the held-out target's variance that it explains; in other processes than the
-    first, nothing. Raises a BlemishError that a user can fix.
+    as for `train`. Under torchrun all processes share each step's batch. Returns the facts that the file
+    records, among them the share of the held-out target's variance that the teacher explains; in processes
+    other than the first, an empty dictionary. Raises a BlemishError for anything that a user can fix.
     """
     return run(DistillationRequest(images=Path(images), out=Path(out), **options), report=report, stop=stop)
 
@@ -102,7 +102,7 @@ def run(request: DistillationRequest, *, report: Report = silent, stop: Stop = n
 
 
 def configure(preset: str, size: str, source: str | None, settings: Mapping[str, Any]) -> DistillationConfig:
-    """Return the config of a distillation; raise ConfigError for what does not exist or go together."""
+    """Return the config of a distillation; raise ConfigError for unknown or contradictory settings."""
     if preset not in PRESETS:
         raise ConfigError(f"distilling has no preset {preset!r}; expected {' or '.join(PRESETS)}")
     named = {"size": size} | ({} if source is None else {"source": source})
@@ -113,12 +113,12 @@ def configure(preset: str, size: str, source: str | None, settings: Mapping[str,
     config = dataclasses.replace(DistillationConfig(), **changes)
     check(config)
     choose_layers(config.source, config.layers)
-    refuse_numbers(config)
+    check_numbers(config)
     return config
 
 
 def fingerprint_of(config: DistillationConfig, paths: Sequence[Path]) -> dict[str, Any]:
-    """Return what a run is made of: its settings, its images, its processes, and the versions."""
+    """Return what identifies a run: its settings, images, number of processes, and the versions."""
     return {
         "distilled": config.network,
         "config": as_json(config),
@@ -130,14 +130,14 @@ def fingerprint_of(config: DistillationConfig, paths: Sequence[Path]) -> dict[st
 
 
 def check_out(out: Path) -> None:
-    """Raise a BlemishError for a file that could not be written, or that `train` would not read."""
+    """Raise a BlemishError for a file that cannot be written, or that `train` would not read."""
     check_writable(out)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: expected a name that ends in .safetensors")
 
 
 def check_shares(config: DistillationConfig) -> None:
-    """Raise ConfigError for a batch that does not give every process the same number of images."""
+    """Raise ConfigError if the batch cannot be divided equally among the processes."""
     if config.batch_size % distributed.count():
         raise ConfigError(
             f"batch size {config.batch_size} for {distributed.count()} processes; expected a multiple of that"
@@ -145,7 +145,7 @@ def check_shares(config: DistillationConfig) -> None:
 
 
 def make(config: DistillationConfig, pretrained: Path, seed: int, device: str) -> Distillation:
-    """Build the network with weights drawn from the seed, and its source with those of a file."""
+    """Build the network, initialised at random from the seed, and its source with the weights in a file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.initial_seed(seed, "weights"))
         detector = Distillation(config)
@@ -158,9 +158,9 @@ def make(config: DistillationConfig, pretrained: Path, seed: int, device: str) -
 def conclude(
     run: Run, detector: Distillation, pairs: Pairs, held_out: Pairs, request: DistillationRequest
 ) -> dict[str, Any]:
-    """Measure what was learned and write the teacher's file; return what it says of itself.
+    """Measure what was learned and write the teacher's file; return the facts that it records.
 
-    All processes measure, the first one writes. The others return nothing.
+    All processes measure, and the first one writes. The others return an empty dictionary.
     """
     config, state = detector.config, half_precision(detector.network)
     share = explained(detector, with_weights(config, state), held_out, run.report)
@@ -188,19 +188,19 @@ def conclude(
 
 
 def half_precision(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters as a teacher's file holds them."""
+    """Return a network's parameters in half precision, as a teacher's file stores them."""
     return {name: value.half().cpu().contiguous() for name, value in network.state_dict().items()}
 
 
 def with_weights(config: DistillationConfig, state: Mapping[str, Tensor]) -> nn.Sequential:
-    """Build the network of a teacher's file."""
+    """Return the network of a teacher's file."""
     network = PDNS[config.network](padding=config.padding)
     network.load_state_dict({name: value.float() for name, value in state.items()})
     return network
 
 
 def command(config: DistillationConfig, folder: Path, run: Run) -> str:
-    """Return the command that makes the same teacher again, from images and weights of the same names."""
+    """Return the command that reproduces the teacher, from images and weights of the same names."""
     given, usual = as_json(config), as_json(DistillationConfig())
     words = ["blemish", "distill", folder.resolve().name, "--size", given.pop("size")]
     words += ["--source", given.pop("source"), "--steps", str(run.steps), "--seed", str(run.seed)]

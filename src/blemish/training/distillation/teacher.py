@@ -1,10 +1,10 @@
-"""Distilling EfficientAD's teacher: a patch description network learns to predict a big backbone's features.
+"""Distil EfficientAD's teacher: a patch description network learns to predict a large backbone's features.
 
-Batzner, Heckler, König, WACV 2024: algorithm 3 of the supplement. Departures, each one word in the config,
-all undone by `--preset paper`:
-- Muon in place of Adam, and random squares of an image in place of the whole;
-- no padding, as the detectors run the network, so that it never sees zeros at the border;
-- images are mirrored at random, steps are fewer, the rate is higher and follows one cycle.
+Batzner, Heckler, König, WACV 2024: algorithm 3 of the supplement. Departures, each a single setting, all
+undone by `--preset paper`:
+- Muon in place of Adam, and random crops in place of whole images;
+- no padding, as in the detectors, so that the network never sees zeros at the border;
+- images are mirrored at random, and the run is shorter, at a higher rate with a one-cycle schedule.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from blemish.backbones.pdn import CELL, CHANNELS, MARGIN, PDNS
 from blemish.detectors.base import Detector
 from blemish.detectors.muon import Muon
 from blemish.detectors.ops import squares
-from blemish.detectors.settings import Config
+from blemish.detectors.settings import Config, refuse_numbers
 from blemish.errors import ConfigError
 from blemish.training import distributed
 from blemish.types import Batch
 
 PATCH = 3
-"""Side of the patch of the source's cells that one description sums up."""
+"""Side of the patch of the source's cells that one description summarises."""
 
 MIDDLE = 1024
-"""Numbers that a patch of one layer is averaged to before the layers are joined."""
+"""Values that a patch of one layer is averaged to before the layers are joined."""
 
 SMALLEST = 64
-"""Pixels on the shorter side of the images, at least."""
+"""Smallest length of the images' shorter side, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +47,18 @@ class DistillationConfig(Config):
 
     size: Literal["small", "medium"] = "small"
     source: str = "wide_resnet101_2"
-    """The backbone whose features are learned; it sees each image at twice the teacher's size."""
+    """The backbone whose features are distilled; it reads each image at twice the teacher's size."""
     layers: tuple[str, ...] = ()
-    """Of the source; empty for its usual ones."""
+    """Layers of the source; empty: its default ones."""
     padding: bool = False
-    """Zero-pad inside the network, and learn to describe up to the border."""
+    """Zero-pad inside the network, which then also learns to describe the border."""
     crop: int = 128
-    """Side in pixels of the square that is shown of each image, drawn anew each time; 0: all of it."""
+    """Side in pixels of the random square of each image that is used in a step; 0: the whole image."""
     optimiser: Literal["muon", "adam"] = "muon"
     mirror: float = 0.5
     """Probability that an image is flipped left to right."""
     grey: float = 0.1
-    """Probability that an image is shown grey."""
+    """Probability that an image is converted to grey."""
     batch_size: int = 4
     steps: int = 20_000
     learning_rate: float = 2e-3
@@ -66,7 +66,7 @@ class DistillationConfig(Config):
 
     @property
     def network(self) -> str:
-        """Name of the network that learns."""
+        """Name of the network that is trained."""
         return f"pdn_{self.size}"
 
 
@@ -82,8 +82,8 @@ PAPER = {
 }
 
 
-def refuse_numbers(config: DistillationConfig) -> None:
-    """Raise ConfigError for numbers out of their range, and for those that are not finite."""
+def check_numbers(config: DistillationConfig) -> None:
+    """Raise ConfigError for values that are out of range, not finite, or do not go together."""
     c, (height, width) = config, config.image_size
     fine = height % (2 * CELL) == width % (2 * CELL) == 0 and min(height, width) >= SMALLEST
     if not fine:
@@ -96,21 +96,21 @@ def refuse_numbers(config: DistillationConfig) -> None:
             f"crop={c.crop} with padding={str(c.padding).lower()}: expected 0, or without padding a multiple "
             f"of {CELL} from {least} to {most}"
         )
-    for name, value, fits, expected in (
-        ("mirror", c.mirror, 0 <= c.mirror <= 1, "0 to 1"),
-        ("grey", c.grey, 0 <= c.grey <= 1, "0 to 1"),
-        ("learning_rate", c.learning_rate, 0 < c.learning_rate < math.inf, "more than 0, and finite"),
-        ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "at least 0, and finite"),
-    ):
-        if not fits:
-            raise ConfigError(f"setting {name}={value} does not fit; expected {expected}")
+    refuse_numbers(
+        (
+            ("mirror", c.mirror, 0 <= c.mirror <= 1, "0 to 1"),
+            ("grey", c.grey, 0 <= c.grey <= 1, "0 to 1"),
+            ("learning_rate", c.learning_rate, 0 < c.learning_rate < math.inf, "more than 0, and finite"),
+            ("weight_decay", c.weight_decay, 0 <= c.weight_decay < math.inf, "at least 0, and finite"),
+        )
+    )
 
 
 def aggregation(channels: Sequence[int]) -> list[Tensor]:
-    """Return the (384, C, 3, 3) kernels, one for each layer of C channels, that sum up to the target.
+    """Return the (384, C, 3, 3) kernels, one for each layer of C channels, whose outputs sum to the target.
 
-    Algorithm 3 unfolds 3x3 patches, averages each layer's C * 9 numbers to 1,024, joins the layers and
-    averages to 384. All of it is linear, so it is one convolution per layer and a sum.
+    Algorithm 3 unfolds 3x3 patches, averages each layer's C * 9 values to 1,024, joins the layers and
+    averages to 384. All of this is linear, so it amounts to one convolution per layer and a sum.
     """
     joins = pooling(MIDDLE * len(channels), CHANNELS).view(CHANNELS, len(channels), MIDDLE).unbind(1)
     return [
@@ -127,7 +127,7 @@ def pooling(inputs: int, outputs: int) -> Tensor:
 
 
 class Source(nn.Module):
-    """A backbone with the aggregation behind it: (B, 3, 2H, 2W) in [0, 1] to (B, 384, H/4, W/4), frozen."""
+    """A frozen backbone followed by the aggregation: (B, 3, 2H, 2W) in [0, 1] to (B, 384, H/4, W/4)."""
 
     def __init__(self, name: str, layers: Sequence[str]) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Source(nn.Module):
 
 
 class Distillation(Detector):
-    """A patch description network that learns, in the detectors' training loop, to be a teacher."""
+    """A patch description network trained as a teacher, in the same loop as the detectors."""
 
     wants_images = True
     mean: Tensor
@@ -160,8 +160,8 @@ class Distillation(Detector):
         self.config: DistillationConfig = config
         self.normalise = Normalise(*IMAGENET)
         self.network = PDNS[config.network](padding=config.padding)
-        # In lists, not as modules of this one: the source is no part of a checkpoint, and has to be moved to
-        # a device by itself; the other holds `network` once more.
+        # In lists, so that they are not submodules: the source is not part of a checkpoint, and has to be
+        # moved to a device separately; `shared` holds `network` a second time.
         self.source = [Source(config.source, config.layers)]
         self.shared: list[nn.Module] = [self.network]
         self.register_buffer("mean", torch.zeros(CHANNELS, 1, 1))
@@ -194,7 +194,7 @@ class Distillation(Detector):
         return (described,)
 
     def settle(self, mean: Tensor, variance: Tensor) -> None:
-        """Take the target's channel moments; a channel that never changes is learned as it is."""
+        """Set the target's channel moments; a channel that never changes is not scaled."""
         self.mean.copy_(mean[:, None, None])
         self.std.copy_(torch.where(variance > 0, variance.sqrt(), 1.0)[:, None, None])
 
@@ -209,18 +209,18 @@ class Distillation(Detector):
 
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Algorithm 3, lines 9 to 14: the mean squared error of the normalised target."""
+        """Return the mean squared error of the normalised target: algorithm 3, lines 9 to 14."""
         images, target = self.cropped(batch.images, batch.encoded[0], generator)
         described = self.shared[0](self.normalise(images)).float()
         distance = (self.normalised(target) - described).square().mean()
-        # The number is that of all processes; the gradient is this one's, and is averaged on its way.
+        # The value is the mean over all processes; the gradient is this one's, averaged in the backward pass.
         own = distance.detach()
         return {"distance": distance + (distributed.gathered(own).mean(0) - own)}
 
     def cropped(self, images: Tensor, target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Sample a square of each image, with the part of its target that it describes.
+        """Crop a random square of each image, and the part of its target that it describes.
 
-        The draws are those of the whole step, of which each process takes its part.
+        The squares are sampled for the whole step, and each process takes its share of them.
         """
         if not self.config.crop:
             return images, target
