@@ -37,9 +37,9 @@ def merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Te
     return mean, squares.sum(0) / (total - 1)
 
 
-def gaussian_kernel(sigma: float, size: int) -> Tensor:
+def gaussian_kernel(sigma: float, size: int, device: torch.device | str = "cpu") -> Tensor:
     """Return a normalised, centred (size,) Gaussian kernel."""
-    x = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    x = torch.arange(size, dtype=torch.float64, device=device) - (size - 1) / 2
     kernel = torch.exp(-0.5 * (x / sigma).square())
     return (kernel / kernel.sum()).float()
 
@@ -115,7 +115,8 @@ def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[st
         if name == "maximum":
             found[name] = maps.flatten(1).amax(1)
         elif name == "smoothed_maximum":
-            kernel = gaussian_kernel(1.0, 7).to(cells)
+            # Made on the device: a copy from the host cannot be recorded into a CUDA graph.
+            kernel = gaussian_kernel(1.0, 7, cells.device).to(cells)
             found[name] = gaussian_blur(cells, kernel).flatten(1).amax(1)
         elif name == "top_mean":
             count = cells.shape[1] * cells.shape[2]

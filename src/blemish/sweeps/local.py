@@ -74,8 +74,9 @@ def in_parallel(
         raise StoppedError(KILLED) from failure
     if failure is not None:
         raise failure
-    if len(ended) < len(trials):
-        raise StoppedError(f"stopped after {len(ended)} of {len(trials)} trials; the same command goes on")
+    done = sum(future.exception() is None for future in futures)  # some may have ended after the request
+    if done < len(trials):
+        raise StoppedError(f"stopped after {done} of {len(trials)} trials; the same command goes on")
     return [(trial, future.result()) for trial, future in zip(trials, futures, strict=True)]
 
 

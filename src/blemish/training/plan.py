@@ -164,9 +164,17 @@ def copies(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[int]:
 
 
 def without(planned: Plan, left_out: frozenset[int]) -> Plan:
-    """Return a plan without the good training images at these indices, and warn that they are copies."""
+    """Return a plan without the good training images at these indices, and warn that they are copies.
+
+    Raises DataError where that leaves none.
+    """
     if not left_out:
         return planned
+    if len(left_out) == len(planned.parts.train):
+        raise DataError(
+            f"all {len(left_out)} good training images are copies of held-out ones; expected others to learn "
+            "from"
+        )
     LOG.warning("%d training images are copies of held-out ones and are left out", len(left_out))
     train = tuple(sample for number, sample in enumerate(planned.parts.train) if number not in left_out)
     return dataclasses.replace(planned, parts=dataclasses.replace(planned.parts, train=train))

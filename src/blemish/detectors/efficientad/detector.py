@@ -197,7 +197,8 @@ class EfficientAD(Detector):
             return []
         room = [(length - self.config.crop) // CELL + 1 for length in seen.shape[2:]]
         draw = torch.rand((len(seen), 2), generator=generator, device=seen.device)
-        return [(int(down), int(across)) for down, across in draw * draw.new_tensor(room)]
+        places = (draw * draw.new_tensor(room)).long().tolist()  # one wait for the device, not two an image
+        return [(down, across) for down, across in places]
 
     def describe(self, raw: Tensor) -> Tensor:
         """Normalise the teacher's output by its statistics over the training images."""

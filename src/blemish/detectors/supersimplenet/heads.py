@@ -71,12 +71,17 @@ class SegmentationHead(nn.Module):
         return found
 
 
+def chunks(tensor: Tensor) -> Sequence[Tensor]:
+    """Split rows to be worked on one after the other; not on a GPU, where it is launches that cost."""
+    return (tensor,) if tensor.is_cuda else torch.split(tensor, CHUNK)
+
+
 def counted_moments(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the number of cells, and mean and biased variance of (n, H) rows weighted by their counts."""
     total = counts.sum()
     first = rows[0].float()  # sums of squares around a value of the data avoid cancellation
     sums, squares = torch.zeros_like(first), torch.zeros_like(first)
-    for part, count in zip(torch.split(rows, CHUNK), torch.split(counts, CHUNK), strict=True):
+    for part, count in zip(chunks(rows), chunks(counts), strict=True):
         moved = part.float() - first
         sums += count @ moved
         squares += count @ moved.square()
@@ -110,7 +115,7 @@ class NormalisedDot(torch.autograd.Function):
         return torch.cat(
             [
                 functional.leaky_relu(torch.addcmul(offset, part.float(), gain), SLOPE) @ vector
-                for part in torch.split(rows, CHUNK)
+                for part in chunks(rows)
             ]
         )
 
@@ -122,7 +127,7 @@ class NormalisedDot(torch.autograd.Function):
         offset = bias - gain * mean
         # All other sums follow from sum_i g_i m_ih and sum_i g_i m_ih x_ih, m the slope at each element.
         slopes, products = torch.zeros_like(weight), torch.zeros_like(weight)
-        for part, grad in zip(torch.split(rows, CHUNK), torch.split(gradient, CHUNK), strict=True):
+        for part, grad in zip(chunks(rows), chunks(gradient), strict=True):
             values = part.float()
             slope = slope_of(torch.addcmul(offset, values, gain))
             slopes += grad @ slope
@@ -134,8 +139,8 @@ class NormalisedDot(torch.autograd.Function):
         line = -gain * scale * of_weight
         level = -gain * (of_bias - mean * scale * of_weight)
         of_rows = torch.empty_like(rows)
-        chunks = (torch.split(tensor, CHUNK) for tensor in (rows, gradient, shares, of_rows))
-        for part, grad, share, out in zip(*chunks, strict=True):
+        pieces = (chunks(tensor) for tensor in (rows, gradient, shares, of_rows))
+        for part, grad, share, out in zip(*pieces, strict=True):
             values = part.float()
             slope = slope_of(torch.addcmul(offset, values, gain)).mul_(gain * vector).mul_(grad[:, None])
             out.copy_(slope.addcmul_(torch.addcmul(level, values, line), share[:, None]))
@@ -215,12 +220,12 @@ def spread_shifted(parts: Sequence[Sequence[Tensor]], size: tuple[int, int], tap
     for rows in parts:
         _, height, width, channels = rows[0].shape
         # (h, taps h_i) times (taps h_i, w_i taps K)
-        down = axis_matrices(height, size[0], taps).permute(1, 0, 2).flatten(1)
-        summed = torch.matmul(down.to(rows[0]), torch.cat([row.flatten(2) for row in rows], 1))
+        down = axis_matrices_like(rows[0], height, size[0], taps).permute(1, 0, 2).flatten(1)
+        summed = torch.matmul(down, torch.cat([row.flatten(2) for row in rows], 1))
         tall.append(summed.view(-1, size[0], width * taps, channels // taps))
         # (taps, w, w_i) to (w, w_i taps), as the columns lie in memory
-        across.append(axis_matrices(width, size[1], taps).permute(1, 2, 0).flatten(1))
-    return torch.matmul(torch.cat(across, 1).to(tall[0]), torch.cat(tall, 2))
+        across.append(axis_matrices_like(rows[0], width, size[1], taps).permute(1, 2, 0).flatten(1))
+    return torch.matmul(torch.cat(across, 1), torch.cat(tall, 2))
 
 
 def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -290,6 +295,21 @@ def axis_matrices(cells: int, length: int, taps: int) -> Tensor:
     what tap k of a kernel sees, by k - taps // 2, with zeros from beyond the ends.
     """
     return torch.from_numpy(axis_weights(cells, length, taps))
+
+
+def axis_matrices_like(x: Tensor, cells: int, length: int, taps: int) -> Tensor:
+    """Return `axis_matrices` in the type and on the device of a tensor."""
+    if x.is_cuda:
+        return axis_matrices_on(cells, length, taps, str(x.device), x.dtype)
+    return axis_matrices(cells, length, taps).to(x)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def axis_matrices_on(cells: int, length: int, taps: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Keep `axis_matrices` on a GPU: a copy at every step waits for it, and no CUDA graph can record one."""
+    with torch.inference_mode(False):  # a tensor made in that mode could not train later
+        return axis_matrices(cells, length, taps).to(device, dtype)
 
 
 @lru_cache(maxsize=64)
