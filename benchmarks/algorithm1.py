@@ -1,8 +1,9 @@
-"""EfficientAD's algorithm 1 as the paper writes it, to measure and to check the product against.
+"""EfficientAD's algorithm 1 as the paper writes it, to time and check our training step against.
 
-Batzner, Heckler, König, WACV 2024, supplement. Float32, channels-first, the teacher run at every step, three
-passes of the student, torch.quantile, torch's default Adam, photographs read before the step; each gain that
-the product has can be switched on. Only the networks are the product's.
+Batzner, Heckler, König, WACV 2024, supplement. The step computes in float32 with channels first, runs the
+teacher every time and the student in three passes, finds the quantile with torch.quantile, optimises with
+torch's default Adam, and reads its photograph before it starts. Each of our gains can be switched on. Only
+the networks are ours.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from blemish import seeding
+from blemish.backbones.pdn import CHANNELS
 from blemish.data.loading.batches import Batches
 from blemish.detectors.efficientad.detector import EfficientAD
 from blemish.training.loop import Run
 
-CHANNELS = 384
 GAINS = (
     "cached teacher",
     "channels-last",
@@ -33,14 +34,14 @@ GAINS = (
     "prefetch",
     "one pass",
 )
-"""What `Transcription` can be told to do otherwise; "kept memory" is the process's affair."""
+"""What can be switched on in a `Transcription`; "kept memory" is a setting of the whole process."""
 
 
 class Transcription:
     """Algorithm 1's step with the gains that are switched on.
 
-    It starts from copies of a detector's networks and statistics, and reads its draws in that detector's
-    order: photograph to grey or not, what the image is changed in, by how much, dropout.
+    It starts from copies of a detector's networks and statistics, and draws random numbers in the same order
+    as that detector: whether the photograph turns grey, what is changed in the image, by how much, dropout.
     """
 
     def __init__(self, detector: EfficientAD, gains: Collection[str] = ()) -> None:
@@ -61,7 +62,7 @@ class Transcription:
         self.ahead: Future[tuple[Tensor, Tensor | None]] | None = None
 
     def step(self, run: Run, step: int) -> dict[str, float]:
-        """Take one optimiser step on the run's images; give its losses."""
+        """Take one optimiser step on the run's images; return its losses."""
         batches = cast(Batches, run.batches)
         image, photograph = self.read(batches, step)
         known = None
@@ -79,7 +80,7 @@ class Transcription:
         return {name: float(term.detach()) for name, term in (terms | {"loss": total}).items()}
 
     def read(self, batches: Batches, step: int) -> tuple[Tensor, Tensor | None]:
-        """Read a step's image and photograph, here or, with prefetch, while the step before it ran."""
+        """Return a step's image and photograph; with prefetch they were read during the step before."""
         if "prefetch" not in self.gains:
             return batches.read(step)
         found = self.ahead.result() if self.ahead else batches.read(step)
@@ -89,9 +90,9 @@ class Transcription:
     def losses(
         self, image: Tensor, photograph: Tensor, draw: torch.Generator, known: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Algorithm 1, lines 12 to 24, for one (1, 3, H, W) image and one photograph, both in [0, 1].
+        """Return the loss terms of algorithm 1, lines 12 to 24.
 
-        known: what the teacher makes of the image; None: it is run.
+        image, photograph: (1, 3, H, W) in [0, 1]. known: the teacher's output on the image; None: it is run.
         """
         p = normalised(sometimes_grey(photograph, draw))
         x, changed = normalised(image), normalised(change(image, draw))
@@ -108,21 +109,22 @@ class Transcription:
         }
 
     def describe(self, raw: Tensor) -> Tensor:
+        """Normalise the teacher's output by its statistics over the training images."""
         return (raw.float() - self.mean) / self.std
 
     def student_outputs(self, x: Tensor, p: Tensor, changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the student's first half on image and photograph, and its second on the changed image."""
+        """Return the student's first half on image and photograph, and its second on the changed image."""
         if "one pass" not in self.gains:
             first, penalised = (self.student(each)[:, :CHANNELS].float() for each in (x, p))
             return first, penalised, self.student(changed)[:, CHANNELS:].float()
-        features, last = self.student[:-1](torch.cat([x, p, changed])), cast(nn.Conv2d, self.student[-1])
+        features, last = self.student.features(torch.cat([x, p, changed])), self.student.last
         bias = cast(Tensor, last.bias)
         first = conv2d(features[:2], last.weight[:CHANNELS], bias[:CHANNELS]).float()
         second = conv2d(features[2:], last.weight[CHANNELS:], bias[CHANNELS:]).float()
         return first[:1], first[1:], second
 
     def hard_loss(self, error: Tensor) -> Tensor:
-        """Average the elements that are at least the 0.999 quantile of all."""
+        """Return the mean of the elements that are at least the 0.999 quantile of all of them."""
         if "topk" in self.gains:
             hard = error.numel() - math.ceil((error.numel() - 1) * 0.999)
             return error.flatten().topk(hard, sorted=False).values.mean()
@@ -130,11 +132,13 @@ class Transcription:
 
 
 def normalised(image: Tensor) -> Tensor:
+    """Normalise an image as ImageNet's."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (image - mean[:, None, None]) / std[:, None, None]
 
 
 def grey(image: Tensor) -> Tensor:
+    """Return the luma of an image (ITU-R 601)."""
     red, green, blue = image.unbind(1)
     return (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
 

@@ -1,17 +1,17 @@
-"""Seconds an epoch and peak memory of training, with the cache of features and without.
+"""Seconds per epoch and peak memory of training, with and without the cache of features.
 
     python benchmarks/cache.py DATA --image-size 640x256 --epochs 2 --memory 4
-    python benchmarks/cache.py draw FOLDER --count 500 --size 1024     parts to train on
+    python benchmarks/cache.py draw FOLDER --count 500 --size 1024     render parts to train on
 
-Each row is a process of its own. The rows: `auto`; `auto` with so little memory that most features lie in
-files; a folder, empty and then filled; `off`. Seconds of an epoch are those of its steps, without encoding.
+Each row runs in a process of its own: `auto`; `auto` with so little memory that most features go into files
+(`files`); a folder, first empty (`folder`) and then filled (`filled`); and `off`. An epoch's seconds run from
+its first step to its last, so encoding beforehand is not among them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,26 +21,22 @@ from typing import Any
 
 import numpy as np
 
+import blemish
 from blemish import demo, images
+from blemish.benchmark import machine
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train once in this process, timing steps; give seconds and the peak of resident memory."""
-    from blemish.training import loop, run
+    """Train once in this process, timing steps; return seconds and the peak of resident memory."""
+    marks: list[float] = []
 
-    times: list[float] = []
-    plain = loop.one_step
+    def mark(event: blemish.Event) -> None:
+        if event.phase == "training":  # before the first step, and after each
+            marks.append(time.monotonic())
 
-    def timed(run: loop.Run, step: int) -> dict[str, float]:
-        begin = time.monotonic()
-        losses = plain(run, step)
-        times.append(time.monotonic() - begin)
-        return losses
-
-    loop.one_step = timed
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        model = run.train(
+        model = blemish.train(
             options.data,
             model="supersimplenet",
             out=Path(folder) / "model.blemish",
@@ -49,19 +45,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             epochs=options.epochs,
             memory=int(options.memory * 2**30),
             cache=options.cache,
+            report=mark,
         )
-    per_epoch = len(times) // options.epochs
+    per_epoch = (len(marks) - 1) // options.epochs
+    last = marks[-1] - marks[-1 - per_epoch]
     return {
-        "seconds_per_epoch": round(sum(times[-per_epoch:]), 1),
-        "seconds_per_step": round(sum(times[-per_epoch:]) / per_epoch, 3),
+        "seconds_per_epoch": round(last, 1),
+        "seconds_per_step": round(last / per_epoch, 3),
         "seconds_in_all": round(time.monotonic() - begin, 1),
-        "peak_gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "good_images": model.manifest["training"]["good_images"],
+        "peak_gigabytes": round(machine.peak_resident() / 2**30, 2),
+        "good_images": model.manifest.training.good_images,
     }
 
 
 def draw(out: Path, count: int, size: int) -> None:
-    """Draw good parts: ten of the demo's, shifted and brightened differently until there are enough."""
+    """Render ten of the demo's good parts; shift and brighten them at random until there are `count`."""
     rng = np.random.default_rng(0)
     parts = [demo.draw_part((0, number), "good", size)[0] for number in range(min(10, count))]
     for number in range(count):
@@ -72,19 +70,20 @@ def draw(out: Path, count: int, size: int) -> None:
 
 
 def main() -> None:
+    """Render parts, or measure the rows and print a line of JSON for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", nargs="+")
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--image-size", default="256x256")
+    parser.add_argument("data", nargs="+", help="a data set, or draw and the folder to write")
+    parser.add_argument("--count", type=int, default=500, help="parts to render (500)")
+    parser.add_argument("--size", type=int, default=1024, help="their height and width (1024)")
+    parser.add_argument("--image-size", default="256x256", metavar="HxW", help="of the network's input")
     parser.add_argument("--backbone", default="efficientnet_lite0")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--memory", type=float, default=4.0)
-    parser.add_argument("--cache", help="measure this one alone, in this process")
-    parser.add_argument("--rows", default="auto,files,folder,filled,off")
+    parser.add_argument("--weights", type=Path, help="of the backbone, if they should not be looked up")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs to train; the last is timed (2)")
+    parser.add_argument("--memory", type=float, default=4.0, metavar="GB", help="for features (4)")
+    parser.add_argument("--cache", help="measure only this cache, in this process")
+    parser.add_argument("--rows", default="auto,files,folder,filled,off", help="rows to measure")
     options = parser.parse_args()
     if options.data[0] == "draw":
         return draw(Path(options.data[1]), options.count, options.size)

@@ -1,20 +1,21 @@
-"""One optimiser step of EfficientAD, ours beside a plain transcription of algorithm 1, gain by gain.
+"""One optimiser step of EfficientAD: ours compared with a plain transcription of algorithm 1, gain by gain.
 
     python benchmarks/efficientad_step.py --json steps.json
     python benchmarks/efficientad_step.py --data PARTS --natural PHOTOGRAPHS --weights pdn_small.safetensors
     python benchmarks/efficientad_step.py --only "plain,ours" --steps 30 --rounds 7 --threads 2
-    python benchmarks/efficientad_step.py --curves 500 --out curves    losses, in curves.json and curves.svg
+    python benchmarks/efficientad_step.py --curves 500 --out curves    losses to curves.json and curves.svg
 
-The rows, each a process of its own, since memory and threads are a process's:
+Each row runs in a process of its own, because memory and threads belong to a process:
 
-    plain                 algorithm1.py, with none of the gains
-    plain + GAIN          with one
-    every gain            with all, and "every gain - GAIN" with all but one
-    ours                  the product's own step, at the paper's settings, in bfloat16
-    ours - GAIN           without one, of those that are outside the loss
+    plain                 algorithm1.py without any of the gains
+    plain + GAIN          with one of them
+    every gain            with all of them
+    every gain - GAIN     with all but one
+    ours                  our own step, at the paper's settings, in bfloat16
+    ours - GAIN           without one of the gains that lie outside the loss
 
-They take turns, all of them in every round, so that a machine that becomes slower does so for all. In all
-rows training images are decoded beforehand, and a photograph is decoded for every step, as in a run with more
+All rows take turns in every round, so that a machine that slows down does so for all of them. In all rows the
+training images are decoded beforehand, and a photograph is decoded for every step, as in a run with more
 photographs than steps. A ratio is the median, over the rounds, of the ratios of a round's median steps.
 """
 
@@ -57,7 +58,7 @@ from blemish.training.loop import Run
 
 TERMS = ("hard", "penalty", "autoencoder", "student_autoencoder", "loss")
 IN_LOSS = ("topk", "one pass")
-"""Gains that the product has inside its loss, where nothing switches them."""
+"""Gains that lie inside our loss, where they cannot be switched off."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Variant:
 
     gains: frozenset[str]
     product: bool = False
-    """Whether the step is the product's or the transcription's."""
+    """Whether the step is our own; otherwise it is the transcription's."""
 
 
 EVERY = frozenset(GAINS)
@@ -85,7 +86,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a process measures."""
+    """What one process measures."""
 
     variant: str
     data: str
@@ -102,24 +103,25 @@ Read = TypeVar("Read")
 
 
 class BegunError(Exception):
-    """A run that is about to take its first step."""
+    """Raised with a run that is about to take its first step."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
 
 class OnThisThread(ThreadPoolExecutor):
-    """A pool that does at once, on the thread that asks, what it is given."""
+    """A pool that runs each task at once, on the thread that submits it."""
 
     @override
     def submit(self, fn: Callable[..., Read], /, *args: Any, **kwargs: Any) -> Future[Read]:
+        """Run a task."""
         done: Future[Read] = Future()
         done.set_result(fn(*args, **kwargs))
         return done
 
 
 def begin(job: Job) -> Run:
-    """Let the product set a run up as `blemish train` does, to its first step, without the gains left out."""
+    """Set a run up to its first step, as `blemish train` does, without the gains that the variant lacks."""
 
     def hand_over(run: Run) -> NoReturn:
         raise BegunError(run)
@@ -151,7 +153,7 @@ def begin(job: Job) -> Run:
 
 
 def without(run: Run, left_out: Collection[str]) -> Run:
-    """Take gains off a run that has been set up, and decode a photograph for every step."""
+    """Switch gains off in a run that has been set up, and decode a photograph for every step."""
     batches = cast(Batches, run.batches)
     photographs = cast(Photographs, batches.natural).store
     photographs.memory, photographs.kept = Memory(0), {}
@@ -166,7 +168,10 @@ def without(run: Run, left_out: Collection[str]) -> Run:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Take a variant's steps in this process; give the seconds of those after the warm-up, and all losses."""
+    """Take a variant's steps in this process.
+
+    Returns the seconds of the steps after the warm-up, the losses of all steps, and the number of threads.
+    """
     run, variant = begin(job), VARIANTS[job.variant]
     step: Callable[[int], dict[str, float]] = partial(loop.one_step, run)
     if not variant.product:
@@ -180,7 +185,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def measure_apart(job: Job, threads: int | None) -> dict[str, Any]:
-    """Measure in a fresh process, whose memory is kept as glibc does by default."""
+    """Measure in a new process that starts with glibc's default memory settings."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -196,11 +201,11 @@ def measure_apart(job: Job, threads: int | None) -> dict[str, Any]:
     return found
 
 
-# --- what the rows stand on, the same for all ---
+# --- what all rows share ---
 
 
 def lay_out(options: argparse.Namespace, folder: Path) -> Job:
-    """Put parts, photographs and a teacher where every process finds them; draw what was not given."""
+    """Put parts, photographs and a teacher into a folder for all processes; render what was not given."""
     parts = folder / "parts"
     for name in ("train/good", "test", "ground_truth"):
         (parts / name).mkdir(parents=True)
@@ -226,7 +231,7 @@ def lay_out(options: argparse.Namespace, folder: Path) -> Job:
 
 
 def draw_teacher(path: Path, model: str) -> Path:
-    """Draw a teacher as He et al. start a network: what it describes changes no time."""
+    """Write a teacher with random weights (He et al.), which takes the same time as a distilled one."""
     teacher = cast(EfficientAD, build(model, configure(model), 0)).teacher
     draw = seeding.generator(0, "teacher")
     for parameter in teacher.parameters():
@@ -240,13 +245,13 @@ def draw_teacher(path: Path, model: str) -> Path:
 
 
 def ratio(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Give median, least and greatest, over the rounds, of how many times as fast the second was."""
+    """Return how many times as fast the second was: median, least and greatest over the rounds."""
     each = [median(one) / median(other) for one, other in zip(slow, fast, strict=True)]
     return median(each), min(each), max(each)
 
 
 def table(seconds: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
-    """Write a line for each variant from the seconds of its steps, round by round."""
+    """Return a line for each variant, given the seconds of its steps in each round."""
     lines = []
     for name, rounds in seconds.items():
         middles = [median(one) for one in rounds]
@@ -262,7 +267,7 @@ def table(seconds: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
 
 
 def compare(options: argparse.Namespace, job: Job) -> None:
-    """Let the variants take turns, print the table, and write every step's seconds."""
+    """Let the variants take turns, print the table, and write the seconds of every step if asked."""
     names = options.only or list(VARIANTS)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     threads = None
@@ -280,7 +285,7 @@ def compare(options: argparse.Namespace, job: Job) -> None:
 
 
 def processor() -> str:
-    """Name the processor where Linux does, with the instructions that torch uses on it."""
+    """Return the processor's name, where Linux tells it, and the instructions that torch uses on it."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -290,7 +295,7 @@ def processor() -> str:
 # --- the curves ---
 
 POINTS = 100
-"""Of a drawn curve, each the mean of as many steps as come to that."""
+"""At most this many points of a curve are drawn, each the mean of equally many steps."""
 WIDTH, HEIGHT, LEFT, GAP = 300, 150, 52, 44
 STYLES = {
     "plain": ("plain, float32", '#d9a441" stroke-width="5'),
@@ -299,13 +304,13 @@ STYLES = {
 
 
 def thinned(values: Sequence[float]) -> list[float]:
-    """Give means of equal stretches of a curve; a rest that is shorter than one is left out."""
+    """Return the means of equal stretches of a curve; a shorter remainder at the end is left out."""
     stretch = -(-len(values) // POINTS)
     return [fmean(values[at : at + stretch]) for at in range(0, len(values) - stretch + 1, stretch)]
 
 
 def panel(term: str, curves: Mapping[str, Sequence[float]], left: float, top: float) -> list[str]:
-    """Draw one term of all runs over the steps, the loss in powers of ten."""
+    """Return an SVG group with one loss term of both runs over the steps, on a logarithmic scale."""
     points = {name: [math.log10(value) for value in thinned(values)] for name, values in curves.items()}
     low, high = min(map(min, points.values())), max(map(max, points.values()))
     parts = [
@@ -324,7 +329,7 @@ def panel(term: str, curves: Mapping[str, Sequence[float]], left: float, top: fl
 
 
 def chart(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """Draw the losses of both runs over each other as an SVG, a panel for each term."""
+    """Return an SVG with the losses of both runs overlaid, one panel for each term."""
     width, height = 2 * (LEFT + WIDTH) + 24, 3 * (HEIGHT + GAP) + 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -344,7 +349,7 @@ def chart(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def overlay(options: argparse.Namespace, job: Job) -> None:
-    """Train both from the same weights on the same images and draws; write and draw their losses."""
+    """Train both with the same weights, images and random numbers; write and plot their losses."""
     job = dataclasses.replace(job, warm_up=0, steps=options.curves)
     losses = {
         name: measure_apart(dataclasses.replace(job, variant=name), options.threads)["losses"]
@@ -359,7 +364,7 @@ def overlay(options: argparse.Namespace, job: Job) -> None:
 
 
 def variants(text: str) -> list[str]:
-    """Read names of variants, parted by commas."""
+    """Read names of variants, separated by commas."""
     names = text.split(",")
     for name in names:
         if name not in VARIANTS:
@@ -368,24 +373,25 @@ def variants(text: str) -> list[str]:
 
 
 def main() -> None:
+    """Compare the variants, or plot the losses of two of them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="with good parts in train/good; else drawn")
-    parser.add_argument("--images", type=int, default=20, help="of these, so many (20)")
-    parser.add_argument("--natural", type=Path, metavar="DIR", help="photographs; else drawn parts")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the teacher; else drawn")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="with good parts in train/good; else parts are rendered"
+    )
+    parser.add_argument("--images", type=int, default=20, help="number of parts (20)")
+    parser.add_argument("--natural", type=Path, metavar="DIR", help="photographs; else rendered parts")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="of the teacher; else random")
     parser.add_argument("--model", default="efficientad-s", choices=["efficientad-s", "efficientad-m"])
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of a row in a round (20)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each row in a round (20)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before those (3)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="else as many as torch takes")
-    parser.add_argument("--only", type=variants, metavar="NAMES", help="rows, parted by commas")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every step's seconds")
-    parser.add_argument(
-        "--curves", type=int, metavar="N", help="train N steps and overlay the losses instead"
-    )
-    parser.add_argument("--out", type=Path, default=Path("curves"), help="of --curves: OUT.json, OUT.svg")
+    parser.add_argument("--threads", type=int, help="else torch's default")
+    parser.add_argument("--only", type=variants, metavar="NAMES", help="rows, separated by commas")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds of every step here")
+    parser.add_argument("--curves", type=int, metavar="N", help="train N steps and plot the losses instead")
+    parser.add_argument("--out", type=Path, default=Path("curves"), help="for --curves: OUT.json and OUT.svg")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

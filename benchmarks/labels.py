@@ -1,15 +1,15 @@
-"""What labels buy: supervised and unsupervised runs on a labelled data set, one JSON line each.
+"""What labels gain: supervised and unsupervised runs on a labelled data set, one line of JSON for each.
 
     python benchmarks/labels.py ladder   DATA --image-size 640x256 --steps 300 --seeds 3 --out ladder.jsonl
     python benchmarks/labels.py growth   DATA --counts 0,2,5,10,20,34 ...
     python benchmarks/labels.py ablation DATA --supervision full ...
-    python benchmarks/labels.py rules    DATA ...        the 2024 rules and those of the journal extension
+    python benchmarks/labels.py rules    DATA ...        the rules of the 2024 paper and of its extension
     python benchmarks/labels.py show     FILE...         mean and deviation of each row
-    python benchmarks/labels.py figure   FILE.jsonl F.svg   average precision by the number of labels
-    python benchmarks/labels.py clean    DATA FOLDER     a copy without training images that are in test
+    python benchmarks/labels.py figure   FILE.jsonl F.svg   average precision by number of labelled defects
+    python benchmarks/labels.py clean    DATA FOLDER     a copy without training images that are also in test
 
-Runs that are in the file already are not repeated, so a series that was stopped goes on. Options that the
-commands share: --backbone NAME --weights FILE --cache DIR --set KEY=VALUE.
+Runs that are already in the file are not repeated, so a series that was stopped continues. All series take
+--backbone NAME --weights FILE --cache DIR --set KEY=VALUE.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import blemish
 from blemish import images
+from blemish.cli.terminal import Terminal
 
 METRICS = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 NO_HEAD: dict[str, Any] = {"classification_head": False}
@@ -66,6 +67,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def ladder(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return what each row, one for each supervision, gives to `blemish.train`."""
     regimes: dict[str, dict[str, Any]] = {
         "none": {"supervision": "none"},
         "weak": {"supervision": "weak"},
@@ -77,6 +79,7 @@ def ladder(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def growth(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return what each row, one for each number of labelled defects, gives to `blemish.train`."""
     return {
         count: {"train_defects": count} if int(count) else {"supervision": "none"}
         for count in options.counts.split(",")
@@ -84,6 +87,7 @@ def growth(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def ablation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return what each row, one for each part that is taken away, gives to `blemish.train`."""
     rows: dict[str, dict[str, Any]] = {}
     for name, (model, settings) in ABLATION.items():
         if options.supervision == "none" and name in ("no synthetic anomalies", "noise also on real defects"):
@@ -101,6 +105,7 @@ def ablation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def rules(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return what each row, one for each rule and supervision, gives to `blemish.train`."""
     return {
         f"{regime}, {name}": {"settings": settings} | given
         for regime, given in ladder(options).items()
@@ -113,7 +118,7 @@ SERIES = {"ladder": ladder, "growth": growth, "ablation": ablation, "rules": rul
 
 
 def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Train and evaluate once."""
+    """Train and evaluate once; return the row's record."""
     settings = {"image_size": options.image_size, "backbone": options.backbone}
     settings |= dict(text.split("=", 1) for text in options.set) | given.get("settings", {})
     begin = time.monotonic()
@@ -127,10 +132,11 @@ def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int
             steps=options.steps,
             seed=seed,
             cache=options.cache,
+            report=Terminal(),
             **{key: value for key, value in given.items() if key not in ("model", "settings")},
         )
         seconds = time.monotonic() - begin
-        found = blemish.evaluate(model, options.data, exhibits=0)
+        found = blemish.evaluate(model, options.data, exhibits=0, report=Terminal())
     row = found.rows[0]
     return {
         "series": options.series,
@@ -147,7 +153,7 @@ def run(options: argparse.Namespace, name: str, given: dict[str, Any], seed: int
 
 
 def clean(root: Path, out: Path) -> None:
-    """Copy a data set in the layout ksdd2 but for training images whose pixels are in test, too."""
+    """Copy a data set in the layout ksdd2, leaving out training images whose pixels are also in test."""
     test = {image_digest(path) for path in (root / "test").glob("*[0-9].png")}
     for part in ("train", "test"):
         (out / part).mkdir(parents=True)
@@ -160,11 +166,12 @@ def clean(root: Path, out: Path) -> None:
 
 
 def image_digest(path: Path) -> str:
+    """Return the SHA-256 of an image's pixels."""
     return hashlib.sha256(images.read(path).tobytes()).hexdigest()
 
 
 def show(files: list[Path]) -> None:
-    """Print mean and standard deviation over the seeds of each row."""
+    """Print each row's mean and standard deviation over the seeds."""
     rows: defaultdict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for file in files:
         for line in file.read_text().splitlines():
@@ -185,12 +192,12 @@ CURVES = {"image_ap": ("detection", "#0b6e99"), "pixel_ap": ("localisation", "#c
 
 
 def figure(file: Path, out: Path) -> None:
-    """Draw mean and range of both average precisions against the number of labelled defects."""
+    """Plot mean and range of both average precisions over the number of labelled defects."""
     records = [json.loads(line) for line in file.read_text().splitlines()]
     counts = sorted({int(record["row"]) for record in records})
     last = max(counts)
 
-    def x(count: int) -> float:  # by the square root: the first labels matter most
+    def x(count: int) -> float:  # its square root: the first labels matter most
         return LEFT + (WIDTH - LEFT - 24) * math.sqrt(count / last)
 
     def y(value: float) -> float:
@@ -230,21 +237,22 @@ def figure(file: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Run a series, or work on the files of earlier ones."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("series", choices=[*SERIES, "show", "figure", "clean"])
-    parser.add_argument("data", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("labels.jsonl"))
+    parser.add_argument("data", nargs="+", type=Path, help="a data set, or files as shown above")
+    parser.add_argument("--out", type=Path, default=Path("labels.jsonl"), help="where lines are added")
     parser.add_argument("--image-size", default="256x256")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model files there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model files here")
     parser.add_argument("--cache", default="auto")
-    parser.add_argument("--counts", default="0,2,5,10,20,34")
-    parser.add_argument("--regimes", default="")
+    parser.add_argument("--counts", default="0,2,5,10,20,34", help="labelled defects of growth")
+    parser.add_argument("--regimes", default="", help="some of none,weak,mixed,full (all)")
     parser.add_argument("--supervision", default="none", choices=["none", "full"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()

@@ -1,18 +1,17 @@
-"""Seconds and peak memory of the pixel-level metrics on drawn maps, and how far a histogram is from exact.
+"""Time and peak memory of the pixel-level metrics on rendered maps, and how far a histogram is from exact.
 
     python benchmarks/metrics.py --rounds 5 --json metrics.json
     python benchmarks/metrics.py --images 100 --budget 0.2
 
-First, maps that are in memory: AUPRO, pixel AUROC and AP together, from maps and masks to the three numbers,
-beside scikit-learn's AUROC and AP alone if it is installed. Then as many maps as `--images` says, drawn one
-by one, within `--budget` and within more than they need, each in a process of its own.
+First come maps that are in memory: the time from maps and masks to AUPRO, pixel AUROC and AP, and, if
+scikit-learn is installed, the time of its AUROC and AP. Then `--images` maps are rendered one by one and
+gathered twice, each time in a process of its own: within `--budget`, and with more memory than they need.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from blemish.benchmark import machine
 from blemish.evaluation import score_store
 from blemish.evaluation.metrics import PixelScores
 from blemish.types import AnyArray, BoolArray, FloatArray
 
 SETS = ((83, 256), (40, 1024))
-"""Maps that are held in memory: how many, and how high and wide."""
+"""Maps that are held in memory: how many, and their height and width."""
 METRICS: dict[str, Callable[[PixelScores], float]] = {
     "aupro": PixelScores.aupro,
     "pixel_auroc": PixelScores.auroc,
@@ -37,7 +37,7 @@ METRICS: dict[str, Callable[[PixelScores], float]] = {
 
 
 def smooth(draw: np.random.Generator, size: int, grid: int) -> FloatArray:
-    """Draw (size, size) noise that is linear between the points of a grid, as an upsampled map is."""
+    """Return random (size, size) noise, linear between the points of a grid, as an upsampled map is."""
     at = np.linspace(0, grid - 1, size)
     across = np.maximum(0, 1 - abs(at[:, None] - np.arange(grid))).astype(np.float32)
     noise = across @ draw.standard_normal((grid, grid), np.float32) @ across.T
@@ -45,7 +45,7 @@ def smooth(draw: np.random.Generator, size: int, grid: int) -> FloatArray:
 
 
 def drawn(count: int, size: int) -> Iterator[tuple[FloatArray, BoolArray]]:
-    """Draw maps and masks: two to five discs an image, about 8 % of the pixels, where the map is higher."""
+    """Yield maps and masks of two to five discs, about 8 % of the pixels, where the map is higher."""
     draw = np.random.default_rng(0)
     fine, coarse = ([smooth(draw, size, grid) for _ in range(16)] for grid in (size // 4, 8))
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
@@ -63,7 +63,7 @@ def drawn(count: int, size: int) -> Iterator[tuple[FloatArray, BoolArray]]:
 
 
 def in_memory(count: int, size: int, rounds: int) -> dict[str, Any]:
-    """Time the three metrics over maps that are there, and scikit-learn on the same pixels."""
+    """Time the three metrics on maps in memory, and scikit-learn on the same pixels."""
     images = list(drawn(count, size))
 
     def ours() -> None:
@@ -84,7 +84,7 @@ def in_memory(count: int, size: int, rounds: int) -> dict[str, Any]:
 
 
 def peer(masks: AnyArray, maps: AnyArray) -> Callable[[], object] | None:
-    """Give what computes AUROC and AP with scikit-learn, or None where it is not installed."""
+    """Return a function that computes AUROC and AP with scikit-learn; None where it is not installed."""
     try:
         from sklearn.metrics import average_precision_score, roc_auc_score
     except ImportError:
@@ -94,14 +94,14 @@ def peer(masks: AnyArray, maps: AnyArray) -> Callable[[], object] | None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Time one call."""
+    """Return the seconds that one call takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def one_by_one(count: int, size: int, budget: int) -> dict[str, Any]:
-    """Gather maps as they are drawn; give the seconds without drawing, the metrics, and peak memory."""
+    """Gather maps as they are rendered; return the metrics, peak memory, and seconds without rendering."""
     pixels, spent = PixelScores(budget), 0.0
     for map, mask in drawn(count, size):
         begin = time.perf_counter()
@@ -112,13 +112,13 @@ def one_by_one(count: int, size: int, budget: int) -> dict[str, Any]:
     return {
         "budget_gigabytes": budget / 2**30,
         "seconds": spent + time.perf_counter() - begin,
-        "peak_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gigabytes": machine.peak_resident() / 2**30,
         "values": values,
     }
 
 
 def in_own_process(count: int, size: int, budget: int) -> dict[str, Any]:
-    """Do `one_by_one` in a new process."""
+    """Run `one_by_one` in a new process."""
     words = (sys.executable, __file__, "--one-by-one", str(count), str(size), str(budget))
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, Any] = json.loads(done.stdout)
@@ -126,7 +126,7 @@ def in_own_process(count: int, size: int, budget: int) -> dict[str, Any]:
 
 
 def streamed(count: int, size: int, budget: int) -> dict[str, Any]:
-    """Compare what a budget gives with the exact values."""
+    """Compare the metrics within a budget with the exact ones."""
     within, exact = (in_own_process(count, size, bytes) for bytes in (budget, 2**36))
     apart = {name: abs(value - exact["values"][name]) for name, value in within["values"].items()}
     return {"maps": count, "size": size, "within": within, "exact": exact, "difference": apart}
@@ -156,11 +156,15 @@ def show(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description="Seconds and peak memory of the pixel-level metrics.")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions with maps in memory")
-    parser.add_argument("--images", type=int, default=500, metavar="N", help="maps one by one; 0: none")
-    parser.add_argument("--size", type=int, default=1024, metavar="N", help="their height and width")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="GB", help="memory for their scores")
+    parser = argparse.ArgumentParser(description="Time and peak memory of the pixel-level metrics.")
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="repetitions with maps in memory (5)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=500, metavar="N", help="maps to gather one by one; 0: none (500)"
+    )
+    parser.add_argument("--size", type=int, default=1024, metavar="N", help="their height and width (1024)")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="GB", help="memory for their scores (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--one-by-one", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""SuperSimpleNet and SimpleNet step by step, as the papers draw them and peers implement them.
+"""SuperSimpleNet and SimpleNet step by step, as the papers show them and other libraries implement them.
 
-The backbone's outputs are upscaled, concatenated and averaged over 3 x 3 cells; a 1 x 1 convolution adapts
-them; the heads run one after the other on all cells; the map is blurred in two dimensions at once. Everything
-is (B, C, H, W). It takes its weights from a detector of ours and gives the same numbers, to rounding: ours
-reorders what is linear, in training already.
+The backbone's outputs are upscaled, concatenated and averaged over 3 x 3 cells. A 1 x 1 convolution adapts
+them, the heads run one after the other on all cells, and the map is blurred in two dimensions at once. All
+tensors are (B, C, H, W). The weights come from one of our detectors, and the outputs equal that detector's up
+to rounding: it reorders linear operations, even in training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blemish.detectors.supersimplenet.heads import SLOPE
 
 
 class PlainSuperSimpleNet(nn.Module):
-    """Map (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
+    """Maps (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
 
     def __init__(self, detector: SuperSimpleNet) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class PlainSuperSimpleNet(nn.Module):
         self.eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """Join the backbone's outputs at the finest one's size, or double that: (B, C, h, w)."""
+        """Join the backbone's outputs into (B, C, h, w), at the size of the finest one or twice that."""
         outputs = self.backbone(images)
         factor = 2 if self.config.upscale else 1
         size = [factor * length for length in outputs[0].shape[2:]]
@@ -50,6 +50,7 @@ class PlainSuperSimpleNet(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return (B, H, W) maps and (B, K) statistics."""
         features = self.features(images)
         adapted = self.adaptor(features)
         cells = self.segmentation(adapted)
@@ -66,7 +67,7 @@ class PlainSuperSimpleNet(nn.Module):
         return maps[:, 0], torch.stack([statistics[name] for name in self.config.statistics], 1)
 
     def score(self, features: Tensor, cells: Tensor) -> Tensor:
-        """Give the (B,) logits of the classification head."""
+        """Return the (B,) logits of the classification head."""
         head = self.classification
         if head is None:
             raise ValueError("no classification head")
@@ -76,7 +77,7 @@ class PlainSuperSimpleNet(nn.Module):
 
 
 def one_by_one(layer: nn.Linear) -> nn.Conv2d:
-    """Make a 1 x 1 convolution of a linear layer on cells."""
+    """Turn a linear layer on cells into a 1 x 1 convolution."""
     made = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None)
     made.weight.data = layer.weight.data[:, :, None, None].clone()
     if made.bias is not None:
@@ -85,5 +86,5 @@ def one_by_one(layer: nn.Linear) -> nn.Conv2d:
 
 
 def plain(detector: Detector) -> nn.Module:
-    """Give a detector's network as a peer ships it: of EfficientAD, the detector's own."""
+    """Return a detector's network as other libraries ship it; for EfficientAD that is the detector's own."""
     return PlainSuperSimpleNet(detector) if isinstance(detector, SuperSimpleNet) else detector

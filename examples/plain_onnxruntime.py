@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Run a model file without Blemish: examples/plain_onnxruntime.py F.blemish IMAGE...
 
-Needs numpy, onnxruntime and pillow. What it shows holds for any language: the graph wants an RGB image of its
-size between 0 and 1, and gives the map and the numbers that the score is made of. For 8-bit images.
+Needs numpy, onnxruntime and pillow, and works the same in any language: the graph takes an RGB image of its
+own size with values from 0 to 1, and returns the map and the numbers that the score is made of. For 8-bit
+images.
 """
 
 import json

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Judge the images in a folder, and those that come: examples/watch_folder.py F.blemish FOLDER [--once].
+"""Judge the images in a folder as they arrive: examples/watch_folder.py F.blemish FOLDER [--once].
 
 Needs no more than `pip install blemish`: no PyTorch, no GPU.
 """
@@ -14,9 +14,9 @@ from blemish import images
 
 
 def arriving(folder: Path, once: bool) -> Iterator[Path]:
-    """Give each image of a folder; wait for more unless only those there are wanted.
+    """Yield each image of a folder, then wait for more, unless `once`.
 
-    Whatever writes them should do so under another ending and rename them, or half of one may be read.
+    Write an image under another ending and rename it when it is complete, or half of it may be read.
     """
     seen: set[Path] = set()
     while True:
@@ -28,25 +28,26 @@ def arriving(folder: Path, once: bool) -> Iterator[Path]:
         time.sleep(0.05)
 
 
-# A camera takes the place of `arriving`: any iterator of (H, W) or (H, W, 3) RGB arrays does. With OpenCV:
+# A camera can take the place of `arriving`: any iterator of (H, W) or (H, W, 3) RGB arrays. With OpenCV:
 #     camera = cv2.VideoCapture(0)
 #     frames = (frame[..., ::-1] for taken, frame in iter(camera.read, None) if taken)  # BGR to RGB
 
 
 def main() -> None:
     """Print a line for each image."""
-    parser = argparse.ArgumentParser(description="Judge the images in a folder, and those that come.")
+    parser = argparse.ArgumentParser(description="Judge the images in a folder as they arrive.")
     parser.add_argument("model", type=Path, metavar="F.blemish")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--once", action="store_true", help="stop after the images that are there")
+    parser.add_argument("--once", action="store_true", help="stop after the images that are there already")
     options = parser.parse_args()
-    model = blemish.load(options.model)
-    for outcome in model.predict_stream(arriving(options.folder, options.once)):
-        if isinstance(outcome, blemish.BlemishError):
-            print("unreadable", outcome, sep="\t", flush=True)
-        else:
-            boxes = [region.box for region in outcome.regions]
-            print(outcome.label, f"{outcome.score:.6g}", outcome.path, boxes, sep="\t", flush=True)
+    with blemish.load(options.model) as model:
+        for outcome in model.stream(arriving(options.folder, options.once)):
+            verdict = outcome.verdict
+            if verdict is None:
+                print("unreadable", outcome.error, sep="\t", flush=True)
+            else:
+                boxes = [region.box for region in verdict.regions]
+                print(verdict.label, f"{verdict.score:.6g}", verdict.path, boxes, sep="\t", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every backbone promises, and where pretrained weights come from."""
+"""The contract of every backbone, and where pretrained weights come from."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_gives_what_it_names(name: str) -> None:
+def test_a_backbone_returns_the_layers_that_it_is_asked_for(name: str) -> None:
     entry = BACKBONES[name]
     strides = (2, 4, 8, 16, 16, 32, 32) if name == "efficientnet_lite0" else (4, 8, 16, 32)
     backbone = Backbone(name, entry.layers)
@@ -30,7 +30,7 @@ def test_a_backbone_gives_what_it_names(name: str) -> None:
         assert found.shape == (2, channels, 64 // stride, 96 // stride)
         assert found.isfinite().all()
     assert set(entry.default) <= set(entry.layers)
-    # Asked for one layer alone or in another order, it gives the same.
+    # Asked for fewer layers in another order, it returns the same ones.
     chosen = entry.layers[2::-2]
     part = Backbone(name, chosen)
     part.load_state_dict(
@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(tmp_path:
     network.extra = nn.Linear(2, 2)
     with pytest.raises(WeightsError, match="no parameter extra"):
         fill_backbone(backbone, "resnet18", drawn.weights(tmp_path / "more.safetensors", network))
-    # Later stages and the classification head of the same network are passed over.
+    # Later stages and the classification head of the same network are ignored.
     del network.extra
     network.layer3 = BACKBONES["resnet18"].build(("layer3",)).layer3
     network.fc = nn.Linear(512, 1000)
@@ -162,7 +162,7 @@ def test_files_of_something_else_are_no_weights(tmp_path: Path, suffix: str, con
     assert "\n" not in str(raised.value)
 
 
-def test_weights_are_found_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(weights.VARIABLE, raising=False)
     monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path / "cache")
     assert weights.available("resnet50_v1") is None
@@ -181,7 +181,7 @@ def test_weights_are_found_in_their_order(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["pdn_small", "pdn_medium"])
-def test_a_teacher_of_each_size_is_installed_and_says_how_it_was_made(name: str) -> None:
+def test_a_teacher_of_each_size_is_installed_and_records_how_it_was_made(name: str) -> None:
     path = Path(blemish.__file__).parent / f"teachers/{name}.safetensors"
     weights.fill(PDNS[name](), path)
     made = weights.facts(path)
@@ -191,7 +191,7 @@ def test_a_teacher_of_each_size_is_installed_and_says_how_it_was_made(name: str)
     assert f"--size {name.removeprefix('pdn_')} " in made["command"]
 
 
-def test_weights_that_are_added_say_what_their_file_said(
+def test_weights_that_are_added_keep_the_facts_of_their_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path)
@@ -205,7 +205,7 @@ def test_the_installed_teachers_are_small() -> None:
     assert sum(file.stat().st_size for file in files) < 25e6
 
 
-def test_a_file_of_weights_that_says_nothing_has_no_facts(tmp_path: Path) -> None:
+def test_a_file_of_weights_without_a_record_has_no_facts(tmp_path: Path) -> None:
     assert weights.facts(drawn.weights(tmp_path / "plain.safetensors", pdn_small())) == {}
     (tmp_path / "none.safetensors").write_bytes(b"no weights")
     assert weights.facts(tmp_path / "none.safetensors") == {}

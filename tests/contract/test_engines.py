@@ -1,8 +1,10 @@
-"""Engines: the same arrays from each, and what none of them can do."""
+"""Engines: each returns the same arrays, and refuses what it cannot do."""
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from make_format1 import FILES
 from safetensors.torch import load, save
 
 import drawn
-from blemish.detectors.registry import restore
 from blemish.errors import ConfigError, ModelFileError
 from blemish.images.resizing import to_input
 from blemish.inference import bundle
 from blemish.inference.choice import BACKENDS, Choice
-from blemish.inference.engines import open_engine, open_graph, recorded
+from blemish.inference.engines import open_engine, open_graph
 from blemish.inference.engines.plain import PlainTorch
+from blemish.inference.engines.pytorch import restored
+from blemish.inference.manifest import Manifest
 from blemish.types import FloatArray
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +43,7 @@ def test_engines_agree_with_the_trained_network(backend: str, tiny: drawn.Tiny) 
     if backend == "openvino":
         pytest.importorskip("openvino")
     opened = bundle.read(tiny.file)
-    detector = restore(opened)
+    detector = restored(opened)
     engine = open_engine(opened, Choice(backend), threads=1)
     assert engine.outputs == detector.outputs
     plain = PlainTorch(detector, detector.outputs, Choice("torch"), threads=1)
@@ -49,7 +52,20 @@ def test_engines_agree_with_the_trained_network(backend: str, tiny: drawn.Tiny) 
         near(engine.run(images), plain.run(images))
 
 
-def test_openvino_compiles_each_batch_size_once_and_gives_arrays_of_its_own(tiny: drawn.Tiny) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_engine_serves_several_threads_at_once(backend: str, tiny: drawn.Tiny) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    engine = open_engine(bundle.read(tiny.file), Choice(backend), threads=1)
+    images = [one[None] for one in inputs(6)]
+    alone = [engine.run(one) for one in images]
+    with ThreadPoolExecutor(len(images)) as pool:
+        for _ in range(5):
+            for found, expected in zip(pool.map(engine.run, images), alone, strict=True):
+                near(found, expected)
+
+
+def test_openvino_compiles_each_batch_size_once_and_returns_arrays_of_its_own(tiny: drawn.Tiny) -> None:
     pytest.importorskip("openvino")
     from blemish.inference.engines.openvino import OpenVino
 
@@ -73,7 +89,7 @@ def test_torch_computes_in_the_precision_asked_for(precision: str, tiny: drawn.T
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_graph_that_is_none_or_another_is_refused(backend: str, tiny: drawn.Tiny) -> None:
+def test_a_foreign_graph_is_refused(backend: str, tiny: drawn.Tiny) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
     graph = bundle.read(tiny.file).graph
@@ -96,23 +112,26 @@ def test_a_graph_that_is_none_or_another_is_refused(backend: str, tiny: drawn.Ti
         ({"backend": "torch", "device": "tensorrt"}, "device tensorrt with torch: expected cpu or cuda"),
         ({"backend": "torch", "precision": "int8"}, "precision int8 with torch: expected fp32, fp16 or bf16"),
         ({"precision": "bf16"}, "precision bf16 with onnxruntime: it has no such convolutions"),
+        ({"compiled": True}, "compiled with onnxruntime: expected backend torch"),
     ],
 )
-def test_what_no_engine_has_is_refused(given: dict[str, str], message: str) -> None:
+def test_a_choice_that_no_engine_has_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         Choice(**given)
     assert str(refused.value).startswith(message)
 
 
-def test_what_engines_have_is_not_refused() -> None:
+def test_a_choice_that_some_engine_has_is_taken() -> None:
     for given in (("openvino", "bf16"), ("openvino", "int8"), ("torch", "bf16"), ("onnxruntime", "int8")):
         assert Choice(*given).device == "cpu"
 
 
 def test_a_file_that_records_no_engine_runs_on_onnx_runtime() -> None:
-    assert recorded({}) == Choice("onnxruntime", "fp32", "cpu")
-    told = {"backend": "openvino", "precision": "bf16", "device": "cpu"}
-    assert recorded({"engine": told}) == Choice("openvino", "bf16", "cpu")
+    manifest = bundle.read(FILES / "format1.blemish").manifest
+    assert "engine" not in manifest.to_json()
+    assert manifest.engine == Choice("onnxruntime", "fp32", "cpu")
+    told = {"engine": {"backend": "openvino", "precision": "bf16", "device": "cpu"}}
+    assert Manifest.from_json(manifest.to_json() | told, "").engine == Choice("openvino", "bf16", "cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has such a device")
@@ -127,10 +146,10 @@ def test_a_device_that_is_not_there_is_refused(choice: Choice, tiny: drawn.Tiny)
 # --- weights ---
 
 
-def test_a_file_from_before_a_buffer_came_runs_in_torch_as_its_graph_does() -> None:
+def test_a_file_that_lacks_a_later_buffer_runs_in_torch_as_its_graph_does() -> None:
     opened = bundle.read(FILES / "format1.blemish")
     assert "doublings" not in load(opened.weights)
-    assert int(restore(opened).doublings) == 0
+    assert int(restored(opened).get_buffer("doublings")) == 0
     found, expected = (open_engine(opened, Choice(each)).run(inputs(3)) for each in ("torch", "onnxruntime"))
     near(found, expected)
 
@@ -145,17 +164,17 @@ def test_weights_that_lack_a_parameter_or_do_not_fit_are_refused(tiny: drawn.Tin
         (weights | {"kernel": torch.ones(3)}, "size mismatch for kernel"),
     ):
         with pytest.raises(ModelFileError, match=f"do not fit its method: {said}"):
-            restore(replace(opened, weights=save(changed)))
+            restored(replace(opened, weights=save(changed)))
 
 
-def test_a_signal_is_survived_when_openvino_has_come_and_gone() -> None:
-    """It moves the stack for signals into its own memory when it compiles."""
+def test_openvino_leaves_the_stack_of_signals_where_it_was() -> None:
+    """Left to itself, it moves the stack into its own memory when it compiles; a later Ctrl-C would crash."""
     pytest.importorskip("openvino")
     program = f"""
 import ctypes
 import numpy as np
 from pathlib import Path
-from blemish.engines.openvino import SignalStack
+from blemish.inference.engines.openvino import SignalStack
 import blemish
 
 def stack():

@@ -1,7 +1,7 @@
-"""Fused networks: every rewrite against the plain network, and what an approximation says of itself."""
+"""Fused networks: each rewrite against the plain network, and approximations against the error they state."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ from blemish.detectors.efficientad.fused import (
     used,
     window,
 )
-from blemish.detectors.efficientad.integers import convolved, equalise, largest, ready_for_integers
+from blemish.detectors.efficientad.integers import convolved, equalise, largest
 from blemish.detectors.fusing import Kept, round_evenly
-from blemish.detectors.registry import build, configure, fuse
+from blemish.detectors.registry import build, configure
 from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet, without_norms
+from blemish.errors import ConfigError
 from blemish.images.resizing import to_input
+from slim import slimmer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "slim")
 
@@ -55,30 +57,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def slimmer(pdn: Callable[..., nn.Sequential], by: int) -> Callable[..., nn.Sequential]:
-    """Make a patch description network with a share of its channels inside."""
-
-    def thin(channels: int = CHANNELS, *, padding: bool = False) -> nn.Sequential:
-        def width(count: int) -> int:
-            return count if count in (3, channels) else count // by
-
-        return nn.Sequential(
-            *(
-                nn.Conv2d(
-                    width(layer.in_channels),
-                    width(layer.out_channels),
-                    layer.kernel_size,
-                    padding=layer.padding,
-                )
-                if isinstance(layer, nn.Conv2d)
-                else layer
-                for layer in pdn(channels, padding=padding)
-            )
-        )
-
-    return thin
-
-
 @pytest.fixture(scope="module")
 def slim() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -88,13 +66,13 @@ def slim() -> Iterator[None]:
 
 
 def parts(count: int, size: tuple[int, int]) -> Tensor:
-    """Draw parts, every other one with a spot."""
+    """Return parts as (B, 3, H, W) images, every other one with a spot."""
     images = [drawn.spotted(n, size)[0] if n % 2 else drawn.part(n, size) for n in range(count)]
     return torch.from_numpy(np.stack([to_input(image) for image in images]))
 
 
 def shaken(detector: Detector) -> Detector:
-    """Give every number that a fresh network leaves at 0 or 1 a value of its own."""
+    """Replace every number that a fresh network leaves at 0 or 1; return the detector in evaluation mode."""
     draw = torch.Generator().manual_seed(1)
     for name, value in [*detector.named_parameters(), *detector.named_buffers()]:
         if name.endswith(("running_var", "norm.weight", "teacher_std")):
@@ -110,18 +88,18 @@ def shaken(detector: Detector) -> Detector:
 
 
 def near(found: Tensor, expected: Tensor, share: float = 1e-5) -> None:
-    """Check that tensors agree to a share of the largest value."""
+    """Assert that tensors agree to a share of the largest value."""
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) <= share * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_a_fused_network_gives_what_its_detector_gives(variant: str) -> None:
+def test_a_fused_network_has_the_outputs_of_its_detector(variant: str) -> None:
     method, settings = VARIANTS[variant]
     detector = shaken(build(method, configure(method, settings=settings), 0))
     images = parts(2, detector.config.image_size)[-1 if method.startswith("efficientad") else 0 :]
-    fused = fuse(detector)
+    fused = detector.fused()
     assert isinstance(fused, FusedEfficientAD | FusedSuperSimpleNet)
     expected = detector(images)
     for found, wanted in zip(fused(images), expected, strict=True):
@@ -133,9 +111,9 @@ def test_a_fused_network_gives_what_its_detector_gives(variant: str) -> None:
     near(fused(images[-1:])[0], expected[0][-1:])
 
 
-def test_what_has_no_fused_form_is_given_back() -> None:
+def test_a_detector_without_a_fused_form_is_returned_itself() -> None:
     detector = Detector()
-    assert fuse(detector) is detector
+    assert detector.fused() is detector
     assert not detector.training
 
 
@@ -171,7 +149,7 @@ def test_convolutions_are_stacked_subtracted_and_scaled() -> None:
 
 @pytest.mark.parametrize("length", [256, 257, 258, 259, 292])
 @pytest.mark.parametrize("name", PDNS)
-def test_cropping_drops_what_reaches_no_output(name: str, length: int) -> None:
+def test_cropping_drops_only_pixels_that_reach_no_output(name: str, length: int) -> None:
     """The gradient says which pixels an output depends on."""
     network = PDNS[name]()
     for value in network.parameters():
@@ -187,7 +165,7 @@ def test_cropping_drops_what_reaches_no_output(name: str, length: int) -> None:
 @torch.no_grad()
 def test_teacher_and_student_share_one_first_convolution_that_reads_253_pixels() -> None:
     detector = build("efficientad-s", configure("efficientad-s"), 0).eval()
-    fused, sizes = fuse(detector), []
+    fused, sizes = detector.fused(), []
     assert isinstance(fused, FusedEfficientAD)
     fused.first.register_forward_pre_hook(lambda layer, inputs: sizes.append(inputs[0].shape[2:]))
     fused(parts(1, (256, 256)))
@@ -225,7 +203,7 @@ def test_batch_norms_are_multiplied_into_convolutions(name: str) -> None:
 
 
 def fitted(method: str) -> tuple[FusedEfficientAD, list[Tensor]]:
-    """Fuse an EfficientAD whose statistics fit two drawn parts; give both."""
+    """Return a fused EfficientAD whose statistics fit two rendered parts, and the two parts."""
     detector = build(method, configure(method), 0).eval()
     batches = [image[None] for image in parts(2, (256, 256))]
     for layer in detector.modules():
@@ -234,9 +212,14 @@ def fitted(method: str) -> tuple[FusedEfficientAD, list[Tensor]]:
     with torch.no_grad():
         detector.prepare([detector.encode(batch) for batch in batches])
         detector.finish(batches)
-    fused = fuse(detector)
+    fused = detector.fused()
     assert isinstance(fused, FusedEfficientAD)
     return fused, batches
+
+
+@pytest.fixture(scope="module")
+def detector(slim: None) -> Detector:
+    return build("efficientad-s", configure("efficientad-s"), 0)
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +228,14 @@ def efficientad(slim: None) -> tuple[FusedEfficientAD, list[Tensor]]:
 
 
 def inner(network: FusedEfficientAD) -> list[nn.Conv2d]:
-    """List the convolutions that read teacher's and student's channels."""
+    """Return the convolutions that read channels of teacher and student."""
     layers = [layer for trunk in network.trunks for layer in trunk if isinstance(layer, nn.Conv2d)]
     return [*layers, network.structural, *([network.logical] if network.logical else [])]
 
 
 @pytest.mark.parametrize("method", ["efficientad-s", "efficientad-m"])
 @torch.no_grad()
-def test_equalised_channels_have_one_range_and_change_nothing(method: str) -> None:
+def test_equalised_channels_share_one_range_and_change_no_output(method: str) -> None:
     network, batches = fitted(method)
     made = copy.deepcopy(network)
     equalise(made, batches)
@@ -271,7 +254,7 @@ def test_the_range_of_a_dead_channel_is_one() -> None:
 
 
 def integers(layer: nn.Conv2d, before: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Give a layer's weights, and those before, in steps of the earlier scale: (outputs, inputs, 16)."""
+    """Return the weights (outputs, inputs, 16) after and before rounding, in steps of the earlier scale."""
     scale = before.weight.abs().amax((1, 2, 3), keepdim=True).double() / 127
     found, exact = (each.weight.double() / scale for each in (layer, before))
     return found.flatten(2), exact.flatten(2)
@@ -299,6 +282,24 @@ def test_even_rounding_keeps_the_sum_of_each_kernel() -> None:
 
 
 @torch.no_grad()
+def test_a_method_without_rewrites_of_its_own_rounds_the_first_convolution_only() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 4), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    before = copy.deepcopy(network.state_dict())
+    made = Detector().for_integers(network, []).state_dict()
+    rounded = nn.Conv2d(3, 8, 4)
+    rounded.weight.copy_(before["0.weight"])
+    round_evenly(rounded)
+    assert not torch.equal(rounded.weight, before["0.weight"])
+    assert torch.equal(made["0.weight"], rounded.weight)
+    assert torch.equal(made["2.weight"], before["2.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    plain = nn.Linear(2, 2)
+    assert torch.equal(Detector().for_integers(plain, []).get_parameter("weight"), plain.weight)
+    with pytest.raises(ConfigError, match="this method has none to reduce; expected no --reduced"):
+        Detector().with_fewer_channels(plain, [], [], 0.1)
+
+
+@torch.no_grad()
 def test_pooling_is_written_as_a_convolution() -> None:
     pool, x = nn.AvgPool2d(2), torch.randn(2, 6, 9, 8)
     made = convolved(pool, 6)
@@ -310,11 +311,11 @@ def test_pooling_is_written_as_a_convolution() -> None:
 
 @torch.no_grad()
 def test_a_network_ready_for_integers_has_no_pooling_and_nearly_the_same_map(
-    efficientad: tuple[FusedEfficientAD, list[Tensor]],
+    detector: Detector, efficientad: tuple[FusedEfficientAD, list[Tensor]]
 ) -> None:
     network, batches = efficientad
     before = copy.deepcopy(network.state_dict())
-    made = ready_for_integers(network, batches)
+    made = detector.for_integers(network, batches)
     assert not any(isinstance(layer, nn.AvgPool2d) for layer in made.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     near(made(batches[1])[0], network(batches[1])[0], 0.02)
@@ -324,7 +325,7 @@ def test_a_network_ready_for_integers_has_no_pooling_and_nearly_the_same_map(
 
 
 def changed(found: Tensor, expected: Tensor) -> float:
-    """Give the root mean square of a change in standard deviations of what was there before."""
+    """Return the root mean square of a change, in standard deviations of the expected values."""
     return float(
         np.sqrt(np.mean((found.numpy() - expected.numpy()).astype(np.float64) ** 2)) / expected.std()
     )
@@ -335,7 +336,7 @@ def cells(network: FusedEfficientAD, batches: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def test_the_error_of_turned_halves_is_the_real_one(
+def test_the_stated_error_of_turned_halves_is_the_measured_one(
     efficientad: tuple[FusedEfficientAD, list[Tensor]],
 ) -> None:
     network, batches = efficientad
@@ -356,7 +357,7 @@ def test_the_error_of_turned_halves_is_the_real_one(
 
 
 @torch.no_grad()
-def test_the_error_of_a_narrow_layer_is_the_real_one(
+def test_the_stated_error_of_a_narrow_layer_is_the_measured_one(
     efficientad: tuple[FusedEfficientAD, list[Tensor]],
 ) -> None:
     network, batches = efficientad
@@ -372,11 +373,12 @@ def test_the_error_of_a_narrow_layer_is_the_real_one(
 
 @torch.no_grad()
 def test_reduced_channels_stay_within_the_tolerance(
-    efficientad: tuple[FusedEfficientAD, list[Tensor]],
+    detector: Detector, efficientad: tuple[FusedEfficientAD, list[Tensor]]
 ) -> None:
     network, batches = efficientad
     before = copy.deepcopy(network.state_dict())
-    made, kept = reduce(network, batches[:1], batches[1:], tolerance=0.1)
+    made, kept = detector.with_fewer_channels(network, batches[:1], batches[1:], tolerance=0.1)
+    assert isinstance(made, FusedEfficientAD)
     assert [note.layer for note in kept] == ["structural", "logical", "second"]
     assert all(note.error <= 0.1 for note in kept)
     assert sum(note.kept for note in kept) < sum(note.of for note in kept)
@@ -385,7 +387,7 @@ def test_reduced_channels_stay_within_the_tolerance(
 
 
 @torch.no_grad()
-def test_without_a_tolerance_nothing_is_cut(efficientad: tuple[FusedEfficientAD, list[Tensor]]) -> None:
+def test_a_tolerance_of_zero_cuts_nothing(efficientad: tuple[FusedEfficientAD, list[Tensor]]) -> None:
     network, batches = efficientad
     made, kept = reduce(network, batches[:1], batches[1:], tolerance=0.0)
     assert all(note.kept == note.of and note.error == 0 for note in kept)

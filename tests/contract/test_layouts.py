@@ -1,179 +1,37 @@
-"""The layouts of published data sets, each on a miniature that is drawn with the data set's exact files.
+"""The layouts of published data sets, each on a miniature with exactly the files of the data set.
 
-What holds for every layout, these and the others, is in `test_data`.
+What holds for every layout, these and the others, is in `unit/test_data.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blemish import images
-from blemish.cli import main
+from blemish.cli.main import main
 from blemish.data.check import check
 from blemish.data.layouts import recognise, scan
 from blemish.data.layouts.saturation import read_config, regions
 from blemish.data.split import choose_test
 from blemish.errors import DataError, ImageError
 from blemish.types import Sample, Saturation
-
-SIZE = (12, 20)
-
-
-def image(path: Path, size: tuple[int, int] = SIZE) -> None:
-    """Draw a grey image unlike any other."""
-    pixels = np.random.default_rng(list(str(path).encode())).integers(1, 200, size, np.uint8)
-    images.write_png(path, pixels)
-    if path.suffix == ".JPG":
-        path.write_bytes(images.jpeg_bytes(pixels, 90))
-
-
-def mask(path: Path, value: int = 255, size: tuple[int, int] = SIZE) -> None:
-    """Draw a mask with a block of one value, from row 2 and column 3 on: 4 x 5 pixels in two pieces."""
-    pixels = np.zeros(size, np.uint8)
-    pixels[2:6, [3, 4, 9, 10, 11]] = value
-    images.write_png(path, pixels)
-
-
-CONFIG = [
-    {"defect_name": "missing", "pixel_value": 255, "saturation_threshold": 6, "relative_saturation": False},
-    {"defect_name": "broken", "pixel_value": 254, "saturation_threshold": 0.33, "relative_saturation": True},
-]
-
-
-def draw_loco(root: Path) -> Path:
-    for part, count in (("train", 12), ("validation", 3), ("test", 2)):
-        for number in range(count):
-            image(root / f"{part}/good/{number:03}.png")
-    for kind in ("logical_anomalies", "structural_anomalies"):
-        for number in range(2):
-            image(root / f"test/{kind}/{number:03}.png")
-            mask(root / f"ground_truth/{kind}/{number:03}/000.png", 255)
-    mask(root / "ground_truth/structural_anomalies/001/001.png", 254)
-    (root / "defects_config.json").write_text(json.dumps(CONFIG))
-    return root
-
-
-def draw_visa(root: Path) -> Path:
-    """Draw a category, its folder inside a root with another one and the table of both."""
-    lines = ["object,split,label,image,mask"]
-    for category in (root, root.parent / "other"):
-        notes = ["image,label,mask"]
-        for number in range(15):
-            name = f"Data/Images/Normal/{number:04}.JPG"
-            image(category / name)
-            part = "test" if number % 5 == 4 else "train"
-            lines.append(f"{category.name},{part},normal,{category.name}/{name},")
-            notes.append(f"{category.name}/{name},normal,")
-        for number in range(3):
-            name, marks = f"Data/Images/Anomaly/{number:03}.JPG", f"Data/Masks/Anomaly/{number:03}.png"
-            image(category / name)
-            mask(category / marks, number + 1)
-            lines.append(f"{category.name},test,anomaly,{category.name}/{name},{category.name}/{marks}")
-            notes.append(f'{category.name}/{name},"stuck together,melt",{category.name}/{marks}')
-        (category / "image_anno.csv").write_text("\n".join(notes) + "\n")
-    table = root.parent / "split_csv/1cls.csv"
-    table.parent.mkdir()
-    table.write_text("\n".join(lines) + "\n")
-    return root
-
-
-def draw_visa_alone(root: Path) -> Path:
-    draw_visa(root)
-    (root.parent / "split_csv/1cls.csv").unlink()
-    return root
-
-
-def draw_ksdd2(root: Path) -> Path:
-    for part, start, good in (("train", 10000, 11), ("test", 20000, 3)):
-        for number in range(start, start + good + 2):
-            image(root / f"{part}/{number}.png")
-            mask(root / f"{part}/{number}_GT.png", 0 if number < start + good else 255)
-    # The published archive has these.
-    image(root / "train/10001 (copy).png")
-    mask(root / "train/10001_GT (copy).png", 0)
-    return root
-
-
-def draw_sensum(root: Path) -> Path:
-    for number in range(15):
-        image(root / f"negative/data/{number:03}.png")
-    for number in range(3):
-        image(root / f"positive/data/{number:03}.png")
-        mask(root / f"positive/annotation/{number:03}.png")
-    return root
-
-
-@dataclass(frozen=True)
-class Miniature:
-    """How to draw a data set, what is in it, and where a test plants its problems."""
-
-    layout: str
-    draw: Callable[[Path], Path]
-    counts: dict[tuple[str, str, int], int]
-    """Samples by split, kind and number of masks."""
-    mask: str
-    stray: str
-    """A mask that no image has."""
-
-
-MINIATURES = {
-    "loco": Miniature(
-        "loco",
-        draw_loco,
-        {
-            ("train", "good", 0): 12,
-            ("validation", "good", 0): 3,
-            ("test", "good", 0): 2,
-            ("test", "logical_anomalies", 1): 2,
-            ("test", "structural_anomalies", 1): 1,
-            ("test", "structural_anomalies", 2): 1,
-        },
-        "ground_truth/logical_anomalies/001/000.png",
-        "ground_truth/logical_anomalies/009/000.png",
-    ),
-    "visa": Miniature(
-        "visa",
-        draw_visa,
-        {("train", "good", 0): 12, ("test", "good", 0): 3, ("test", "anomaly", 1): 3},
-        "Data/Masks/Anomaly/001.png",
-        "Data/Masks/Anomaly/009.png",
-    ),
-    "visa without its table": Miniature(
-        "visa",
-        draw_visa_alone,
-        {("", "good", 0): 15, ("", "anomaly", 1): 3},
-        "Data/Masks/Anomaly/001.png",
-        "Data/Masks/Anomaly/009.png",
-    ),
-    "ksdd2": Miniature(
-        "ksdd2",
-        draw_ksdd2,
-        {
-            ("train", "good", 0): 11,
-            ("train", "defect", 1): 2,
-            ("test", "good", 0): 3,
-            ("test", "defect", 1): 2,
-        },
-        "test/20003_GT.png",
-        "test/20099_GT.png",
-    ),
-    "sensum": Miniature(
-        "sensum",
-        draw_sensum,
-        {("", "good", 0): 15, ("", "positive", 1): 3},
-        "positive/annotation/001.png",
-        "positive/annotation/009.png",
-    ),
-}
-REFUSE_A_MISSING_MASK = ("visa", "ksdd2")
-"""Where a mask that is not there contradicts something else."""
+from miniatures import (
+    CONFIG,
+    MINIATURES,
+    REFUSE_A_MISSING_MASK,
+    SIZE,
+    render_image,
+    render_ksdd2,
+    render_loco,
+    render_mask,
+    render_sensum,
+    render_visa,
+)
 
 
 @pytest.fixture(params=MINIATURES)
@@ -184,7 +42,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path, name: str) -> Path:
-    return MINIATURES[name].draw(tmp_path / "root/part")
+    return MINIATURES[name].render(tmp_path / "root/part")
 
 
 def problems(root: Path) -> list[str]:
@@ -199,7 +57,7 @@ def sample_of(root: Path, name: str) -> Sample:
 # Every one of them
 
 
-def test_it_is_recognised_and_listed_whole(root: Path, name: str) -> None:
+def test_a_layout_is_recognised_and_listed_completely(root: Path, name: str) -> None:
     expected = MINIATURES[name]
     assert recognise(root) == expected.layout
     samples = scan(root)
@@ -219,7 +77,7 @@ def test_check_finds_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no problems found" in capsys.readouterr().out
 
 
-def test_check_tells_a_missing_mask(root: Path, name: str) -> None:
+def test_check_notes_or_refuses_a_missing_mask(root: Path, name: str) -> None:
     (root / MINIATURES[name].mask).unlink()
     if name in REFUSE_A_MISSING_MASK:
         with pytest.raises(DataError, match="expected"):
@@ -232,19 +90,19 @@ def test_check_tells_a_missing_mask(root: Path, name: str) -> None:
 
 def test_check_finds_a_stray_mask(root: Path, name: str) -> None:
     stray = root / MINIATURES[name].stray
-    mask(stray, 0 if name == "ksdd2" else 255)  # an empty one without an image is stray, too
+    render_mask(stray, 0 if name == "ksdd2" else 255)  # an empty mask without an image is stray, too
     assert problems(root) == [f"the mask {stray} fits no image by its name; expected one of that kind"]
 
 
 def test_check_finds_a_mask_of_another_size(root: Path, name: str) -> None:
-    mask(root / MINIATURES[name].mask, size=(20, 12))
+    render_mask(root / MINIATURES[name].mask, size=(20, 12))
     (sentence,) = problems(root)
     assert "is 20 x 12 pixels (height x width); expected its image's 12 x 20" in sentence
 
 
 def test_check_finds_an_empty_mask(root: Path, name: str) -> None:
-    mask(root / MINIATURES[name].mask, value=0)
-    if name == "ksdd2":  # an empty mask is how it says good
+    render_mask(root / MINIATURES[name].mask, value=0)
+    if name == "ksdd2":  # an empty mask means that the part is good
         assert problems(root) == []
         assert sample_of(root, "test/20003.png").label == 0
     else:
@@ -254,7 +112,7 @@ def test_check_finds_an_empty_mask(root: Path, name: str) -> None:
 
 def test_another_layout_is_refused(tmp_path: Path, name: str) -> None:
     layout = MINIATURES[name].layout
-    other = draw_visa(tmp_path / "other") if layout == "sensum" else draw_sensum(tmp_path / "other")
+    other = render_visa(tmp_path / "other") if layout == "sensum" else render_sensum(tmp_path / "other")
     for place in (other, tmp_path):
         with pytest.raises(DataError, match=rf"{place} is not in the layout {layout}; expected \w+"):
             scan(place, layout)
@@ -267,9 +125,9 @@ def test_a_folder_of_several_is_refused_with_a_hint(root: Path) -> None:
 
 def test_images_of_several_sizes_are_taken(root: Path, name: str) -> None:
     one = next(sample for sample in scan(root) if sample.masks)
-    image(one.path, (24, 40))
+    render_image(one.path, (24, 40))
     for path in one.masks:
-        mask(path, size=(24, 40))
+        render_mask(path, size=(24, 40))
     assert check(root).passed
 
 
@@ -277,15 +135,15 @@ def test_images_of_several_sizes_are_taken(root: Path, name: str) -> None:
 
 
 def test_loco_comes_before_mvtec_also_without_its_configuration(tmp_path: Path) -> None:
-    draw_loco(tmp_path)
+    render_loco(tmp_path)
     (tmp_path / "defects_config.json").unlink()
     assert recognise(tmp_path) == "loco"
     assert not any(sample.saturations for sample in scan(tmp_path))
     assert check(tmp_path).passed
 
 
-def test_other_kinds_with_a_configuration_are_loco_too(tmp_path: Path) -> None:
-    draw_loco(tmp_path)
+def test_a_configuration_makes_it_loco_whatever_the_kinds_are_called(tmp_path: Path) -> None:
+    render_loco(tmp_path)
     for place in ("test", "ground_truth"):
         for kind in ("logical", "structural"):
             (tmp_path / place / f"{kind}_anomalies").rename(tmp_path / place / kind)
@@ -293,8 +151,8 @@ def test_other_kinds_with_a_configuration_are_loco_too(tmp_path: Path) -> None:
     assert {sample.kind for sample in scan(tmp_path)} == {"good", "logical", "structural"}
 
 
-def test_loco_says_from_which_area_a_defect_saturates(tmp_path: Path) -> None:
-    one = sample_of(draw_loco(tmp_path), "test/structural_anomalies/001.png")
+def test_loco_names_the_area_at_which_a_defect_saturates(tmp_path: Path) -> None:
+    one = sample_of(render_loco(tmp_path), "test/structural_anomalies/001.png")
     assert one.saturations == (Saturation(255, 6, False), Saturation(254, 0.33, True))
     found = regions(one, SIZE)
     assert found.masks.shape == (2, *SIZE)
@@ -302,8 +160,8 @@ def test_loco_says_from_which_area_a_defect_saturates(tmp_path: Path) -> None:
     assert not any(sample.saturations for sample in scan(tmp_path) if sample.label == 0)
 
 
-def test_a_relative_area_is_a_pixel_at_the_least(tmp_path: Path) -> None:
-    draw_loco(tmp_path)
+def test_a_relative_area_is_at_least_one_pixel(tmp_path: Path) -> None:
+    render_loco(tmp_path)
     little = [{"pixel_value": 255, "saturation_threshold": 0.01, "relative_saturation": True}]
     (tmp_path / "defects_config.json").write_text(json.dumps(little))
     assert regions(sample_of(tmp_path, "test/logical_anomalies/000.png"), SIZE).areas == (1,)
@@ -317,11 +175,13 @@ def test_a_relative_area_is_a_pixel_at_the_least(tmp_path: Path) -> None:
         ({}, "marks no pixel"),
     ],
 )
-def test_a_mask_with_a_strange_value_is_found(tmp_path: Path, values: dict[int, int], found: str) -> None:
+def test_check_finds_a_mask_with_an_unexpected_value(
+    tmp_path: Path, values: dict[int, int], found: str
+) -> None:
     pixels = np.zeros(SIZE, np.uint8)
     for column, value in values.items():
         pixels[3, column] = value
-    images.write_png(draw_loco(tmp_path) / "ground_truth/structural_anomalies/001/001.png", pixels)
+    images.write_png(render_loco(tmp_path) / "ground_truth/structural_anomalies/001/001.png", pixels)
     (sentence,) = problems(tmp_path)
     assert "structural_anomalies/001/001.png" in sentence
     assert found in sentence
@@ -353,7 +213,7 @@ def entry(**changes: object) -> list[dict[str, object]]:
     ],
 )
 def test_a_malformed_configuration_is_refused(tmp_path: Path, content: object, found: str) -> None:
-    draw_loco(tmp_path)
+    render_loco(tmp_path)
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "defects_config.json").write_text(text)
     with pytest.raises(DataError, match=found) as refusal:
@@ -361,7 +221,7 @@ def test_a_malformed_configuration_is_refused(tmp_path: Path, content: object, f
     assert "defects_config.json" in str(refusal.value)
 
 
-def test_a_whole_share_may_be_a_whole_number(tmp_path: Path) -> None:
+def test_a_relative_threshold_of_1_may_be_written_as_an_integer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(entry(saturation_threshold=1, relative_saturation=True)))
     assert read_config(tmp_path / "config.json")[2] == Saturation(7, 1, True)
 
@@ -369,16 +229,16 @@ def test_a_whole_share_may_be_a_whole_number(tmp_path: Path) -> None:
 # VisA
 
 
-def test_a_category_is_told_by_its_folders_not_by_its_notes(tmp_path: Path) -> None:
-    draw_visa(tmp_path / "root/part")
+def test_a_category_is_recognised_by_its_folders_not_by_its_table(tmp_path: Path) -> None:
+    render_visa(tmp_path / "root/part")
     assert recognise(tmp_path / "root/part/image_anno.csv") == "csv"
     assert recognise(tmp_path / "root/part") == "visa"
 
 
-def test_a_category_is_the_same_from_inside_and_through_a_link(
+def test_a_category_is_the_same_from_inside_it_and_through_a_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = scan(draw_visa(tmp_path / "root/part"))
+    samples = scan(render_visa(tmp_path / "root/part"))
     (tmp_path / "link").symlink_to(tmp_path / "root/part")
     assert [sample.split for sample in scan(tmp_path / "link")] == [sample.split for sample in samples]
     monkeypatch.chdir(tmp_path / "root/part")
@@ -415,7 +275,7 @@ MASK = "part/Data/Masks/Anomaly/001.png"
 def test_a_table_that_contradicts_the_folder_is_refused(
     tmp_path: Path, line: str, changed: str, found: str
 ) -> None:
-    root = draw_visa(tmp_path / "root/part")
+    root = render_visa(tmp_path / "root/part")
     table = tmp_path / "root/split_csv/1cls.csv"
     text = table.read_text()
     assert text.count(line) == 1
@@ -425,14 +285,14 @@ def test_a_table_that_contradicts_the_folder_is_refused(
     assert str(table) in str(refusal.value)
 
 
-def test_a_category_that_the_table_does_not_know_is_refused(tmp_path: Path) -> None:
-    renamed = draw_visa(tmp_path / "root/part").rename(tmp_path / "root/mine")
+def test_a_category_that_the_table_lacks_is_refused(tmp_path: Path) -> None:
+    renamed = render_visa(tmp_path / "root/part").rename(tmp_path / "root/mine")
     with pytest.raises(DataError, match="leaves out 18 of the 18 images of mine"):
         scan(renamed)
 
 
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
-    root = draw_visa(tmp_path / "root/part")
+    root = render_visa(tmp_path / "root/part")
     (tmp_path / "root/split_csv/1cls.csv").write_text("")
     with pytest.raises(DataError, match="begins with nothing; expected the columns object, split, label"):
         scan(root)
@@ -442,35 +302,35 @@ def test_an_empty_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_image_without_its_mask_is_refused(tmp_path: Path) -> None:
-    (draw_ksdd2(tmp_path) / "train/10002_GT.png").unlink()
+    (render_ksdd2(tmp_path) / "train/10002_GT.png").unlink()
     with pytest.raises(
         DataError, match=r"10002\.png has no 10002_GT\.png beside it; expected one, all black"
     ):
         scan(tmp_path)
 
 
-def test_a_damaged_mask_leaves_nothing_to_go_by(tmp_path: Path) -> None:
-    (draw_ksdd2(tmp_path) / "train/10002_GT.png").write_bytes(b"none")
+def test_a_damaged_mask_is_refused_because_it_is_the_label(tmp_path: Path) -> None:
+    (render_ksdd2(tmp_path) / "train/10002_GT.png").write_bytes(b"none")
     with pytest.raises(ImageError, match=r"10002_GT\.png"):
         scan(tmp_path)
 
 
-def test_the_copies_in_the_archive_are_passed_over(tmp_path: Path) -> None:
-    assert not any("copy" in sample.path.name for sample in scan(draw_ksdd2(tmp_path)))
+def test_the_copies_in_the_archive_are_ignored(tmp_path: Path) -> None:
+    assert not any("copy" in sample.path.name for sample in scan(render_ksdd2(tmp_path)))
 
 
 # Two images or masks of one name
 
 
-def test_one_name_for_two_images_is_refused(tmp_path: Path) -> None:
-    draw_sensum(tmp_path)
-    image(tmp_path / "positive/data/001.jpg")
+def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
+    render_sensum(tmp_path)
+    render_image(tmp_path / "positive/data/001.jpg")
     with pytest.raises(DataError, match=r"001\.jpg and .*001\.png share a name"):
         scan(tmp_path)
 
 
-def test_one_name_for_two_masks_is_refused(tmp_path: Path) -> None:
-    draw_sensum(tmp_path)
-    mask(tmp_path / "positive/annotation/001.bmp")
+def test_two_masks_of_one_name_are_refused(tmp_path: Path) -> None:
+    render_sensum(tmp_path)
+    render_mask(tmp_path / "positive/annotation/001.bmp")
     with pytest.raises(DataError, match=r"annotation/001\.bmp and .*001\.png share a name"):
         scan(tmp_path)

@@ -1,27 +1,27 @@
-"""Make files/format1.blemish and what it says of drawn parts: run once, when a format is released.
+"""Write format1.blemish and its verdicts on rendered parts: run once, when a format is released.
 
-    python tests/make_format1.py
+    PYTHONPATH=tests python tests/files/make_format1.py
 
-The model file stays in the repository as it is: every later version of Blemish must read it and score the
-same. A new format number gets a file of its own.
+The model file stays in the repository as it is: every later version of Blemish must read it and reach the
+same verdicts. A new format number gets a file of its own.
 """
 
 import json
 import tempfile
 from pathlib import Path
 
+import blemish
 import drawn
-from blemish.training import run
 
 FILES = Path(__file__).parent
 GOOD, BAD = range(5000, 5004), range(6000, 6004)
-"""Numbers of the drawn parts."""
+"""Numbers of the rendered parts."""
 
 
 def make() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = run.train(
+        model = blemish.train(
             drawn.data_set(folder / "drawn", train=16),
             model="supersimplenet",
             out=FILES / "format1.blemish",

@@ -1,22 +1,27 @@
-"""The benchmark of EfficientAD's step: its transcription and the product minimise the same thing."""
+"""The benchmarks: EfficientAD's step and the transcription minimise the same thing, and the others run."""
 
 import importlib
 import re
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import blemish
 import drawn
-from blemish import seeding
-from blemish.backbones.pdn import CHANNELS, PDNS
+from blemish import images, seeding
+from blemish.backbones.pdn import CHANNELS, PDN, PDNS
 from blemish.detectors.efficientad.detector import EfficientAD, jitter, sometimes_grey
 from blemish.detectors.registry import build, configure
+from blemish.errors import ImageError
 from blemish.training import loop
 from blemish.types import Batch
 
@@ -37,9 +42,9 @@ def benchmark(folder_of_benchmarks: None) -> ModuleType:
     return importlib.import_module("efficientad_step")
 
 
-def narrow_pdn(channels: int = CHANNELS, *, padding: bool = False) -> nn.Sequential:
+def narrow_pdn(channels: int = CHANNELS, *, padding: bool = False) -> PDN:
     """Build a network with outputs of a patch description network's size, at a hundredth of the cost."""
-    return nn.Sequential(
+    return PDN(
         nn.Conv2d(3, 8, 4),
         nn.ReLU(),
         nn.AvgPool2d(2),
@@ -178,3 +183,30 @@ def test_the_chart_overlays_both_in_a_panel_for_each_term(benchmark: ModuleType)
     assert points[1][0][1] == 0  # the higher one begins at the top
     assert max(y for _, y in points[0]) == benchmark.HEIGHT
     assert all(lower[1] > higher[1] for lower, higher in zip(points[0], points[1], strict=True))
+
+
+# --- from file to verdict ---
+
+
+def test_every_stage_of_every_image_is_timed(folder_of_benchmarks: None, tmp_path: Path) -> None:
+    module = importlib.import_module("whole_path")
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        images.write_png(path, drawn.part(number, (96, 80)))
+    with blemish.load(Path(__file__).parents[1] / "files" / "format1.blemish", threads=1) as model:
+        times, prepared = module.by_stage(model, paths)
+        assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys(
+            ("decode", "resize", "to input", "inference", "map resize", "decide"), 3
+        )
+        for path, each in zip(paths, prepared, strict=True):
+            np.testing.assert_array_equal(each.inputs, model.prepare(path).inputs)
+            np.testing.assert_array_equal(module.infer(model, each).map, model.predict(path).map)
+        assert all(seconds > 0 for seconds in module.whole_and_alone(model, paths, prepared))
+        paths[1].write_bytes(b"")
+        with pytest.raises(ImageError, match=r"1\.png is empty"):
+            module.whole_and_alone(model, paths, prepared)
+
+
+def test_help_loads_no_package_but_our_own(folder_of_benchmarks: None) -> None:
+    found = importlib.import_module("startup").modules()
+    assert [name for name in found if name not in sys.stdlib_module_names] == ["blemish"]

@@ -1,4 +1,4 @@
-"""The examples give Blemish's verdicts: from the base install, without Blemish, and in C++."""
+"""The examples reach the verdicts of Blemish: from the base install, without Blemish, and in C++."""
 
 import shutil
 import subprocess
@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 from make_format1 import FILES
 from PIL import Image
-from test_runtime import run_base_only
 
 import blemish
 import drawn
+from base_install import run_base_only
 from blemish import images
 from blemish.types import Verdict
 
 MODEL = FILES / "format1.blemish"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-NOTHING_OF_OURS = "Absent.names |= {'blemish', 'cc3d', 'jinja2', 'tqdm', 'platformdirs'}\n"
+NOTHING_OF_OURS = "Absent.names |= {'blemish', 'cc3d', 'jinja2', 'tqdm', 'platformdirs', 'msgspec'}\n"
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    """Draw a good part and a defective one that have to be resized, the second one lying on its side."""
+    """Write a good part and a defective one, neither of the network's size, the second lying on its side."""
     folder = tmp_path / "parts"
     images.write_png(folder / "good.png", drawn.part(1, (100, 150)))
     turned = Image.Exif()
@@ -37,9 +37,9 @@ def rows(text: str) -> list[list[str]]:
     return [line.split("\t") for line in text.splitlines()]
 
 
-def expected(folder: Path) -> list[Verdict]:
-    model = blemish.load(MODEL)
-    found = [model.predict(path) for path in images.list_images(folder)]
+def expected(folder: Path, file: Path = MODEL) -> list[Verdict]:
+    with blemish.load(file) as model:
+        found = [model.predict(path) for path in images.list_images(folder)]
     assert [verdict.label for verdict in found] == ["ok", "defect"]
     return found
 
@@ -57,34 +57,47 @@ def test_watching_a_folder_needs_the_base_install_only(parts: Path) -> None:
         assert row == [verdict.label, f"{verdict.score:.6g}", verdict.path, boxes]
 
 
-def test_a_model_file_runs_without_blemish(parts: Path) -> None:
+@pytest.fixture(params=["released", "new"])
+def file(request: pytest.FixtureRequest, tiny: drawn.Tiny) -> Path:
+    """Return a model file: the first that was released, or one that this version wrote."""
+    return MODEL if request.param == "released" else tiny.file
+
+
+def test_a_model_file_runs_without_blemish(parts: Path, file: Path) -> None:
     program = NOTHING_OF_OURS + RUN
-    done = run_base_only(program, EXAMPLES / "plain_onnxruntime.py", MODEL, *images.list_images(parts))
+    done = run_base_only(program, EXAMPLES / "plain_onnxruntime.py", file, *images.list_images(parts))
     assert done.returncode == 0, done.stderr
-    threshold = blemish.load(MODEL).calibration.pixel_threshold
-    for row, verdict in zip(rows(done.stdout), expected(parts), strict=True):
+    threshold = blemish.load(file).calibration.pixel_threshold
+    for row, verdict in zip(rows(done.stdout), expected(parts, file), strict=True):
         assert row[0] == verdict.label
         assert float(row[1]) == pytest.approx(verdict.score, rel=1e-5)
         assert row[2] == verdict.path
         assert row[3].split()[0] == str((verdict.map > threshold).sum())
 
 
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("c++"), reason="no compiler of C++")
-def test_a_model_file_runs_in_cpp(parts: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Build the C++ example; return the program."""
+    if not shutil.which("cmake") or not shutil.which("c++"):
+        pytest.skip("no compiler of C++")
     openvino = pytest.importorskip("openvino")
-    config = Path(openvino.__path__[0]) / "cmake"
+    folder, config = tmp_path_factory.mktemp("judge"), Path(openvino.__path__[0]) / "cmake"
     for words in (
-        ["-S", EXAMPLES / "cpp", "-B", tmp_path, f"-DOpenVINO_DIR={config}"],
-        ["--build", tmp_path],
+        ["-S", str(EXAMPLES / "cpp"), "-B", str(folder), f"-DOpenVINO_DIR={config}"],
+        ["--build", str(folder)],
     ):
         done = subprocess.run(["cmake", *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile(MODEL) as archive:
+    return str(folder / "judge")
+
+
+def test_a_model_file_runs_in_cpp(judge: str, parts: Path, file: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
         archive.extractall(tmp_path / "unzipped")
-    for path, verdict in zip(images.list_images(parts), expected(parts), strict=True):
-        picture = tmp_path / "part.ppm"
+    picture = tmp_path / "part.ppm"
+    words = [judge, str(tmp_path / "unzipped"), str(picture)]
+    for path, verdict in zip(images.list_images(parts), expected(parts, file), strict=True):
         Image.fromarray(images.resize(images.read(path), (64, 64))).save(picture)
-        words = [str(tmp_path / "judge"), str(tmp_path / "unzipped"), str(picture)]
         ((label, score, _),) = rows(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
         assert label == verdict.label
         assert float(score) == pytest.approx(verdict.score, rel=1e-4, abs=1e-4)

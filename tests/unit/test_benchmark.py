@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_format1 import FILES
 from safetensors.torch import save
 from torch import nn
 
@@ -30,15 +30,19 @@ from blemish.benchmark.roofline import Rate
 from blemish.benchmark.run import Benchmark, Burst, Plan, Row, Stream, Timings
 from blemish.cli import main
 from blemish.detectors import fusing
-from blemish.detectors.registry import build, configure, fuse
+from blemish.detectors.registry import build, configure
 from blemish.errors import ConfigError, ImageError, ModelFileError, StoppedError
 from blemish.inference import bundle
 from blemish.inference.choice import Choice
+from blemish.inference.manifest import ExportRecord
+from blemish.inference.predictor import Outcome
+from blemish.progress import Event
 from blemish.types import FloatArray
 from drawn import Tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+FILES = Path(__file__).parents[1] / "files"
 MODEL = FILES / "format1.blemish"
 SMALL = {"image_size": (64, 64), "layers": ("stage1", "stage2"), "hidden_channels": 16}
 
@@ -68,6 +72,12 @@ class Timed:
 
 
 NOTHING = np.zeros((1, 3, 2, 2), np.float32)
+
+
+EXPORTED = ExportRecord(
+    limits={}, agreement={}, flops=1, reduced=(), in_floating_point=(), thresholds="those of the model"
+)
+"""What an export says of itself."""
 
 
 def contender(name: str = "a", **changes: Any) -> Contender:
@@ -145,13 +155,13 @@ def test_without_a_limit_the_protocol_is_the_papers() -> None:
 class Judging:
     """A model whose verdicts take a second each."""
 
-    def __init__(self, clock: Clock, found: object = None) -> None:
-        self.clock, self.found = clock, found
+    def __init__(self, clock: Clock, error: ImageError | None = None) -> None:
+        self.clock, self.error = clock, error
 
-    def predict_stream(self, stream: Any) -> Iterator[Any]:
-        for _ in stream:
+    def stream(self, images: Any) -> Iterator[Outcome]:
+        for source in images:
             self.clock.now += 1
-            yield self.found
+            yield Outcome(source, None, None, self.error)
 
 
 def test_files_are_judged_over_and_over_until_the_time_is_over() -> None:
@@ -174,9 +184,12 @@ def test_refuses_what_is_no_entry(text: str) -> None:
 
 def test_a_file_runs_as_it_says_unless_told(tiny: Tiny, tmp_path: Path) -> None:
     opened, path = bundle.read(tiny.file), tmp_path / "m.blemish"
-    manifest = opened.manifest | {"engine": {"backend": "openvino", "precision": "int8", "device": "cpu"}}
+    manifest = replace(opened.manifest, engine=Choice("openvino", "int8"), export=EXPORTED)
     bundle.write(path, manifest, opened.weights, opened.graph)
-    assert prepare(Entry(str(path))).choice == Choice("openvino", "int8")
+    as_said = prepare(Entry(str(path)))
+    assert as_said.choice == Choice("openvino", "int8")
+    assert as_said.work is not None
+    assert as_said.work.flops == EXPORTED.flops
     told = prepare(Entry(str(path), backend="onnxruntime"))
     assert told.choice == Choice("onnxruntime", "int8")
     assert told.opened.graph == opened.graph
@@ -187,13 +200,12 @@ def test_a_file_runs_as_it_says_unless_told(tiny: Tiny, tmp_path: Path) -> None:
         prepare(Entry(str(tiny.file), precision="int8"))
 
 
-def test_a_graph_whose_weights_fit_no_detector_runs_uncounted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_graph_whose_weights_fit_no_detector_runs_uncounted(tmp_path: Path) -> None:
     opened, path = bundle.read(MODEL), tmp_path / "m.blemish"
     bundle.write(path, opened.manifest, save({"unknown": torch.zeros(1)}), opened.graph)
-    assert prepare(Entry(str(path))).work is None
-    assert "not counting FLOPs" in capsys.readouterr().err
+    events: list[Event] = []
+    assert prepare(Entry(str(path)), report=events.append).work is None
+    assert [event.message.partition(":")[0] for event in events] == ["not counting FLOPs"]
     with pytest.raises(ModelFileError, match="do not fit its method"):
         prepare(Entry(str(path), backend="torch"))
 
@@ -211,7 +223,8 @@ def test_a_gpu_has_half_precision_unless_told() -> None:
 
 
 def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "find_spec", lambda name: None)
+    for package in ("openvino", "torch"):
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"openvino is not installed; expected blemish\[openvino\]"):
         prepare(Entry(str(MODEL), backend="openvino"))
     assert prepare(Entry(str(MODEL))).work is None  # a PC without torch cannot count
@@ -255,7 +268,7 @@ def test_efficientad_computes_what_was_published(method: str, parameters: int, b
     assert sum(each.numel() for each in detector.parameters()) == parameters
     plain = fusing.flops(detector, (256, 256))
     assert plain / 1e9 == pytest.approx(billions, abs=0.05)
-    assert 0.98 < fusing.flops(fuse(detector), (256, 256)) / plain < 1
+    assert 0.98 < fusing.flops(detector.fused(), (256, 256)) / plain < 1
 
 
 # --- the roofline ---

@@ -1,4 +1,4 @@
-"""Layouts, split and check, on small data sets drawn into a temporary folder."""
+"""Layouts, split and check, on small data sets rendered into a temporary folder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_layouts import MINIATURES
 
 from blemish.data.check import Report, check, format
 from blemish.data.layouts import LAYOUTS, recognise, scan
 from blemish.data.split import choose_test, relative_path, split
 from blemish.errors import ConfigError, DataError
 from blemish.types import Sample
+from miniatures import MINIATURES
 
 
 def draw(
     path: Path, *, size: tuple[int, int] = (6, 8), value: int | None = None, dtype: str = "uint8"
 ) -> Path:
-    """Write a grey image, filled with `value` or, told by its path, unlike any other."""
+    """Write a grey image: filled with `value`, or random by its path and so unlike any other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = list(str(path).encode())
     pixels = np.random.default_rng(seed).integers(1, 200, size, dtype)
@@ -78,13 +78,13 @@ def manifest(root: Path) -> Path:
     return root
 
 
-DRAWN = {
+RENDERED = {
     "mvtec": ("mvtec", mvtec),
     "folder": ("folder", folder),
     "divided folder": ("folder", divided_folder),
     "loose images": ("folder", loose_images),
     "manifest": ("csv", manifest),
-    **{name: (miniature.layout, miniature.draw) for name, miniature in MINIATURES.items()},
+    **{name: (miniature.layout, miniature.render) for name, miniature in MINIATURES.items()},
 }
 
 
@@ -100,13 +100,13 @@ def counts(samples: Iterable[Sample]) -> dict[tuple[str, str, int, int], int]:
 # The contract of every layout
 
 
-def test_every_layout_is_drawn_here() -> None:
-    assert {layout for layout, _ in DRAWN.values()} == set(LAYOUTS)
+def test_every_layout_is_tested_here() -> None:
+    assert {layout for layout, _ in RENDERED.values()} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_a_layout_is_recognised_scanned_split_and_found_in_order(tmp_path: Path, name: str) -> None:
-    layout, make = DRAWN[name]
+@pytest.mark.parametrize("name", RENDERED)
+def test_a_layout_is_recognised_scanned_split_and_passes_check(tmp_path: Path, name: str) -> None:
+    layout, make = RENDERED[name]
     root = make(tmp_path / "set")
     assert recognise(root) == layout
     samples = scan(root)
@@ -205,7 +205,7 @@ def test_folder_with_splits_takes_masks_at_the_root_and_flat_training_images(tmp
     }
 
 
-def test_masks_of_good_parts_are_passed_over(tmp_path: Path) -> None:
+def test_masks_of_good_parts_are_ignored(tmp_path: Path) -> None:
     draw_all(tmp_path, ["good/0.png", "masks/good/0.png"])
     assert counts(scan(tmp_path)) == {("", "good", 0, 0): 1}
     assert not LAYOUTS["folder"].mask_files(tmp_path)
@@ -330,7 +330,7 @@ def made(root: Path, count: int, label: int = 0, split_name: str = "", start: in
 ROOT = Path("/data/set")
 
 
-def test_nothing_given_all_defects_and_a_fifth_of_the_good_are_for_testing() -> None:
+def test_by_default_all_defects_and_a_fifth_of_the_good_images_are_for_testing() -> None:
     samples = made(ROOT, 100) + made(ROOT, 7, 1)
     parts = split(samples, ROOT)
     assert [len(part) for part in (parts.train, parts.held_out, parts.test)] == [72, 8, 27]
@@ -347,7 +347,7 @@ def test_only_good_images_leave_nothing_for_testing() -> None:
 @pytest.mark.parametrize(
     ("count", "held_out"), [(2, 1), (3, 1), (9, 4), (10, 5), (49, 5), (60, 6), (209, 21)]
 )
-def test_a_tenth_is_held_out_at_least_five_never_more_than_half(count: int, held_out: int) -> None:
+def test_a_tenth_is_held_out_but_at_least_five_and_at_most_half(count: int, held_out: int) -> None:
     parts = split(made(ROOT, count, split_name="train"), ROOT)
     assert (len(parts.train), len(parts.held_out)) == (count - held_out, held_out)
 
@@ -360,7 +360,7 @@ def test_share_and_minimum_are_options() -> None:
             split(made(ROOT, 100), ROOT, share, minimum)
 
 
-def test_what_the_data_set_says_is_kept() -> None:
+def test_the_split_of_the_data_set_is_kept() -> None:
     train, bad = made(ROOT, 20, split_name="train"), made(ROOT, 3, 1, "train")
     test = made(ROOT, 5, split_name="test", start=100) + made(ROOT, 5, 1, "test", start=100)
     parts = split(train + bad + test, ROOT)
@@ -379,7 +379,7 @@ def test_the_good_images_of_a_validation_part_are_held_out() -> None:
     assert len(split(train + bad, ROOT).held_out) == 5
 
 
-def test_the_split_depends_on_no_order_and_no_place() -> None:
+def test_the_split_depends_neither_on_the_order_nor_on_the_folder() -> None:
     samples = made(ROOT, 60) + made(ROOT, 7, 1)
     moved = [
         replace(sample, path=Path("/mnt/d") / sample.path.relative_to(ROOT)) for sample in reversed(samples)
@@ -391,7 +391,7 @@ def test_the_split_depends_on_no_order_and_no_place() -> None:
         assert names == sorted(names)
 
 
-def test_the_split_of_a_known_set_stays_what_it_was() -> None:
+def test_the_split_of_a_known_set_never_changes() -> None:
     """Recorded: a change would put images that trained a model into its test set."""
     parts = split(made(ROOT, 12) + made(ROOT, 1, 1), ROOT)
     assert [sample.path.stem for sample in parts.held_out] == ["0000", "0006", "0008", "0009", "0010"]
@@ -419,7 +419,7 @@ def test_fewer_than_two_good_training_images_are_refused(samples: list[Sample]) 
         split(samples, ROOT)
 
 
-def test_a_test_set_alone_can_be_chosen_from() -> None:
+def test_a_data_set_of_test_images_alone_has_a_test_set() -> None:
     samples = made(ROOT, 9, 0, "test") + made(ROOT, 3, 1, "test")
     assert set(choose_test(samples, ROOT)) == set(samples)
 
@@ -569,7 +569,7 @@ def test_check_finds_a_grey_image_among_colour_ones(tmp_path: Path) -> None:
     assert "1 of 13 images is grey" in only_problem(tmp_path)
 
 
-def test_check_tells_sizes_from_shapes(tmp_path: Path) -> None:
+def test_check_distinguishes_sizes_from_shapes(tmp_path: Path) -> None:
     draw(loose_images(tmp_path) / "000.png", size=(60, 80))
     assert f"2 sizes: 6 x 8 (11, first {tmp_path / '001.png'})" in only_note(tmp_path)
     draw(tmp_path / "001.png", size=(8, 6))
@@ -617,7 +617,7 @@ def test_format_aligns_and_wraps(tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in lines if str(tmp_path) not in line)
 
 
-def test_format_says_that_nothing_is_wrong(tmp_path: Path) -> None:
+def test_format_states_that_no_problems_were_found(tmp_path: Path) -> None:
     assert format(check(loose_images(tmp_path))).endswith("\n\nno problems found")
 
 

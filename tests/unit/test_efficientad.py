@@ -17,20 +17,23 @@ from torch.nn import functional
 import drawn
 from blemish import seeding
 from blemish.backbones import IMAGENET
-from blemish.backbones.pdn import CHANNELS, PDNS, pdn_small
-from blemish.cli import main
-from blemish.detectors import efficientad
+from blemish.backbones.pdn import CHANNELS, PDN, PDNS, pdn_small
+from blemish.cli.main import main, parser
+from blemish.cli.training import request_of
+from blemish.detectors.efficientad import detector as implementation
 from blemish.detectors.efficientad.config import EfficientADConfig
 from blemish.detectors.efficientad.detector import EfficientAD
 from blemish.detectors.muon import Muon
 from blemish.detectors.registry import build, configure
 from blemish.errors import ConfigError
 from blemish.files import short_digest
+from blemish.images import Preprocessing
 from blemish.images.reading import read
 from blemish.images.resizing import to_input
 from blemish.inference import bundle
 from blemish.inference.choice import Choice
 from blemish.inference.engines import open_graph
+from blemish.inference.manifest import Manifest
 from blemish.training import run
 from blemish.types import Batch
 
@@ -42,8 +45,8 @@ EXACT = {"hard_quantile": 0.0, "dropout": 0.0, "crop": 0}
 
 
 def narrow_pdn(
-    channels: int = CHANNELS, *, padding: bool = False, pdn: Callable[..., nn.Sequential] = pdn_small
-) -> nn.Sequential:
+    channels: int = CHANNELS, *, padding: bool = False, pdn: Callable[..., PDN] = pdn_small
+) -> PDN:
     """Build a patch description network with 8 channels where it has hundreds."""
     network = pdn(channels, padding=padding)
     convolutions = [layer for layer in network if isinstance(layer, nn.Conv2d)]
@@ -91,7 +94,7 @@ def with_rim(images: Tensor) -> Tensor:
 
 
 def errors(d: EfficientAD, images: Tensor, *, rim: bool = False) -> tuple[Tensor, Tensor]:
-    """Give (B, 384, h, w) squared errors of the student: of the teacher, and of the autoencoder."""
+    """Return (B, 384, h, w) squared errors of the student: of the teacher, and of the autoencoder."""
     seen = normalised(with_rim(images) if rim else images)
     student = d.student(seen)
     described = (d.teacher(seen) - 0.1) / 0.5
@@ -111,9 +114,9 @@ def whole(cells: Tensor, margin: int = 4) -> Tensor:
 
 
 def losses(d: EfficientAD, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """Give the terms of the loss of one image; the photograph and the augmented image are two others."""
-    monkeypatch.setattr(efficientad, "jitter", lambda images, generator: parts(3))
-    monkeypatch.setattr(efficientad, "sometimes_grey", lambda images, probability, generator: images)
+    """Return the terms of the loss of one image; the photograph and the augmented image are two others."""
+    monkeypatch.setattr(implementation, "jitter", lambda images, generator: parts(3))
+    monkeypatch.setattr(implementation, "sometimes_grey", lambda images, probability, generator: images)
     good = torch.zeros(1)
     with torch.no_grad():
         batch = Batch(parts(1), d.encode(parts(1)), good, good == 0, natural=parts(2))
@@ -148,8 +151,8 @@ def test_quantiles_of_an_earlier_model_do_not_return_where_maps_are_left_raw(tmp
     earlier = detector().state_dict()
     earlier["teacher_mean"] += 1
     earlier["quantiles"] += 1
-    manifest = {"training": {"run": {"pretrained": ""}}}
     d = detector(map_normalisation=False)
+    manifest = Manifest.untrained("efficientad-s", {}, Preprocessing(SIZE), d.outputs)
     run.fill(d, bundle.Bundle(tmp_path / "old.blemish", manifest, save(earlier), b""), None)
     assert torch.equal(d.teacher_mean, earlier["teacher_mean"])
     assert d.quantiles.tolist() == pytest.approx([0, 0.1, 0, 0.1])
@@ -169,8 +172,8 @@ def test_the_student_learns_from_all_errors_or_from_the_largest(
 
 def test_without_the_penalty_photographs_teach_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     on, off = detector(**EXACT), detector(penalty=False, **EXACT)
-    assert on.wants_natural_images
-    assert not off.wants_natural_images
+    assert on.config.reads_natural_images
+    assert not off.config.reads_natural_images
     found, without = losses(on, monkeypatch), losses(off, monkeypatch)
     with torch.no_grad():
         penalty = on.student(normalised(parts(2)))[:, :CHANNELS].square().mean()
@@ -296,7 +299,7 @@ def test_the_optimiser_is_the_one_asked_for() -> None:
 
 
 def response(edges: str, top: int, left: int) -> Tensor:
-    """Give the map of an even image with a bright patch of 4 x 4 pixels.
+    """Return the map of an even image with a bright patch of 4 x 4 pixels.
 
     The teacher blurs, and the student knows of nothing but even images.
     """
@@ -386,7 +389,8 @@ def test_a_config_that_is_changed_is_checked_again() -> None:
         (
             "supersimplenet",
             ["--structural-only"],
-            "--structural-only: supersimplenet has no logical map; expected --model efficientad-s or -m",
+            "--structural-only: supersimplenet has no logical map; expected --model efficientad-s or "
+            "efficientad-m",
         ),
         ("simplenet", ["--logical-weight", "0"], "--logical-weight: simplenet has no logical map"),
         ("efficientad-s", ["--logical-weight", "1.5"], "logical_weight=1.5 does not fit; expected 0 to 1"),
@@ -436,13 +440,9 @@ def test_options_that_do_not_go_together(
         (["--logical-weight", "1", "--set", "edges=reflect"], {"logical_weight": 1.0, "edges": "reflect"}),
     ],
 )
-def test_the_options_are_settings(
-    words: list[str], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(run, "train", lambda data, **more: given.update(more))
-    assert main(["train", str(tmp_path), "--model", "efficientad-m", "--out", "m.blemish", *words]) == 0
-    assert given["settings"] == settings
+def test_the_options_are_settings(words: list[str], settings: dict[str, Any], tmp_path: Path) -> None:
+    given = ["train", str(tmp_path), "--model", "efficientad-m", "--out", "m.blemish", *words]
+    assert request_of(parser().parse_args(given)).settings == settings
     configure("efficientad-m", settings=settings)
 
 
@@ -458,8 +458,9 @@ def train(folder: Path, *words: str) -> bundle.Bundle:
 def held_out(opened: bundle.Bundle) -> Tensor:
     """Read the images by which a model's thresholds were set."""
     files = sorted((opened.path.parent / "parts/train/good").iterdir())
-    digests = opened.manifest["training"]["files"]["held_out"]
-    chosen = [read(file) for file in files if short_digest(file) in digests]
+    used = opened.manifest.training.files
+    assert used is not None
+    chosen = [read(file) for file in files if short_digest(file) in used.held_out]
     return torch.from_numpy(np.stack([to_input(image) for image in chosen]))
 
 
@@ -478,6 +479,7 @@ def test_weight_and_rim_reach_graph_and_thresholds(tmp_path: Path) -> None:
         functional.interpolate(half[:, None], (256, 256), mode="bilinear").amax((1, 2, 3))
         for half in expected[2:]
     )
-    assert len(logical) == len(opened.calibration.scores) == 3
-    assert sorted(opened.calibration.scores) == pytest.approx(sorted(logical.tolist()), rel=1e-3, abs=1e-4)
+    scores = opened.manifest.calibration.scores
+    assert len(logical) == len(scores) == 3
+    assert sorted(scores) == pytest.approx(sorted(logical.tolist()), rel=1e-3, abs=1e-4)
     assert float((structural - logical).abs().max()) > 0.01

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from blemish.data import folds
-from blemish.data.folds import Fold, assign
+from blemish.data.folds import Fold, FoldRecord, assign
 from blemish.data.split import split
 from blemish.errors import ConfigError, DataError
-from blemish.types import Sample
+from blemish.files import plain
+from blemish.types import Sample, SplitName
 
 ROOT = Path("parts")
-GIVEN = ("", "train", "validation", "test")
+GIVEN: tuple[SplitName, ...] = ("", "train", "validation", "test")
 
 
 def samples(kinds: dict[str, int]) -> list[Sample]:
-    """Make up samples, so and so many of each kind, that already have all sorts of splits."""
+    """Return made-up samples, that many of each kind, whose splits are all possible ones in turn."""
     return [
         Sample(ROOT / kind / f"{number:03}.png", int(kind != "good"), kind, GIVEN[number % 4])
         for kind, count in kinds.items()
@@ -30,7 +33,7 @@ def samples(kinds: dict[str, int]) -> list[Sample]:
 
 
 def in_fold(listed: Sequence[Sample], fold: Fold) -> set[str]:
-    """Give the images that a fold tests."""
+    """Return the images that a fold tests."""
     assigned = assign(listed, ROOT, fold)
     return {sample.path.relative_to(ROOT).as_posix() for sample in assigned if sample.split == "test"}
 
@@ -67,7 +70,7 @@ def test_folds_are_a_fair_partition(kinds: dict[str, int], count: int) -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_a_fold_gives_every_sample_a_split_and_changes_nothing_else() -> None:
+def test_a_fold_sets_the_split_of_every_sample_and_changes_nothing_else() -> None:
     listed = samples({"good": 9, "dent": 3})
     assigned = assign(listed, ROOT, Fold(1, 3))
     assert {sample.split for sample in assigned} == {"train", "test"}
@@ -76,7 +79,7 @@ def test_a_fold_gives_every_sample_a_split_and_changes_nothing_else() -> None:
     ]
 
 
-def test_neither_order_nor_given_splits_count() -> None:
+def test_folds_depend_neither_on_the_order_nor_on_given_splits() -> None:
     listed = samples({"good": 30, "dent": 8, "hole": 5})
     expected = every_fold(listed, 3)
     rng = np.random.default_rng(0)
@@ -85,10 +88,10 @@ def test_neither_order_nor_given_splits_count() -> None:
         assert every_fold([replace(sample, split="test") for sample in shuffled], 3) == expected
 
 
-def test_folds_depend_on_the_seed_alone_and_not_on_where_the_data_set_lies() -> None:
+def test_folds_depend_on_the_seed_but_not_on_where_the_data_set_lies() -> None:
     listed = samples({"good": 30, "dent": 9})
-    drawn = [every_fold(listed, 3, seed) for seed in range(6)]
-    assert all(drawn.count(each) == 1 for each in drawn)
+    parts = [every_fold(listed, 3, seed) for seed in range(6)]
+    assert all(parts.count(each) == 1 for each in parts)
     elsewhere = [replace(sample, path=Path("else/where") / sample.path) for sample in listed]
     for index in range(3):
         here = assign(listed, ROOT, Fold(index, 3, 4))
@@ -110,7 +113,7 @@ def test_the_split_follows_the_fold() -> None:
 
 
 @pytest.mark.parametrize("fold", [Fold(0, 1), Fold(0, 0), Fold(3, 3), Fold(-1, 3), Fold(0, 3, -1)])
-def test_a_fold_that_cannot_be_is_refused(fold: Fold) -> None:
+def test_an_impossible_fold_is_refused(fold: Fold) -> None:
     with pytest.raises(ConfigError, match="expected"):
         assign(samples({"good": 9}), ROOT, fold)
 
@@ -123,7 +126,7 @@ def test_a_fold_that_cannot_be_is_refused(fold: Fold) -> None:
         ({"dent": 9}, "fold 1 of 3 would test no good image of parts, which has 0"),
     ],
 )
-def test_folds_that_could_not_be_measured_are_refused(kinds: dict[str, int], text: str) -> None:
+def test_folds_that_lack_good_or_defective_images_are_refused(kinds: dict[str, int], text: str) -> None:
     for index in range(3):
         with pytest.raises(DataError, match=text):
             assign(samples(kinds), ROOT, Fold(index, 3))
@@ -152,7 +155,7 @@ def test_a_file_says_which_image_is_in_which_fold(tmp_path: Path, first: int) ->
         assert every_fold(samples(FEW), 2, seed, file) == expected
 
 
-def test_a_file_may_have_a_mark_blank_lines_and_other_columns(tmp_path: Path) -> None:
+def test_a_file_may_have_a_byte_order_mark_blank_lines_and_other_columns(tmp_path: Path) -> None:
     text = "\ufefffold,image,remark\n\n" + "".join(f"{fold}, {image},x\n" for image, fold in ROWS)
     (tmp_path / "folds.csv").write_text(text, encoding="utf-8")
     assert every_fold(samples(FEW), 2, file=tmp_path / "folds.csv")[1] == {"good/001.png", "dent/000.png"}
@@ -212,10 +215,12 @@ def test_a_fold_comes_back_from_its_record(tmp_path: Path) -> None:
     listed, file = samples(FEW), write(tmp_path / "folds.csv", ROWS)
     for fold in (Fold(1, 2), Fold(0, 2, 5), Fold(1, 2, 0, file)):
         recorded = folds.record(fold, listed, ROOT)
+        text = json.dumps(plain(recorded))  # as a model file has it
+        assert msgspec.json.decode(text, type=FoldRecord) == recorded
         assert folds.recall(recorded, listed[::-1], ROOT) == fold
 
 
-def test_a_fold_is_not_taken_of_other_images(tmp_path: Path) -> None:
+def test_a_recorded_fold_of_other_images_is_refused(tmp_path: Path) -> None:
     listed = samples(FEW)
     recorded = folds.record(Fold(0, 2), listed, ROOT)
     renamed = [replace(listed[0], path=ROOT / "good/zzz.png"), *listed[1:]]

@@ -6,18 +6,22 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from blemish import images
+from blemish import files, images
 from blemish.errors import DataError, ImageError
+from blemish.images import Preprocessing, reading
 from blemish.images.reading import as_image, describe, list_images, mask_is_empty, read, read_mask
-from blemish.images.resizing import prepare, resize, resize_map, to_input, white_level
+from blemish.images.resizing import resize, resize_map, to_input, white_level
 
+Order = Literal["<", ">"]
 ORDERS = {"<": b"II*\x00", ">": b"MM\x00*"}
 
 
@@ -62,12 +66,12 @@ def literal_lzw(data: bytes) -> bytes:
     return int(bits, 2).to_bytes(len(bits) // 8, "big")
 
 
-PACK = {1: lambda data: data, 5: literal_lzw, 8: zlib.compress}
+PACK: dict[int, Callable[[bytes], bytes]] = {1: lambda data: data, 5: literal_lzw, 8: zlib.compress}
 
 
 def tiff(
     array: np.ndarray,
-    order: str = "<",
+    order: Order = "<",
     *,
     compression: int = 1,
     photometric: int = 2,
@@ -164,7 +168,7 @@ def test_16_bit_png_loses_no_bit(tmp_path: Path, colour_type: int) -> None:
 @pytest.mark.parametrize("strips", [1, 3])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_16_bit_tiff_loses_no_bit(
-    tmp_path: Path, order: str, compression: int, predictor: int, strips: int, channels: int
+    tmp_path: Path, order: Order, compression: int, predictor: int, strips: int, channels: int
 ) -> None:
     array = noise(7, 5, channels)
     data = tiff(
@@ -182,7 +186,7 @@ def test_16_bit_tiff_loses_no_bit(
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_16_bit_tiff_with_an_unused_channel_loses_no_bit(tmp_path: Path, order: str) -> None:
+def test_16_bit_tiff_with_an_unused_channel_loses_no_bit(tmp_path: Path, order: Order) -> None:
     array = noise(7, 5, 4)
     image = read(saved(tmp_path / "a.tif", tiff(array, order, extra_sample=0)))
     np.testing.assert_array_equal(image, array[..., :3])
@@ -268,7 +272,8 @@ def test_palettes_are_resolved(tmp_path: Path, transparency: int | bytes | None)
     image = Image.fromarray(indices)
     image.putpalette(colours.tobytes())
     path = tmp_path / "a.png"
-    image.save(path, **({} if transparency is None else {"transparency": transparency}))
+    given: dict[str, Any] = {} if transparency is None else {"transparency": transparency}
+    image.save(path, **given)
     np.testing.assert_array_equal(read(path), colours[indices])
 
 
@@ -276,6 +281,16 @@ def test_cmyk_is_converted(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path, quality=95)
     np.testing.assert_allclose(read(path), np.broadcast_to([255, 0, 0], (16, 16, 3)), atol=2)
+
+
+def test_an_image_comes_with_the_digest_of_its_file(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "a.tif"):  # 16-bit colour is decoded twice
+        path = saved(tmp_path / name, WHOLE[name])
+        image, digest = images.read_digested(path)
+        np.testing.assert_array_equal(image, read(path))
+        assert digest == files.digest(path)
+    with pytest.raises(ImageError, match=r"none\.png cannot be opened"):
+        images.read_digested(tmp_path / "none.png")
 
 
 def test_a_jpeg_with_another_ending_is_read(tmp_path: Path) -> None:
@@ -409,7 +424,7 @@ def test_a_large_image_is_read_without_a_warning(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr(images, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 2000)
     path = saved(tmp_path / name, WHOLE[name])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -571,7 +586,10 @@ def test_a_value_above_white_is_not_clipped() -> None:
 def test_an_8_and_a_16_bit_copy_prepare_alike() -> None:
     small = noise(30, 30, 3, "uint8")
     deep = small.astype(np.uint16) * 257
-    np.testing.assert_allclose(prepare(small, (10, 12)), prepare(deep, (10, 12)), atol=1.1 / 255)
+    preprocessing = Preprocessing((10, 12))
+    inputs = preprocessing.inputs(small)
+    assert inputs.shape == (1, 3, 10, 12)
+    np.testing.assert_allclose(inputs, preprocessing.inputs(deep), atol=1.1 / 255)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import blemish
 import drawn
 from blemish import images
-from blemish.data.labels import amount, choose_defects, keep_masks, recognise, supervise
+from blemish.data.labels import amount, choose_defects, describe, keep_masks, recognise, supervise
 from blemish.data.layouts import scan
 from blemish.data.loading.batches import Batches
 from blemish.data.loading.cache import FeatureCache, Memory
@@ -28,8 +29,11 @@ from blemish.data.split import Split, split
 from blemish.errors import BlemishError, ConfigError, DataError
 from blemish.evaluation.run import evaluate
 from blemish.files import short_digest
-from blemish.inference.bundle import read
-from blemish.training import fingerprint, plan, run
+from blemish.images import Preprocessing
+from blemish.progress import Event, silent
+from blemish.training import fingerprint, run
+from blemish.training.plan import Plan, plan
+from blemish.training.request import TrainingRequest
 from blemish.types import AnyArray, BoolArray, FloatArray, LabelRules, Sample, Supervision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +45,7 @@ ROOT = Path("/data")
 
 
 def labelled(good: int, defective: int) -> list[int]:
-    """Give labels in an order that puts good and defective samples among each other."""
+    """Return labels of good and defective samples in mixed order."""
     labels = [0] * good + [1] * defective
     random.Random(0).shuffle(labels)
     return labels
@@ -175,7 +179,7 @@ def parts(*, waiting: int = 8, training: int = 0, masked: int | None = None) -> 
     test = [sample(f"test/{kind}/{n}.png") for kind in ("dent", "hole") for n in range(waiting // 2)]
     test += [sample(f"test/good/{number}.png") for number in range(2)]
     known = training if masked is None else masked
-    defects = [sample(f"train/dent/{number}.png", masked=number < known) for number in range(run)]
+    defects = [sample(f"train/dent/{number}.png", masked=number < known) for number in range(training)]
     return Split(tuple(good[:2]), tuple(good[2:]), tuple(test), tuple(defects))
 
 
@@ -239,15 +243,19 @@ STATES = {"none": (0, 0), "weak": (4, 0), "mixed": (4, 1), "full": (4, 4)}
 """Defects for training, and masks among them."""
 
 
+def sentence(given: Split, able: Sequence[Supervision] = ALL, model: str = "m") -> str:
+    """Return what a user is told of a split under supervision auto."""
+    found, supervision, unused = supervise(given, "auto", able, model)
+    return describe(found, supervision) + unused
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_supervision_is_recognised(state: str) -> None:
     training_, masked = STATES[state]
     given = parts(training=training_, masked=masked)
     assert recognise(given.train_defects) == state
-    found, supervision, said = supervise(given, "auto", ALL, "m")
-    assert supervision == state
-    assert found == given
-    assert said.startswith(f"supervision {state}: 2 good ")
+    assert supervise(given, "auto", ALL, "m") == (given, state, "")
+    assert sentence(given).startswith(f"supervision {state}: 2 good ")
 
 
 @pytest.mark.parametrize("asked", ALL)
@@ -257,30 +265,26 @@ def test_supervision_that_is_asked_for_holds_or_is_refused(state: str, asked: Su
     given = parts(training=training_, masked=masked)
     wants = {"none": "", "weak": "at least one", "mixed": "some with masks and some without"}
     if asked == state or asked == "none" or (asked == "weak" and training_):
-        found, supervision, said = supervise(given, asked, ALL, "m")
+        found, supervision, unused = supervise(given, asked, ALL, "m")
         assert supervision == recognise(found.train_defects) == asked
+        assert unused == ""
         assert (found.train, found.test) == (given.train, given.test)
         if asked != "none":
             assert [one.path for one in found.train_defects] == [one.path for one in given.train_defects]
-        assert f"supervision {asked}" in said
+        assert describe(found, supervision).startswith(f"supervision {asked}: 2 good ")
         return
-    sentence = (
-        f"found {training_} defective training images, {masked} of them with masks; supervision {asked}"
-    )
-    with pytest.raises(DataError, match=sentence) as raised:
+    says = f"found {training_} defective training images, {masked} of them with masks; supervision {asked}"
+    with pytest.raises(DataError, match=says) as raised:
         supervise(given, asked, ALL, "m")
     assert wants.get(asked, "masks for all") in str(raised.value)
 
 
 def test_what_is_learned_from_is_said() -> None:
-    def said(given: Split) -> str:
-        return supervise(given, "auto", ALL, "m")[2]
-
-    assert said(parts(training=4, masked=1)) == (
+    assert sentence(parts(training=4, masked=1)) == (
         "supervision mixed: 2 good and 4 defective training images, 1 with masks"
     )
-    assert said(parts(waiting=0)) == "supervision none: 2 good training images"
-    assert said(parts(waiting=8)) == (
+    assert sentence(parts(waiting=0)) == "supervision none: 2 good training images"
+    assert sentence(parts(waiting=8)) == (
         "supervision none: 2 good training images "
         "(8 defective ones are for testing; --train-defects lets some train)"
     )
@@ -299,15 +303,17 @@ def test_what_a_model_cannot_learn_from_is_refused_or_under_auto_left_out() -> N
         ConfigError, match="simplenet learns with supervision none or mixed or full, not weak"
     ):
         supervise(unmasked, "weak", WITHOUT_WEAK, "simplenet")
-    found, supervision, said = supervise(unmasked, "auto", WITHOUT_WEAK, "simplenet")
+    found, supervision, _ = supervise(unmasked, "auto", WITHOUT_WEAK, "simplenet")
     assert (supervision, found.train_defects) == ("none", ())
+    said = sentence(unmasked, WITHOUT_WEAK, "simplenet")
     assert said.endswith("; simplenet makes no use of 3 defective images")
     assert supervise(masked, "auto", WITHOUT_WEAK, "simplenet")[1] == "full"
     for asked in ("weak", "mixed", "full"):
         with pytest.raises(ConfigError, match=f"efficientad-s learns with supervision none, not {asked}"):
             supervise(masked, asked, ("none",), "efficientad-s")
-    found, supervision, said = supervise(masked, "auto", ("none",), "efficientad-s")
+    found, supervision, _ = supervise(masked, "auto", ("none",), "efficientad-s")
     assert (supervision, found.train_defects) == ("none", ())
+    said = sentence(masked, ("none",), "efficientad-s")
     assert said.endswith("; efficientad-s makes no use of 3 defective images")
 
 
@@ -318,7 +324,8 @@ def write(
     folder: Path, mask: AnyArray | None, number: int = 0, size: tuple[int, int] | None = None
 ) -> Sample:
     """Write a part, with or without a mask, as a defective sample."""
-    path, masks = folder / f"{number}.png", ()
+    path = folder / f"{number}.png"
+    masks: tuple[Path, ...] = ()
     images.write_png(path, drawn.part(number, size or (mask.shape if mask is not None else (64, 64))))
     if mask is not None:
         images.write_png(folder / f"{number}_mask.png", (255 * mask).astype(np.uint8))
@@ -427,15 +434,15 @@ def test_a_tiny_mask_survives_the_resize(tmp_path: Path) -> None:
     assert found[150 * 32 // 300, 222 * 48 // 400]
 
 
-def test_an_empty_mask_counts_as_none_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_mask_counts_as_none_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     spot = drawn.spotted(1)[1]
     samples = [Sample(tmp_path / "none.png", 0, "good"), write(tmp_path, spot, 1), write(tmp_path, None, 2)]
     assert list(read_masks(samples, (64, 64), LabelRules())) == [1]
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     samples += [write(tmp_path, np.zeros_like(spot), 3), write(tmp_path, np.zeros_like(spot), 4)]
     assert list(read_masks(samples, (64, 64), LabelRules())) == [1]
-    said = capsys.readouterr().err
-    assert said == f"2 defects have an empty mask and count as unmasked; first {tmp_path / '3.png'}\n"
+    said = f"2 defects have an empty mask and count as unmasked; first {tmp_path / '3.png'}"
+    assert caplog.messages == [said]
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -466,8 +473,8 @@ def planted(folder: Path, *, defects: int = 2, unmasked: int = 1, weighted: bool
         images.write_png(path, np.repeat(255 * mask[..., None], 3, 2).astype(np.uint8))
         images.write_png(folder / f"{number}_mask.png", (255 * mask).astype(np.uint8))
         samples.append(Sample(path, 1, "L", masks=(folder / f"{number}_mask.png",) * (number < defects)))
-    store = ImageStore([one.path for one in samples], (32, 32), Memory(1 << 30))
-    encoded = EncodedStore(lambda x: (x,), store, 255.0, FeatureCache(Memory(1 << 30)), "cpu")
+    store = ImageStore([one.path for one in samples], Preprocessing((32, 32)), Memory(1 << 30))
+    encoded = EncodedStore(lambda x: (x,), store, FeatureCache(Memory(1 << 30)), "cpu")
     masks = read_masks(samples, (32, 32), LabelRules(weighted=weighted))
     return Batches(samples, store, encoded, batch_size=5, seed=0, with_images=False, masks=masks)
 
@@ -523,11 +530,9 @@ def test_defects_are_flipped_once_where_flips_are_off(tmp_path: Path) -> None:
 # --- the test set stays one ---
 
 
-def test_no_test_image_trains_and_no_training_image_is_tested(
-    tiny: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = drawn.data_set(tmp_path / "parts", bad=6)
-    model = run.train(
+def test_no_test_image_trains_and_no_training_image_is_tested(tiny: drawn.Tiny, tmp_path: Path) -> None:
+    root, events = drawn.data_set(tmp_path / "parts", bad=6), list[Event]()
+    model = blemish.train(
         root,
         model="supersimplenet",
         out=tmp_path / "m.blemish",
@@ -537,13 +542,14 @@ def test_no_test_image_trains_and_no_training_image_is_tested(
         steps=2,
         precision="fp32",
         device="cpu",
+        report=events.append,
     )
-    said = capsys.readouterr().err
+    said = [event.message for event in events]
     assert "supervision full: 7 good and 3 defective training images, 3 with masks" in said
-    facts = read(model.path).manifest["training"]
-    assert (facts["good_images"], facts["defective_images"], facts["masked_images"]) == (7, 3, 3)
-    assert facts["run"]["supervision"] == "full"
-    trained = {name for names in facts["files"].values() for name in names}
+    facts = model.manifest.training
+    assert (facts.good_images, facts.defective_images, facts.masked_images) == (7, 3, 3)
+    assert facts.run.supervision == "full"
+    trained = model.manifest.used
     assert len(trained) == 15
     bad = {path.name: short_digest(path) for path in (root / f"test/{drawn.KIND}").iterdir()}
     drawn_ = {name for name, digest in bad.items() if digest in trained}
@@ -553,43 +559,59 @@ def test_no_test_image_trains_and_no_training_image_is_tested(
     # What trained comes back under a third name: it is known by its content.
     copy = root / f"test/{drawn.KIND}/copy.png"
     copy.write_bytes((root / f"test/{drawn.KIND}" / min(drawn_)).read_bytes())
-    found = evaluate(blemish.load(model.path), root, exhibits=0)
+    found = evaluate(blemish.load(model.path), root, exhibits=0, report=events.append)
     tested = {result.path for result in found.images if result.truth == 1}
     assert tested == {f"test/{drawn.KIND}/{name}" for name in set(bad) - drawn_}
     assert (found.rows[0].good, found.rows[0].defective) == (4, 3)
-    assert (
-        "4 test images are left out: the model was trained or calibrated on them" in capsys.readouterr().err
-    )
+    said = [event.message for event in events]
+    assert "4 test images are left out: the model was trained or calibrated on them" in said
 
 
 # --- the same image twice ---
 
 
-def test_a_copy_of_a_held_out_image_does_not_train(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = drawn.data_set(tmp_path / "parts")
+def planned(root: Path, **options: Any) -> Plan:
+    """Plan a run, as far as that goes without decoding an image."""
+    return plan(TrainingRequest(data=root, out=root / "m.blemish", model="supersimplenet", **options))
+
+
+def test_a_copy_of_a_held_out_image_does_not_train(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = drawn.data_set(tmp_path / "parts", train_bad=2)
     for path in sorted((root / "train/good").iterdir()):
         shutil.copy(path, path.with_name(f"copy_{path.name}"))
-    parts = plan.settle(root, model="supersimplenet").parts
-    trained = {sample.path.read_bytes() for sample in parts.train}
-    assert trained
-    assert not trained & {sample.path.read_bytes() for sample in parts.held_out}
-    assert "training images are copies of held-out ones" in capsys.readouterr().err
+    before = planned(root)
+    found, store, held = run.read_images(before, Memory(1 << 30), silent)
+    trained = {path.read_bytes() for path in store.paths}
+    assert not trained & {path.read_bytes() for path in held.paths}
+    assert [sample.path for sample in found.samples] == store.paths
+    assert [sample.path for sample in found.parts.held_out] == held.paths
+    assert found.parts.train_defects == before.parts.train_defects
+    left_out = len(before.samples) - len(store.paths)
+    assert left_out > 0
+    assert caplog.messages == [f"{left_out} training images are copies of held-out ones and are left out"]
+
+
+def test_good_images_that_are_all_copies_of_one_are_refused(tmp_path: Path) -> None:
+    root = drawn.data_set(tmp_path / "parts", train_bad=1)
+    files = sorted((root / "train/good").iterdir())
+    for path in files[1:]:
+        shutil.copy(files[0], path)
+    with pytest.raises(DataError, match="all 7 good training images are copies of held-out ones"):
+        run.read_images(planned(root), Memory(1 << 30), silent)
 
 
 def test_masks_that_are_all_empty_leave_image_labels(tmp_path: Path) -> None:
     root = drawn.data_set(tmp_path / "parts", train_bad=2)
     for number in (100, 101):
         images.write_png(root / f"ground_truth/{drawn.KIND}/{number}_mask.png", np.zeros((64, 64), np.uint8))
-    assert plan.settle(root, model="supersimplenet").supervision == "weak"
+    assert planned(root).supervision == "weak"
     with pytest.raises(DataError, match="0 of them with masks; supervision full expects"):
-        plan.settle(root, model="supersimplenet", labels=plan.Labels("full"))
+        planned(root, supervision="full")
 
 
 def test_a_digest_tells_labels_and_masks_apart(tmp_path: Path) -> None:
     root = drawn.data_set(tmp_path / "parts", train_bad=2)
-    samples = plan.settle(root, model="supersimplenet").samples
+    samples = planned(root).samples
     other = [dataclasses.replace(samples[0], label=1), *samples[1:]]
     unmasked = [*samples[:-1], dataclasses.replace(samples[-1], masks=())]
     assert len({fingerprint.digest_samples(each) for each in (samples, other, unmasked)}) == 3

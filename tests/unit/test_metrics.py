@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,9 @@ ALL_FOUR: dict[str, Callable[[PixelScores], float]] = {
 }
 
 
-def gathered(images: Images, memory_budget: int = 2**30) -> PixelScores:
+def gathered(
+    images: Sequence[tuple[FloatArray, BoolArray | None]], memory_budget: int = 2**30
+) -> PixelScores:
     pixels = PixelScores(memory_budget)
     for map, mask in images:
         pixels.update(map, mask)
@@ -114,7 +116,7 @@ def test_scores_are_not_squashed() -> None:
 def mean_overlaps_by_flood(
     images: Images, thresholds: npt.NDArray[np.float64]
 ) -> tuple[list[float], list[float]]:
-    """Give the false-positive rate and the mean overlap at each threshold, regions filled pixel by pixel."""
+    """Return false-positive rate and mean overlap at each threshold; regions are filled pixel by pixel."""
     regions = [(map, region) for map, mask in images if mask is not None for region in flood(mask)]
     normal = np.concatenate([map.ravel() if mask is None else map[~mask] for map, mask in images])
     rates = [float(np.mean(normal >= threshold)) for threshold in thresholds]
@@ -277,7 +279,7 @@ def test_saturated_pro_equals_brute_force(seed: int) -> None:
     draw = np.random.default_rng(seed)
     maps = [draw.integers(0, 9, (9, 8)).astype(np.float32) for _ in range(3)]
     masks: list[BoolArray | None] = [None, draw.random((3, 9, 8)) < 0.3, draw.random((1, 9, 8)) < 0.2]
-    areas = [[], [3, 7.5, 1000], [1]]
+    areas: list[list[float]] = [[], [3, 7.5, 1000], [1]]
     regions = [
         (map, region, min(area, region.sum()))
         for map, mask, each in zip(maps, masks, areas, strict=True)
@@ -378,7 +380,7 @@ def test_many_joins_move_scores_neither_up_nor_down() -> None:
     bins, every = 256, []
     held: list[score_store.Histogram] = []
     for _ in range(100):
-        scores = np.sort(draw.random(2000))
+        scores = np.sort(draw.random(2000)).astype(np.float32)
         scores[(scores > 0.4) & (scores < 0.5)] = 0.45
         every.append(scores)
         held = [score_store.joined([*held, score_store.normal_histogram(scores, bins)], bins)]

@@ -1,16 +1,19 @@
-"""The model file: what is written is read, what is damaged or foreign is refused, old ones keep loading."""
+"""The model file: what is written can be read, damaged files are refused, files of old formats still load."""
 
 import contextlib
+import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from make_format1 import BAD, FILES, GOOD
@@ -18,48 +21,61 @@ from safetensors.torch import load
 
 import blemish
 import drawn
-from blemish import files
+from blemish import files, images
+from blemish.data.folds import FoldRecord
 from blemish.detectors import onnx_graph
 from blemish.detectors.registry import build, configure
 from blemish.errors import ModelFileError
+from blemish.images import Preprocessing
 from blemish.images.resizing import to_input
 from blemish.inference import bundle
-from blemish.inference.bundle import FORMAT, GRAPH, MANIFEST, WEIGHTS
+from blemish.inference.bundle import FORMAT, GRAPH, MANIFEST, WEIGHTS, Bundle
 from blemish.inference.calibration import fit
 from blemish.inference.choice import Choice
 from blemish.inference.engines import open_graph
+from blemish.inference.manifest import ExportRecord, Manifest, UsedFiles, recalibrated
 from blemish.training import finalise
-from blemish.types import Calibration
 from drawn import Tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CALIBRATION = calibrate([[1.0], [2.0], [4.0]], [3.0, 5.0, 6.0], ("maximum",))
-
-
-def manifest() -> dict[str, Any]:
-    """Make the least that a model file must say."""
-    return {
-        "method": "none",
-        "config": {},
-        "preprocessing": {"image_size": [4, 4], "white": 65535.0},
-        "outputs": ["map", "statistics"],
-        "calibration": json.loads(json.dumps(CALIBRATION.__dict__)),
-        "training": {"notes": ["ä"]},
-        "versions": {},
-    }
+CALIBRATION = fit(np.array([[1.0], [2.0], [4.0]]), np.array([3.0, 5.0, 6.0]), ("maximum",))
+LEAST = Manifest.untrained("none", {}, Preprocessing((4, 4)), ("map", "statistics"))
+LEAST = replace(LEAST, calibration=CALIBRATION, training=replace(LEAST.training, notes=("ä",)))
+"""What a model file must say, and no more."""
+FULL = replace(
+    LEAST,
+    config={"image_size": [4, 4], "noise": 0.5, "upscale": True},
+    training=replace(
+        LEAST.training,
+        history=({"step": 2.0, "loss": 0.1},),
+        fold=FoldRecord(1, 3, 7, "aa", {"path": "folds.csv", "sha256": "bb"}),
+        files=UsedFiles(("cc",), ("dd",), ("ee",)),
+    ),
+    versions={"blemish": "0.1.0"},
+    engine=Choice("openvino", "bf16"),
+    export=ExportRecord(
+        limits={"map_error": 0.1},
+        agreement={"held_out": {"images": 2, "labels": 1.0}},
+        flops=7,
+        reduced=({"layer": "second", "kept": 32},),
+        in_floating_point=("head",),
+        thresholds="set again",
+    ),
+)
+"""All that a model file can say."""
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """Write a model file whose weights and graph are a few bytes."""
     path = tmp_path / "small.blemish"
-    bundle.write(path, manifest(), b"the weights", b"the graph")
+    bundle.write(path, LEAST, b"the weights", b"the graph")
     return path
 
 
-def rewrite(path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
-    """Write a model file's members again after a change to them."""
+def rewrite(path: Path, change: Callable[[dict[str, bytes]], Any]) -> None:
+    """Change the members of a model file."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     change(members)
@@ -69,7 +85,7 @@ def rewrite(path: Path, change: Callable[[dict[str, bytes]], None]) -> None:
 
 
 def refused(path: Path) -> str:
-    """Check that a file is refused in one sentence that names it, and left as it was."""
+    """Return the sentence by which a file is refused: it names the file, which stays as it was."""
     before = drawn.snapshot(path.parent)
     with pytest.raises(ModelFileError) as raised:
         blemish.load(path)
@@ -83,13 +99,37 @@ def refused(path: Path) -> str:
 # --- round trip ---
 
 
-def test_what_is_written_is_read(small: Path) -> None:
-    found = bundle.read(small)
-    assert (found.path, found.weights, found.graph) == (small, b"the weights", b"the graph")
-    assert {key: found.manifest[key] for key in manifest()} == manifest()
-    assert found.manifest["format"] == FORMAT
-    assert found.calibration == CALIBRATION
-    assert [path.name for path in small.parent.iterdir()] == ["small.blemish"]
+@pytest.mark.parametrize("written", [LEAST, FULL], ids=["least", "full"])
+def test_what_is_written_is_read(tmp_path: Path, written: Manifest) -> None:
+    path = tmp_path / "m.blemish"
+    bundle.write(path, written, b"the weights", b"the graph")
+    assert bundle.read(path) == Bundle(path, written, b"the weights", b"the graph")
+    assert [found.name for found in tmp_path.iterdir()] == ["m.blemish"]
+
+
+def test_the_manifest_is_written_under_the_names_of_the_documentation(small: Path) -> None:
+    said = manifest_of(small)
+    assert list(said) == [
+        *("format", "method", "config", "preprocessing", "outputs", "calibration", "training", "versions"),
+        "members",
+    ]
+    assert said["format"] == FORMAT
+    assert said["members"] == {
+        WEIGHTS: hashlib.sha256(b"the weights").hexdigest(),
+        GRAPH: hashlib.sha256(b"the graph").hexdigest(),
+    }
+    record = as_json(FULL)
+    assert record["training"]["run"]["from"] == ""
+    assert record["export"]["in floating point"] == ["head"]
+    assert record["engine"] == {
+        "backend": "openvino", "precision": "bf16", "device": "cpu", "compiled": False,
+    }  # fmt: skip
+
+
+def test_a_manifest_of_a_later_version_may_say_more(small: Path) -> None:
+    rewrite(small, say(lambda said: said.update(more=1)))
+    rewrite(small, say(lambda said: said["training"]["run"].update(more=1)))
+    assert bundle.read(small).manifest == LEAST
 
 
 def test_the_archive_is_plain(small: Path) -> None:
@@ -100,7 +140,7 @@ def test_the_archive_is_plain(small: Path) -> None:
 
 
 def test_the_same_model_gives_the_same_bytes(small: Path, tmp_path: Path) -> None:
-    bundle.write(tmp_path / "again.blemish", manifest(), b"the weights", b"the graph")
+    bundle.write(tmp_path / "again.blemish", LEAST, b"the weights", b"the graph")
     assert (tmp_path / "again.blemish").read_bytes() == small.read_bytes()
 
 
@@ -108,7 +148,7 @@ def test_a_graph_is_exported_to_the_same_bytes_and_tells_nothing_of_this_machine
     opened = bundle.read(tiny.file)
     detector = build("supersimplenet", configure("supersimplenet", settings=drawn.TINY), 7)
     detector.load_state_dict(load(opened.weights))
-    detector.to(memory_format=torch.channels_last)  # as in training
+    detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
     assert onnx_graph.graph(detector) == opened.graph
     stored = tiny.file.read_bytes()
     for path in (Path(blemish.__file__).parent, tiny.data.parent, Path.home(), Path(sys.prefix)):
@@ -120,41 +160,48 @@ def test_a_detector_is_exported_before_it_has_seen_an_image(tiny: Tiny) -> None:
     settings = drawn.TINY | {"image_size": (64, 88)}  # a size that no other test has
     detector = build("supersimplenet", configure("supersimplenet", settings=settings), 0).eval()
     graph = open_graph(onnx_graph.graph(detector), detector.outputs, Choice())
-    images = torch.from_numpy(to_input(drawn.part(1, (64, 88))))[None]
-    assert finalise.compare(detector, graph, [images]) <= finalise.TOLERANCE
+    batch = torch.from_numpy(to_input(drawn.part(1, (64, 88))))[None]
+    assert finalise.compare(detector, graph, [batch]) <= finalise.TOLERANCE
 
 
-def test_a_calibration_can_be_replaced(small: Path, tmp_path: Path) -> None:
-    opened, target = bundle.read(small), tmp_path / "other" / "new.blemish"
+def test_another_calibration_changes_nothing_else() -> None:
     changed = replace(CALIBRATION, defect_threshold=9.0)
-    bundle.recalibrate(opened, changed, target, ["00ff"])
-    found = bundle.read(target)
-    assert found.calibration == changed
-    assert (found.weights, found.graph) == (opened.weights, opened.graph)
-    assert {key: value for key, value in found.manifest.items() if key != "calibration"} == {
-        key: value for key, value in opened.manifest.items() if key != "calibration"
-    }
+    assert recalibrated(LEAST, changed, ("00ff",)) == replace(LEAST, calibration=changed)
 
 
-def test_a_calibration_remembers_its_images_and_those_before(small: Path, tmp_path: Path) -> None:
-    opened = bundle.read(small)
-    files = {"train": ["aa"], "held_out": ["bb"], "before": ["cc"]}
-    known = replace(opened, manifest=opened.manifest | {"training": {"files": files}})
-    bundle.recalibrate(known, CALIBRATION, tmp_path / "new.blemish", ["dd"])
-    found = bundle.read(tmp_path / "new.blemish").manifest["training"]["files"]
-    assert found == {"train": ["aa"], "held_out": ["dd"], "before": ["bb", "cc"]}
+def test_a_calibration_remembers_its_images_and_those_before() -> None:
+    known = replace(LEAST, training=replace(LEAST.training, files=UsedFiles(("aa",), ("bb",), ("cc",))))
+    found = recalibrated(known, CALIBRATION, ("dd",))
+    assert found.training.files == UsedFiles(("aa",), ("dd",), ("bb", "cc"))
+    assert found.used == {"aa", "bb", "cc", "dd"}
+    assert LEAST.used == set()
+
+
+def test_calibrating_a_file_changes_its_thresholds_and_nothing_else(tmp_path: Path) -> None:
+    source, out = FILES / "format1.blemish", tmp_path / "other" / "new.blemish"
+    for number in range(7000, 7006):
+        images.write_png(tmp_path / f"good/{number}.png", drawn.part(number))
+    calibration = blemish.calibrate(source, tmp_path / "good", out=out, false_reject_rate=0.2)
+    before = bundle.read(source)
+    assert calibration != before.manifest.calibration
+    expected = replace(before.manifest, calibration=calibration)
+    assert bundle.read(out) == Bundle(out, expected, before.weights, before.graph)
 
 
 def test_numbers_survive_to_the_last_bit(small: Path) -> None:
     exact = replace(CALIBRATION, scores=(0.1, 1 / 3, 1e-300, 2.0**60 + 1), defect_threshold=0.1 + 0.2)
-    bundle.recalibrate(bundle.read(small), exact, small, [])
-    assert bundle.read(small).calibration == exact
+    bundle.write(small, replace(LEAST, calibration=exact), b"", b"")
+    assert bundle.read(small).manifest.calibration == exact
 
 
-def test_numbers_that_json_has_not_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_neither_written_nor_read(small: Path, number: float) -> None:
+    broken = replace(LEAST, calibration=replace(CALIBRATION, defect_threshold=number))
     with pytest.raises(ValueError, match="not JSON compliant"):
-        bundle.write(tmp_path / "nan.blemish", manifest() | {"training": {"loss": float("nan")}}, b"", b"")
-    assert list(tmp_path.iterdir()) == []
+        bundle.write(small.with_name("nan.blemish"), broken, b"", b"")
+    assert [path.name for path in small.parent.iterdir()] == ["small.blemish"]
+    rewrite(small, say(lambda said: said["calibration"].update(defect_threshold=number)))
+    assert "in its manifest.json; expected finite numbers" in refused(small)
 
 
 # --- released formats ---
@@ -162,7 +209,7 @@ def test_numbers_that_json_has_not_are_refused(tmp_path: Path) -> None:
 
 def test_format_1_keeps_loading_and_scoring_the_same() -> None:
     model = blemish.load(FILES / "format1.blemish")
-    assert model.manifest["format"] == 1
+    assert manifest_of(FILES / "format1.blemish")["format"] == 1
     parts = [drawn.part(number) for number in GOOD] + [drawn.spotted(number)[0] for number in BAD]
     for part, expected in zip(parts, json.loads((FILES / "format1.json").read_text()), strict=True):
         verdict = model.predict(part)
@@ -170,6 +217,24 @@ def test_format_1_keeps_loading_and_scoring_the_same() -> None:
         assert verdict.score == pytest.approx(expected["score"], rel=1e-4, abs=1e-3)
         assert float(verdict.map.max()) == pytest.approx(expected["peak"], rel=1e-4, abs=1e-5)
         assert (verdict.label, verdict.p_value) == (expected["label"], expected["p_value"])
+
+
+def test_format_1_is_read_completely() -> None:
+    """What the first files lack gets the value that it had then; the rest is as the file says."""
+    said = manifest_of(FILES / "format1.blemish")
+    manifest = bundle.read(FILES / "format1.blemish").manifest
+    again = as_json(manifest)
+    assert {name: again[name] for name in again if name != "training"} == {
+        name: said[name] for name in said if name not in ("format", "members", "training")
+    }
+    training, run = again["training"], again["training"]["run"]
+    assert {name: training[name] for name in said["training"] if name != "run"} == {
+        name: value for name, value in said["training"].items() if name != "run"
+    }
+    assert {name: run[name] for name in said["training"]["run"]} == said["training"]["run"]
+    assert (run["supervision"], run["from"]) == ("none", "")
+    assert (manifest.training.fold, manifest.training.files, manifest.export) == (None, None, None)
+    assert manifest.used == set()
 
 
 def test_there_is_a_file_of_every_format() -> None:
@@ -196,9 +261,8 @@ def test_files_of_something_else(tmp_path: Path, content: bytes) -> None:
 
 
 def test_every_truncation_is_refused(small: Path) -> None:
-    whole = small.read_bytes()
-    for length in range(0, len(whole), 7):
-        small.write_bytes(whole[:length])
+    for length in range(small.stat().st_size - 1, -1, -7):
+        os.truncate(small, length)
         with pytest.raises(ModelFileError):
             bundle.read(small)
 
@@ -207,11 +271,16 @@ def test_no_wrong_byte_goes_unnoticed(small: Path) -> None:
     """A byte that is changed anywhere is refused, or is one of the zip's that do not matter."""
     whole, expected = small.read_bytes(), bundle.read(small)
     rng = random.Random(0)
-    for place in range(len(whole)):
-        for value in {whole[place] ^ 1, whole[place] ^ 128, rng.randrange(256)} - {whole[place]}:
-            small.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-            with contextlib.suppress(ModelFileError):
-                assert bundle.read(small) == expected
+    with small.open("r+b", buffering=0) as file:  # in place: to write a file anew takes much longer
+        for place in range(len(whole)):
+            for value in {whole[place] ^ 1, whole[place] ^ 128, rng.randrange(256)} - {whole[place]}:
+                file.seek(place)
+                file.write(bytes([value]))
+                with contextlib.suppress(ModelFileError):
+                    assert bundle.read(small) == expected
+            file.seek(place)
+            file.write(whole[place : place + 1])
+    assert small.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, GRAPH])
@@ -237,8 +306,21 @@ def test_a_member_that_no_model_file_has(small: Path, name: str) -> None:
     assert f"has a member {name!r} that no model file has" in refused(small)
 
 
+def as_json(manifest: Manifest) -> dict[str, Any]:
+    """Return a manifest as it comes back from JSON."""
+    said: dict[str, Any] = json.loads(json.dumps(manifest.to_json()))
+    return said
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """Return the manifest of a model file as JSON has it."""
+    with zipfile.ZipFile(path) as archive:
+        said: dict[str, Any] = json.loads(archive.read(MANIFEST))
+    return said
+
+
 def say(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, bytes]], None]:
-    """Make a change of what the manifest says."""
+    """Return a change of members that changes the manifest."""
 
     def apply(members: dict[str, bytes]) -> None:
         said = json.loads(members[MANIFEST])
@@ -254,7 +336,7 @@ def test_a_foreign_format_number(small: Path, number: Any) -> None:
     assert refused(small).endswith(f"has format {number}; this version of Blemish reads format {FORMAT}")
 
 
-def test_a_foreign_format_is_told_before_anything_else(small: Path) -> None:
+def test_a_foreign_format_is_refused_before_anything_else(small: Path) -> None:
     rewrite(small, lambda members: members.update({MANIFEST: b'{"format": 2}'}))
     assert "has format 2; this version of Blemish reads format 1" in refused(small)
 
@@ -265,24 +347,171 @@ def test_a_manifest_without_a_format(small: Path, content: bytes) -> None:
     assert f"its {MANIFEST} has no format number" in refused(small)
 
 
-@pytest.mark.parametrize("key", bundle.REQUIRED)
-def test_a_manifest_that_lacks_something(small: Path, key: str) -> None:
-    whole = small.read_bytes()
-    rewrite(small, say(lambda said: said.pop(key)))
-    assert f"its {MANIFEST} lacks {key!r}" in refused(small)
-    for part in bundle.REQUIRED[key]:
-        small.write_bytes(whole)
-        rewrite(small, say(lambda said, part=part: said[key].pop(part)))
-        assert f"{key!r} in its {MANIFEST} lacks {part!r}" in refused(small)
-        rewrite(small, say(lambda said: said.update({key: 3})))
-        refused(small)
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda said: said.pop("members"), WEIGHTS),
+        (lambda said: said.update(members=[WEIGHTS, GRAPH]), WEIGHTS),
+        (lambda said: said["members"].pop(WEIGHTS), WEIGHTS),
+        (lambda said: said["members"].pop(GRAPH), GRAPH),
+        (lambda said: said["members"].update({GRAPH: 3}), GRAPH),
+    ],
+)
+def test_a_member_without_a_digest(small: Path, change: Callable[[Any], Any], name: str) -> None:
+    rewrite(small, say(change))
+    assert f"'members' in its {MANIFEST} lacks {name!r}" in refused(small)
+
+
+OPEN = {
+    *("config", "versions", "training.run.config", "training.fold.file"),
+    *("export.limits", "export.agreement"),
+}
+"""Objects whose names are not fixed."""
+LATER = {
+    *("engine", *(f"engine.{name}" for name in ("backend", "precision", "device", "compiled")), "export"),
+    *("preprocessing.color", "training.fold", "training.files", "training.files.before"),
+    *("training.defective_images", "training.masked_images"),
+    *(f"training.run.{name}" for name in ("supervision", "natural_images", "from", "white", "device")),
+    *("training.run.torch", "training.run.blemish"),
+}
+"""Fields that the first files of format 1 lack, or that only some files have."""
+
+
+def fields(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the path of every field of a manifest, at every level, such as training.run.seed."""
+    if isinstance(value, dict) and path not in OPEN:
+        for name, inner in value.items():
+            place = f"{path}.{name}" if path else name
+            yield place
+            yield from fields(inner, place)
+
+
+def parent(record: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """Return the object that holds a field, and the field's own name in it."""
+    *names, last = path.split(".")
+    for name in names:
+        record = record[name]
+    return record, last
+
+
+FIELDS = tuple(fields(as_json(FULL)))
+
+
+def test_fields_of_every_level_are_tried() -> None:
+    assert {"method", "calibration.scores", "training.run.seed", "training.fold.count", "engine.device"} < {
+        *FIELDS
+    }
+    assert set(FIELDS) > LATER
+    assert len(FIELDS) > 70
+
+
+@pytest.mark.parametrize("path", sorted({*FIELDS} - LATER))
+def test_a_manifest_that_lacks_a_field_is_refused_by_its_name(path: str) -> None:
+    record = as_json(FULL)
+    holder, name = parent(record, path)
+    del holder[name]
+    with pytest.raises(ModelFileError) as raised:
+        Manifest.from_json(record, "m.blemish")
+    assert str(raised.value) == f"m.blemish is damaged: found no field {path} in its manifest; expected one"
+
+
+@pytest.mark.parametrize("path", sorted(LATER))
+def test_a_manifest_may_lack_a_later_field(path: str) -> None:
+    record = as_json(FULL)
+    holder, name = parent(record, path)
+    del holder[name]
+    if path == "engine.backend":  # which bf16 does not go with
+        holder["precision"] = "fp32"
+    assert Manifest.from_json(record, "m.blemish").method == FULL.method
+
+
+VALUES: dict[type, Any] = {
+    str: "text",
+    int: 7,
+    float: 1.5,
+    bool: True,
+    list: [],
+    dict: {},
+    type(None): None,
+}
+"""A value of every type that JSON has."""
+ALSO: dict[str, type] = {"training.run.natural_images": int}
+ALSO |= dict.fromkeys(("export", "training.fold", "training.files", "training.fold.file"), type(None))
+"""The second type of fields that have two."""
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_manifest_with_a_field_of_another_type_is_refused_by_its_name(path: str) -> None:
+    holder, name = parent(as_json(FULL), path)
+    good = {type(holder[name]), ALSO.get(path)} | ({int} if isinstance(holder[name], float) else set())
+    for value in (value for kind, value in VALUES.items() if kind not in good):
+        record = as_json(FULL)
+        holder, name = parent(record, path)
+        holder[name] = value
+        with pytest.raises(ModelFileError) as raised:
+            Manifest.from_json(record, "m.blemish")
+        assert str(raised.value).startswith(
+            f"m.blemish is damaged: {path} in its manifest does not fit: expected "
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("method", 3, "method in its manifest does not fit: expected `str`, got `int`"),
+        ("outputs", "map", "outputs in its manifest does not fit: expected `array`, got `str`"),
+        ("preprocessing", [], "preprocessing in its manifest does not fit: expected `object`, got `array`"),
+        ("preprocessing.image_size", [4], "preprocessing.image_size in its manifest does not fit: expected"),
+        ("preprocessing.image_size", [4, "4"], "preprocessing.image_size[1] in its manifest does not fit"),
+        (
+            "preprocessing.color",
+            "BGR",
+            "preprocessing.color in its manifest does not fit: invalid enum value",
+        ),
+        ("calibration.scores", [0.5, "x"], "calibration.scores[1] in its manifest does not fit"),
+        (
+            "training.run.seed",
+            "0",
+            "training.run.seed in its manifest does not fit: expected `int`, got `str`",
+        ),
+        ("training.run.from", 1, "training.run.from in its manifest does not fit: expected `str`, got `int`"),
+        ("training.files.train", [1], "training.files.train[0] in its manifest does not fit"),
+        ("training.fold.count", 2.5, "training.fold.count in its manifest does not fit"),
+        ("training.history", [{"step": "one"}], "training.history[0][...] in its manifest does not fit"),
+        ("export.limits", {"map_error": "none"}, "export.limits[...] in its manifest does not fit"),
+        ("export.in floating point", 1, "export.in floating point in its manifest does not fit"),
+    ],
+)
+def test_a_file_with_a_damaged_field_is_refused_by_its_name(
+    tmp_path: Path, path: str, value: Any, said: str
+) -> None:
+    file = tmp_path / "m.blemish"
+    bundle.write(file, FULL, b"", b"")
+
+    def change(record: dict[str, Any]) -> None:
+        holder, name = parent(record, path)
+        holder[name] = value
+
+    rewrite(file, say(change))
+    assert said in refused(file)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"backend": "tflite"}, "unknown backend 'tflite'; expected onnxruntime, openvino, torch"),
+        ({"backend": "openvino", "device": "cuda"}, "device cuda with openvino: expected cpu"),
+    ],
+)
+def test_an_engine_that_is_not_known_is_refused(small: Path, told: dict[str, str], said: str) -> None:
+    rewrite(small, say(lambda record: record.update(engine=told)))
+    assert refused(small) == f"{small} asks for an engine that is not known here: {said}"
 
 
 @pytest.mark.parametrize("outputs", [["map"], ["statistics", "map"], ["map", "statistics", "logical"], []])
 def test_a_graph_with_other_outputs(tiny: Tiny, tmp_path: Path, outputs: list[str]) -> None:
     opened, path = bundle.read(tiny.file), tmp_path / "m.blemish"
-    said = {key: value for key, value in opened.manifest.items() if key not in ("format", "members")}
-    bundle.write(path, said | {"outputs": outputs}, opened.weights, opened.graph)
+    bundle.write(path, replace(opened.manifest, outputs=tuple(outputs)), opened.weights, opened.graph)
     with pytest.raises(ModelFileError, match="the graph gives map, statistics; expected"):
         blemish.load(path)
 
@@ -290,7 +519,7 @@ def test_a_graph_with_other_outputs(tiny: Tiny, tmp_path: Path, outputs: list[st
 @pytest.mark.parametrize("graph", [b"", b"no graph", bytes(100)])
 def test_a_graph_that_is_none(tmp_path: Path, graph: bytes) -> None:
     path = tmp_path / "m.blemish"
-    bundle.write(path, manifest(), b"", graph)
+    bundle.write(path, LEAST, b"", graph)
     with pytest.raises(ModelFileError, match="ONNX Runtime cannot run the graph") as raised:
         blemish.load(path)
     assert "\n" not in str(raised.value)
@@ -333,9 +562,3 @@ def test_a_process_that_dies_while_writing_leaves_the_old_file(tmp_path: Path) -
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     files.write_whole(tmp_path / "a/b/c.txt", "ä")
     assert (tmp_path / "a/b/c.txt").read_text(encoding="utf-8") == "ä"
-
-
-def test_calibrations_are_read_as_they_were(small: Path) -> None:
-    found = bundle.read(small).calibration
-    assert isinstance(found, Calibration)
-    assert all(isinstance(getattr(found, name), tuple) for name in ("scores", "centers", "pixel_maxima"))

