@@ -1,4 +1,4 @@
-"""A teacher learns the backbone's features, alone, interrupted, and by two processes at once."""
+"""A teacher learns the backbone's features: in one process, interrupted, and in two processes at once."""
 
 import itertools
 import json
@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,18 +28,23 @@ import drawn
 from blemish import images, seeding
 from blemish.backbones import BACKBONES, weights
 from blemish.backbones.pdn import PDNS
-from blemish.cli import main, training
+from blemish.cli import main, options, training
 from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.detectors import ops
 from blemish.detectors.registry import build
 from blemish.detectors.registry import configure as configure_method
 from blemish.detectors.settings import as_json
-from blemish.errors import ConfigError, DataError, ModelFileError
+from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
+from blemish.files import digest
+from blemish.images import Preprocessing
+from blemish.progress import Event
 from blemish.training import checkpoint, distributed, loop
+from blemish.training.distillation import measure, pairs
 from blemish.training.distillation import run as distill
 from blemish.training.distillation.teacher import Distillation, DistillationConfig, Source, pooling
 from blemish.training.fingerprint import digest_all
+from blemish.training.request import DistillationRequest
 from blemish.types import AnyArray, Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,25 +54,26 @@ STEPS = 4
 PAGE = Path(__file__).parents[2] / "docs/distill.md"
 COMMON = ["--size", "small", "--source", "efficientnet_lite0", "--precision", "fp32", "--device", "cpu"]
 KILLED = """
-import os, signal, sys
-from blemish import cli, loop
+import itertools, json, os, signal, sys
+from blemish.training import loop
+from blemish.training.distillation.run import run
+from blemish.training.request import DistillationRequest
 loop.CHECKPOINT_SECONDS = 0
-one_step = loop.one_step
+steps = itertools.count(1)
 
-def killed(run, step):
-    if step == 2:
+def kill():
+    if next(steps) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return one_step(run, step)
+    return False
 
-loop.one_step = killed
-sys.exit(cli.main(sys.argv[1:]))
+run(DistillationRequest.from_json(json.loads(sys.argv[1])), stop=kill)
 """
-"""`blemish` with a checkpoint after each step, killed in its third."""
+"""A distillation with a checkpoint after each step, killed after its third step."""
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw 40 images of two sizes, in folders."""
+    """Render 40 images of two sizes, in folders."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(40):
         image = drawn.spotted(number, (80, 96) if number % 2 else (64, 64))[0]
@@ -74,18 +81,24 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(photos: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    """Distil for a few steps."""
-    given: dict[str, Any] = {"source": "efficientnet_lite0", "settings": SETTINGS}
-    given |= {"precision": "fp32", "device": "cpu"} | changes
+def given(photos: Path, out: Path, **changes: Any) -> DistillationRequest:
+    """Return the request for a distillation of a few steps."""
+    usual: dict[str, Any] = {"source": "efficientnet_lite0", "settings": SETTINGS}
+    usual |= {"precision": "fp32", "device": "cpu"} | changes
     if not {"steps", "epochs", "budget"} & set(changes):
-        given["steps"] = STEPS
-    return distill.distill(photos, out=out, **given)
+        usual["steps"] = STEPS
+    return DistillationRequest(images=photos, out=out, **usual)
+
+
+def run(photos: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """Distil for a few steps; report and stop may be among the changes."""
+    watched = {name: changes.pop(name) for name in ("report", "stop") if name in changes}
+    return distill.run(given(photos, out, **changes), **watched)
 
 
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Distil a teacher without interruption; give its file."""
+    """Distil a teacher without interruption; return its file."""
     out = tmp_path_factory.mktemp("whole") / "teacher.safetensors"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -106,7 +119,7 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def words(photos: Path, out: Path, *more: str) -> list[str]:
-    """Give the arguments of the command that does what `run` does."""
+    """Return the arguments of the command that does what `run` does."""
     settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
     return ["distill", str(photos), "--out", str(out), "--steps", str(STEPS), *COMMON, *settings, *more]
 
@@ -164,7 +177,7 @@ def test_without_padding_the_target_lacks_the_margin_of_the_network() -> None:
 
 @pytest.mark.parametrize("size", ["small", "medium"])
 def test_a_square_of_the_image_has_its_part_of_the_target(size: str) -> None:
-    """What a network without padding makes of the square is what it makes of the image, there."""
+    """A network without padding makes of the square what it makes of the image at its place."""
     settings = {"image_size": "64x96", "crop": "44"}
     detector = Distillation(distill.configure("default", size, "efficientnet_lite0", settings))
     shown = torch.rand((3, 3, 64, 96), generator=torch.Generator().manual_seed(1))
@@ -210,27 +223,31 @@ def test_a_channel_that_never_changes_is_learned_as_it_is() -> None:
 # --- images and views ---
 
 
-def pairs_of(photos: Path, seen: list[Tensor], seed: int = 0, **settings: Any) -> distill.Pairs:
-    """Pair images with the mean colours of their cells, and put what is encoded into a list."""
+def pairs_of(photos: Path, seen: list[Tensor], seed: int = 0, **settings: Any) -> pairs.Pairs:
+    """Pair images with the mean colours of their cells; `seen` receives what is encoded."""
 
     def encode(large: Tensor) -> tuple[Tensor, ...]:
         seen.append(large)
         return (functional.avg_pool2d(large, 8)[:, :, 4:-4, 4:-4],)
 
     paths = images.list_images(photos, recursive=True)
-    small, large = ImageStore(paths, (64, 64), Memory(0)), ImageStore(paths, (128, 128), Memory(0))
-    targets = EncodedStore(encode, large, 255, FeatureCache(Memory(0)), "cpu", view=distill.seen)
-    return distill.Pairs(small, targets, configured(**settings), seed)
+    small, large = stored(paths, 64), stored(paths, 128)
+    targets = EncodedStore(encode, large, FeatureCache(Memory(0)), "cpu", view=pairs.seen)
+    return pairs.Pairs(small, targets, configured(**settings), seed)
+
+
+def stored(paths: list[Path], side: int) -> ImageStore:
+    return ImageStore(paths, Preprocessing((side, side)), Memory(0))
 
 
 @pytest.mark.parametrize(("mirror", "grey"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_an_image_and_what_is_encoded_are_seen_alike(photos: Path, mirror: int, grey: int) -> None:
     encoded: list[Tensor] = []
-    pairs = pairs_of(photos, encoded, mirror=str(mirror), grey=str(grey))
-    batch = pairs.at(3)
-    for (index, _), shown, large in zip(pairs.entries(3), batch.images, encoded, strict=True):
+    paired = pairs_of(photos, encoded, mirror=str(mirror), grey=str(grey))
+    batch = paired.at(3)
+    for (index, _), shown, large in zip(paired.entries(3), batch.images, encoded, strict=True):
         for found, side in ((shown, 64), (large[0], 128)):
-            plain = images.resize(images.read(pairs.paths[index]), (side, side)).astype(np.float64) / 255
+            plain = images.resize(images.read(paired.paths[index]), (side, side)).astype(np.float64) / 255
             expected: AnyArray = plain[:, ::-1] if mirror else plain
             if grey:
                 luma = 0.299 * expected[..., 0] + 0.587 * expected[..., 1] + 0.114 * expected[..., 2]
@@ -253,10 +270,10 @@ def test_steps_are_a_function_of_the_seed_and_their_number(photos: Path) -> None
 
 def test_processes_share_a_step(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images, targets and squares of both together are those of one alone."""
-    pairs, detector = pairs_of(photos, []), Distillation(configured())
+    paired, detector = pairs_of(photos, []), Distillation(configured())
 
     def step() -> tuple[Tensor, Tensor]:
-        batch = pairs.at(1)
+        batch = paired.at(1)
         return detector.cropped(batch.images, batch.encoded[0], seeding.generator(0))
 
     alone, parts = step(), []
@@ -289,69 +306,120 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
 def test_a_tenth_is_held_out_and_no_more_than_a_thousand() -> None:
     for count, held in ((20, 2), (40, 4), (30_000, 1000)):
         paths = [Path(str(number)) for number in range(count)]
-        train, held_out = distill.divide(paths, 0)
+        train, held_out = pairs.divide(paths, 0)
         assert len(held_out) == held
         assert {*train, *held_out} == set(paths)
         assert len(train) + held == count
-        assert distill.divide(paths, 0) == (train, held_out) != distill.divide(paths, 1)
+        assert pairs.divide(paths, 0) == (train, held_out) != pairs.divide(paths, 1)
 
 
 # --- runs ---
 
 
 def test_a_teacher_learns_and_says_what_it_explains(photos: Path, tmp_path: Path) -> None:
-    """The share is measured again here, on the held-out images, by another way."""
+    """The share is measured again here, on the held-out images, in another way."""
     out = tmp_path / "t.safetensors"
     told = run(photos, out, steps=30, settings=SETTINGS | {"mirror": "0", "grey": "0"})
     assert told["history"][-1]["loss"] < 0.7 * told["history"][0]["loss"]
     network = PDNS["pdn_small"]()
     weights.fill(network, out)
-    train, held_out = distill.divide(images.list_images(photos, recursive=True), 0)
+    train, held_out = pairs.divide(images.list_images(photos, recursive=True), 0)
     detector = Distillation(configured())
-    detector.load_pretrained(None)
+    detector.load_pretrained(weights.find("efficientnet_lite0"))
 
     def targets(paths: list[Path]) -> Tensor:
-        large = ImageStore(paths, (128, 128), Memory(0)).batch(range(len(paths)), 255)
         with torch.no_grad():
-            return detector.encode(large)[0]
+            return detector.encode(stored(paths, 128).batch(range(len(paths))))[0]
 
     std, mean = torch.std_mean(targets(train), (0, 2, 3), keepdim=True)
     wanted = (targets(held_out) - mean) / std
     with torch.no_grad():
-        small = ImageStore(held_out, (64, 64), Memory(0)).batch(range(4), 255)
-        given = network(detector.normalise(small))
-    share = 1 - (given - wanted).square().mean() / wanted.var((0, 2, 3)).mean()
+        found = network(detector.normalise(stored(held_out, 64).batch(range(4))))
+    share = 1 - (found - wanted).square().mean() / wanted.var((0, 2, 3)).mean()
     assert told["explained_variance"] == pytest.approx(float(share), abs=2e-3)
     assert 0.2 < share < 1
 
 
-def test_a_run_that_is_killed_and_resumed_ends_in_the_same_file(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_is_killed_and_resumed_ends_in_the_same_file(photos: Path, tmp_path: Path) -> None:
     settings = SETTINGS | {"optimiser": "muon"}
     one, out = tmp_path / "one.safetensors", tmp_path / "killed.safetensors"
     path = tmp_path / "killed.safetensors.checkpoint"
     told = run(photos, one, settings=settings)
-    arguments = words(photos, out, "--set=optimiser=muon", "--steps", "6")
-    arguments = words(photos, out, "--set=optimiser=muon")
-    assert ended(["-c", KILLED, *arguments])[0] == -signal.SIGKILL
+    request = json.dumps(given(photos, out, settings=settings).to_json())
+    assert ended(["-c", KILLED, request]) == (-signal.SIGKILL, "", "")
     assert checkpoint.header(path)["step"] == 2
     assert not out.exists()
     with pytest.raises(ConfigError, match="of a run that has not ended"):
         run(photos, out, settings=settings)
-    with monkeypatch.context() as patch:
-        patch.setattr(distill, "fingerprint", lambda *given: {"processes": 2})
-        with pytest.raises(ModelFileError, match="its processes is 1, not 2"):
-            run(photos, out, settings=settings, resume=True)
+    with another_run(path, processes=2), pytest.raises(ModelFileError, match="its processes is 2, not 1"):
+        run(photos, out, settings=settings, resume=True)
     resumed = run(photos, out, settings=settings, resume=True)
     assert equal(one, out)
-    # Nothing in the file tells a run that was killed from one that was not but the time that it took.
+    # Nothing in the file tells a run that was killed from one that was not, except the time that it took.
     assert {**resumed, "seconds": 0} == {**told, "seconds": 0} == {**facts(out), "seconds": 0}
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["killed.safetensors", "one.safetensors"]
 
 
+@contextmanager
+def another_run(path: Path, **changes: Any) -> Iterator[None]:
+    """Make a checkpoint one of a run that differs in its fingerprint, for a while."""
+    before = path.read_bytes()
+    header = checkpoint.header(path)
+    header["run"] |= changes
+    save_file(load_file(path), path, {"blemish": json.dumps(header)})
+    yield
+    path.write_bytes(before)
+
+
+def test_a_run_is_watched_and_stopped_and_goes_on(
+    photos: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, events = tmp_path / "t.safetensors", list[Event]()
+    with pytest.raises(
+        StoppedError, match=r"stopped after step 2 of 4, kept in .*t\.safetensors\.checkpoint"
+    ):
+        run(photos, out, report=events.append, stop=iter((False, True)).__next__)
+    assert not out.exists()
+    run(photos, out, report=events.append, resume=True)
+    assert equal(out, whole)
+    assert capfd.readouterr() == ("", "")
+    steps = [(event.step, event.steps) for event in events if event.phase == "training"]
+    assert steps == [(0, 4), (1, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
+    measured = {event.phase: event.steps for event in events if event.phase and event.phase != "training"}
+    assert measured == {"measuring the target": 36, "measuring on held-out images": 4}
+    messages = [event.message for event in events if event.message]
+    assert messages[0] == "distilling efficientnet_lite0 into pdn_small: 36 images, 4 held out"
+    assert "going on from step 2 of 4" in messages
+
+
+def test_a_request_goes_through_json_and_back(photos: Path, tmp_path: Path) -> None:
+    request = given(photos, tmp_path / "t.safetensors", weights="w.pth", budget="10m", memory=0)
+    again = DistillationRequest.from_json(json.loads(json.dumps(request.to_json())))
+    assert again == request
+    assert (again.images, again.weights, again.budget) == (photos, Path("w.pth"), 600.0)
+    for changes, says in (
+        ({"image": "photos"}, "a request has no field 'image'; did you mean 'images'"),
+        ({"data": "parts"}, "a request has no field 'data'; there are "),
+        ({"size": 5}, r"Expected `str`, got `int` - at `\$\.size`"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            DistillationRequest.from_json(request.to_json() | changes)
+
+
+def test_distilling_from_python_takes_the_fields_of_a_request(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """With a folder and a file as text, too."""
+    out = tmp_path / "t.safetensors"
+    fields = {
+        name: getattr(given(photos, out), name) for name in ("source", "settings", "steps", "precision")
+    }
+    assert distill.distill(str(photos), out=str(out), device="cpu", **fields)["steps"] == STEPS
+    assert equal(out, whole)
+
+
 def ended(arguments: list[str]) -> tuple[int, str, str]:
-    """Run Python to its end; give its status and what it wrote."""
+    """Run Python to its end; return its status and what it wrote."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     program = [sys.executable, *arguments]
     done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=100, check=False)
@@ -391,22 +459,28 @@ def test_a_cache_changes_no_result(photos: Path, whole: Path, tmp_path: Path) ->
 
 @pytest.fixture
 def slow_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Give a clock on which each reading takes so long."""
+    """Return what sets a clock on which each reading takes so many seconds."""
 
     def tick(seconds: float) -> None:
         clock = SimpleNamespace(monotonic=itertools.count(0.0, seconds).__next__)
-        for room in (distill, loop):
-            monkeypatch.setattr(room, "time", clock)
+        for module in (distill, measure, loop):
+            monkeypatch.setattr(module, "time", clock)
 
     return tick
 
 
-def test_a_budget_equals_the_steps_that_it_prints(
-    photos: Path, tmp_path: Path, slow_clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+def test_a_budget_equals_the_steps_that_it_reports(
+    photos: Path, tmp_path: Path, slow_clock: Callable[[float], None]
 ) -> None:
     slow_clock(0.1)
-    told = run(photos, tmp_path / "a.safetensors", budget="13.5s")
-    assert f"the same run again: --steps {told['steps']}" in capsys.readouterr().err
+    messages: list[str] = []
+    told = run(
+        photos,
+        tmp_path / "a.safetensors",
+        budget="13.5s",
+        report=lambda event: messages.append(event.message),
+    )
+    assert any(f"the same run again: --steps {told['steps']}" in message for message in messages)
     assert 20 <= told["steps"] < 30
     run(photos, tmp_path / "b.safetensors", steps=told["steps"])
     assert equal(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
@@ -415,14 +489,14 @@ def test_a_budget_equals_the_steps_that_it_prints(
 def test_a_budget_keeps_time_for_the_held_out_images(
     photos: Path, tmp_path: Path, slow_clock: Callable[[float], None]
 ) -> None:
-    """An image takes 5 s here, so that 30 s go to the four held-out ones and what else comes at the end."""
+    """An image takes 5 s here, so 30 s are kept for the four held-out ones and the end of the run."""
     slow_clock(5)
     with pytest.raises(ConfigError, match="a budget of 70 s leaves 5 s to train in"):
         run(photos, tmp_path / "a.safetensors", budget=70.0)
 
 
 def test_images_that_cannot_be_read_are_left_out_and_counted(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -430,12 +504,13 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "cut.png").write_bytes(images.list_images(photos, recursive=True)[0].read_bytes()[:200])
-    assert len(distill.list_readable(folder)) == 20
-    assert capsys.readouterr().err == "images that cannot be read, left out: 2 of 22\n"
+    assert len(pairs.list_readable(folder)) == 20
+    assert caplog.messages == ["images that cannot be read, left out: 2 of 22"]
+    caplog.clear()
     next(folder.glob("[0-9]*.png")).unlink()
     with pytest.raises(DataError, match=r"found 19 readable images in .*; expected at least 20$"):
-        distill.list_readable(folder)
-    assert capsys.readouterr().err == ""
+        pairs.list_readable(folder)
+    assert caplog.messages == []
 
 
 # --- the file ---
@@ -450,13 +525,13 @@ def test_the_file_says_how_it_was_made(photos: Path, whole: Path) -> None:
     }
     assert (told["images"], told["held_out_images"], told["steps"]) == (36, 4, STEPS)
     assert [point["step"] for point in told["history"]] == [1.0, 2.0, 3.0, 4.0]
-    assert told["run"]["pretrained"] == digest_all([weights.find("efficientnet_lite0")])
+    assert told["run"]["pretrained"] == digest_all([digest(weights.find("efficientnet_lite0"))])
     program, *rest = shlex.split(told["command"])
     assert program == "blemish"
-    options = main.parser().parse_args([*rest, "--out", "x.safetensors"])
-    assert options.images == Path(photos.name)
-    assert (options.steps, options.seed, options.precision) == (STEPS, 0, "fp32")
-    again = distill.configure(options.preset, options.size, options.source, cli.settings(options.set))
+    parsed = main.parser().parse_args([*rest, "--out", "x.safetensors"])
+    assert parsed.images == Path(photos.name)
+    assert (parsed.steps, parsed.seed, parsed.precision) == (STEPS, 0, "fp32")
+    again = distill.configure(parsed.preset, parsed.size, parsed.source, options.settings(parsed.set))
     assert as_json(again) == told["run"]["config"]
 
 
@@ -511,7 +586,7 @@ def test_the_paper_preset_is_algorithm_3() -> None:
     optimizer = Distillation(configured(optimiser="adam", learning_rate="1e-4")).optimizer()
     assert type(optimizer) is torch.optim.Adam
     assert optimizer.param_groups[0]["weight_decay"] == 1e-5
-    assert distill.STATISTICS == 10_000
+    assert measure.STATISTICS == 10_000
 
 
 def test_the_table_of_settings_is_true() -> None:
@@ -525,7 +600,7 @@ def test_the_table_of_settings_is_true() -> None:
 
 
 def shown(value: object) -> str:
-    """Write a setting as `--set` takes it."""
+    """Return a setting as `--set` takes it."""
     if isinstance(value, tuple):
         return ("x" if value and isinstance(value[0], int) else ",").join(map(str, value)) or "(empty)"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -554,7 +629,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "large crop": (["--set=crop=68"], "crop=68 with padding=false: expected 0, or without padding"),
     "padded crop": (["--set=padding=true"], "crop=40 with padding=true: expected 0, or without padding"),
     "probability": (["--set=mirror=1.5"], "setting mirror=1.5 does not fit; expected 0 to 1"),
-    "rate": (["--set=learning_rate=nan"], "setting learning_rate=nan does not fit; expected more than 0"),
+    "rate": (["--set=learning_rate=0"], "setting learning_rate=0.0 does not fit; expected more than 0"),
+    "no number": (["--set=learning_rate=nan"], "learning_rate=nan: expected 0 or more, and finite"),
     "device": (["--device=gpu"], "unknown device 'gpu'"),
     "precision": (["--precision=fp16"], "unknown precision 'fp16'"),
     "length": (["--steps=0"], "steps 0: expected more than 0"),
@@ -581,7 +657,7 @@ def refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Check that a command says one line, ends with status 2 and writes nothing."""
+    """Check that a command prints one line, ends with status 2 and writes nothing."""
     monkeypatch.chdir(here)
     before = sorted(here.rglob("*"))
     assert main.main(arguments) == 2
@@ -625,7 +701,7 @@ def test_processes_that_do_not_share_evenly_are_refused(
     with pytest.raises(ConfigError, match="batch size 4 for 3 processes; expected a multiple of that"):
         run(photos, tmp_path / "t.safetensors")
     with pytest.raises(DataError, match=r"found 40 readable images in .*; expected at least 60"):
-        distill.list_readable(photos)
+        pairs.list_readable(photos)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,7 +718,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_loss_that_is_none_is_refused_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number that is looked at is that of all processes, so that none waits for one that is gone."""
+    """Every process looks at the loss of all of them, so that none waits for one that has given up."""
     detector, none = Distillation(configured(crop="0")), torch.zeros(1)
     batch = Batch(torch.rand(1, 3, 64, 64), (torch.zeros(1, 384, 8, 8),), none, none > 0)
     alone = detector.loss(batch, seeding.generator(0))["distance"]

@@ -1,11 +1,13 @@
-"""Series of trials: their names, what is trained and what is not, and what is said of them together."""
+"""Sweeps over seeds and folds: the names of trials, what is trained and what is not, and the summary."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import shutil
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,17 @@ import pytest
 
 import drawn
 from blemish.data.folds import Fold
+from blemish.devices import cores
 from blemish.errors import ConfigError, DataError, ModelFileError, OutputError, StoppedError
-from blemish.sweeps import local, repeats
+from blemish.evaluation.metric_table import METRICS
+from blemish.inference import bundle
+from blemish.progress import Event
+from blemish.sweeps import local
 from blemish.sweeps.repeats import plan, run
 from blemish.sweeps.summary import Spread, summarise, table, write_json
-from blemish.sweeps.trial import Trial
-from blemish.training import run
+from blemish.sweeps.trial import Trial, difference, expected
+from blemish.training.checkpoint import header
+from blemish.training.request import TrainingRequest
 from blemish.types import Calibration, Evaluation, MetricRow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,19 +68,22 @@ def test_a_plan_that_cannot_be_is_refused(seeds: int, count: int | None, file: P
         plan(Path("x.blemish"), 0, seeds, count, file)
 
 
-# --- running, with real models ---
+# --- running ---
 
 
-def options(tiny: drawn.Tiny, **others: Any) -> dict[str, Any]:
-    """Give the options that `tiny` is trained with, but fewer steps."""
-    return {
+def request(tiny: drawn.Tiny, **changes: Any) -> TrainingRequest:
+    """Return the request by which `tiny` was trained, with fewer steps, and with some changes."""
+    usual: dict[str, Any] = {
+        "data": tiny.data,
+        "out": Path("unused.blemish"),
         "model": "supersimplenet",
         "weights": tiny.weights,
         "settings": drawn.TINY,
         "steps": 4,
         "precision": "fp32",
         "device": "cpu",
-    } | others
+    }
+    return TrainingRequest(**usual | changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,27 +91,29 @@ class Series:
     """Two trials that have ended."""
 
     trials: list[Trial]
-    options: dict[str, Any]
+    base: TrainingRequest
     results: list[tuple[Trial, Evaluation]]
+    events: list[Event]
 
 
 @pytest.fixture(scope="module")
 def series(tiny: drawn.Tiny, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Series:
     """Train two seeds, one after the other; tests leave the files as they are."""
     planned = plan(tmp_path_factory.mktemp("series") / "tiny.blemish", 3, 2, None, None)
-    given = options(tiny)
-    return Series(planned, given, run(planned, tiny.data, given))
+    base, events = request(tiny), list[Event]()
+    return Series(planned, base, run(planned, base, report=events.append), events)
 
 
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(*arguments: Any, **given: Any) -> None:
-        raise RuntimeError("trained")
-
-    monkeypatch.setattr(run, "train", train)
+def checkpoint(out: Path) -> Path:
+    return out.with_name(out.name + ".checkpoint")
 
 
-def test_seeds_are_trained_and_evaluated(series: Series, tiny: drawn.Tiny) -> None:
+def after(steps: int) -> Callable[[], bool]:
+    """Return what asks a run to stop after some steps."""
+    return iter([False] * (steps - 1) + [True]).__next__
+
+
+def test_seeds_are_trained_and_evaluated(series: Series) -> None:
     assert [trial for trial, _ in series.results] == series.trials
     for trial, evaluation in series.results:
         assert trial.out.is_file()
@@ -110,26 +122,75 @@ def test_seeds_are_trained_and_evaluated(series: Series, tiny: drawn.Tiny) -> No
         assert len(evaluation.images) == 8
     first, second = (evaluation for _, evaluation in series.results)
     assert [image.score for image in first.images] != [image.score for image in second.images]
-
-
-@pytest.mark.usefixtures("no_training")
-def test_what_has_ended_is_evaluated_only(
-    series: Series, tiny: drawn.Tiny, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert figures(run(series.trials, tiny.data, series.options)) == figures(series.results)
-    said = capsys.readouterr().err
-    assert all(f"{trial.out} has ended before" in said for trial in series.trials)
+    phases = [event.phase for event in series.events if event.phase and event.step == 0]
+    assert phases == ["encoding", "training", "evaluating"] * 2
+    messages = [event.message for event in series.events if event.message.startswith("trial ")]
+    assert messages == ["trial 1 of 2: tiny.seed3.blemish", "trial 2 of 2: tiny.seed4.blemish"]
 
 
 def figures(results: list[tuple[Trial, Evaluation]]) -> list[Any]:
     return [(trial, evaluation.rows, evaluation.images) for trial, evaluation in results]
 
 
-@pytest.mark.usefixtures("no_training")
-def test_processes_give_the_same_and_say_who_speaks(
-    series: Series, tiny: drawn.Tiny, capfd: pytest.CaptureFixture[str]
+def test_what_has_ended_is_evaluated_only(series: Series) -> None:
+    events: list[Event] = []
+    assert figures(run(series.trials, series.base, report=events.append)) == figures(series.results)
+    messages = {event.message for event in events}
+    for trial in series.trials:
+        assert f"{trial.out} has ended before: it is evaluated, not trained again" in messages
+    assert {event.phase for event in events} == {"", "evaluating"}
+
+
+def test_a_trial_has_what_all_have_in_common_and_its_own(tiny: drawn.Tiny, tmp_path: Path) -> None:
+    base = request(tiny, layout="mvtec", seed=7)
+    for trial in plan(tmp_path / "x.blemish", 1, 2, 2, None):
+        own: dict[str, Any] = {"seed": trial.seed, "fold": trial.fold, "out": trial.out}
+        assert trial.request(base) == dataclasses.replace(base, **own) != base
+
+
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_weights(series: Series, tmp_path: Path) -> None:
+    trials = [dataclasses.replace(trial, out=tmp_path / trial.out.name) for trial in series.trials]
+    with pytest.raises(StoppedError, match="stopped after step 2 of 4"):
+        run(trials, series.base, stop=after(2))
+    assert list(tmp_path.iterdir()) == [checkpoint(trials[0].out)]
+    events: list[Event] = []
+    (result,) = run(trials[:1], series.base, report=events.append)
+    assert "going on from step 2 of 4" in [event.message for event in events]
+    assert figures([(series.trials[0], result[1])]) == figures(series.results[:1])
+    assert bundle.read(trials[0].out).weights == bundle.read(series.trials[0].out).weights
+    assert list(tmp_path.iterdir()) == [trials[0].out]
+
+
+def test_an_evaluation_is_stopped_on_request(series: Series) -> None:
+    with pytest.raises(StoppedError, match="stopped while evaluating"):
+        run(series.trials, series.base, stop=lambda: True)
+
+
+def test_an_error_stops_the_rest_and_what_has_ended_stays(series: Series, tmp_path: Path) -> None:
+    failing, waiting = plan(tmp_path / "tiny.blemish", 5, 2, None, None)
+    checkpoint(failing.out).write_bytes(b"nothing")
+    before = drawn.snapshot(series.trials[0].out.parent)
+    with pytest.raises(ModelFileError, match=r"tiny\.seed5\.blemish\.checkpoint is no checkpoint"):
+        run([series.trials[0], failing, waiting], series.base)
+    assert list(tmp_path.iterdir()) == [checkpoint(failing.out)]
+    assert drawn.snapshot(series.trials[0].out.parent) == before
+
+
+# --- in processes ---
+
+
+def test_processes_give_the_same_and_say_who_reports(
+    series: Series,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    found = run(series.trials, tiny.data, series.options, jobs=2)
+    data = tmp_path / "parts"
+    shutil.copytree(series.base.data, data)
+    (data / "test/good/torn.png").write_bytes(b"torn")
+    events: list[Event] = []
+    base = dataclasses.replace(series.base, data=data)
+    found = run(series.trials, base, jobs=2, report=events.append)
     for (trial, here), (other, there) in zip(series.results, found, strict=True):
         assert other == trial
         assert [image.path for image in there.images] == [image.path for image in here.images]
@@ -137,24 +198,77 @@ def test_processes_give_the_same_and_say_who_speaks(
         np.testing.assert_allclose(
             [image.score for image in there.images], [image.score for image in here.images], rtol=1e-4
         )
-    said = capfd.readouterr().err
-    for trial in series.trials:
-        assert f"\n{trial.out.stem}: evaluating: 100%" in f"\n{said}"
+    names = [trial.out.stem for trial in series.trials]
+    for name in names:
+        steps = [event.step for event in events if event.phase == "evaluating" and event.source == name]
+        assert steps == list(range(10))
+    assert {event.source for event in events} == set(names)
+    warnings = Counter(record.getMessage().partition(":")[0] for record in caplog.records)
+    assert warnings == dict.fromkeys(names, 1)
+    assert all("torn.png" in record.getMessage() for record in caplog.records)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parallel_trials_report_and_stop_on_request(tiny: drawn.Tiny, tmp_path: Path) -> None:
+    trials, base = plan(tmp_path / "tiny.blemish", 3, 2, None, None), request(tiny, steps=100_000)
+    reached: dict[str, int] = {}
+    asked: list[bool] = []
+
+    def report(event: Event) -> None:
+        if event.losses:
+            assert event.steps == 100_000
+            reached[event.source] = event.step
+
+    def stop() -> bool:
+        asked.append(len(reached) == 2 and min(reached.values()) >= 3)
+        return asked[-1]
+
+    with pytest.raises(StoppedError, match="stopped after 0 of 2 trials; the same command goes on"):
+        run(trials, base, jobs=2, report=report, stop=stop)
+    assert asked.count(True) == 1
+    assert sorted(tmp_path.iterdir()) == sorted(checkpoint(trial.out) for trial in trials)
+    for trial in trials:
+        found = header(checkpoint(trial.out))
+        assert found["step"] == reached[trial.out.stem] >= 3  # the last report came before the checkpoint
+        assert found["run"]["seed"] == trial.seed
+    messages: list[str] = []
+    with pytest.raises(StoppedError, match="stopped after step "):
+        run(trials[1:], base, report=lambda event: messages.append(event.message), stop=after(2))
+    assert f"going on from step {reached[trials[1].out.stem]} of 100000" in messages
+
+
+def test_a_request_to_stop_after_the_last_trial_has_ended_is_too_late(series: Series) -> None:
+    """Trials that end while they are waited for count, whenever the request came."""
+    ended: Counter[str] = Counter()
+
+    def report(event: Event) -> None:
+        ended[event.source] += event.phase == "evaluating" and event.step == event.steps
+
+    found = run(series.trials, series.base, jobs=2, report=report, stop=lambda: ended.total() == 2)
+    assert [trial for trial, _ in found] == series.trials
 
 
 def test_an_error_comes_out_of_its_process_and_stops_the_other(tiny: drawn.Tiny, tmp_path: Path) -> None:
     failing, long = plan(tmp_path / "tiny.blemish", 3, 2, None, None)
     checkpoint(failing.out).write_bytes(b"nothing")
     with pytest.raises(ModelFileError, match=r"tiny\.seed3\.blemish\.checkpoint is no checkpoint"):
-        run([failing, long], tiny.data, options(tiny, steps=2000), jobs=2)
+        run([failing, long], request(tiny, steps=100_000), jobs=2)
     assert not long.out.exists()
 
 
-def checkpoint(out: Path) -> Path:
-    return out.with_name(out.name + ".checkpoint")
+# --- what is in the way ---
 
 
-@pytest.mark.usefixtures("no_training")
+def refused(
+    trials: list[Trial], base: TrainingRequest, error: type[Exception], says: str, **more: Any
+) -> None:
+    """Check that a sweep is refused before anything is trained or evaluated."""
+    events: list[Event] = []
+    with pytest.raises(error, match=says):
+        run(trials, base, report=events.append, **more)
+    assert events == []
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -171,127 +285,62 @@ def checkpoint(out: Path) -> Path:
         ({"weights": Path(drawn.__file__)}, "its training run pretrained is "),
     ],
 )
-def test_a_file_of_another_run_is_in_the_way(
-    series: Series, tiny: drawn.Tiny, change: dict[str, Any], text: str
-) -> None:
-    with pytest.raises(ModelFileError, match=rf"tiny\.seed3\.blemish is of another run, {text}.*; delete it"):
-        run(series.trials, tiny.data, series.options | change)
+def test_a_file_of_another_run_is_in_the_way(series: Series, change: dict[str, Any], text: str) -> None:
+    base = dataclasses.replace(series.base, **change)
+    says = rf"tiny\.seed3\.blemish is of another run, {text}.*; delete it"
+    refused(series.trials, base, ModelFileError, says)
 
 
-@pytest.mark.usefixtures("no_training")
-def test_a_file_of_another_seed_or_fold_or_data_set_is_in_the_way(
-    series: Series, tiny: drawn.Tiny, tmp_path: Path
-) -> None:
-    out = series.trials[0].out
-    with pytest.raises(ModelFileError, match="its training run seed is 3, not 9"):
-        run([Trial(9, None, out)], tiny.data, series.options)
+def test_a_file_of_another_seed_or_fold_or_data_set_is_in_the_way(series: Series, tmp_path: Path) -> None:
+    out, base = series.trials[0].out, series.base
+    refused([Trial(9, None, out)], base, ModelFileError, "its training run seed is 3, not 9")
     # The images that a fold trains on are others; its test is whatever differs first.
-    with pytest.raises(ModelFileError, match="is of another run, its training run "):
-        run([Trial(3, Fold(0, 2), out)], tiny.data, series.options)
-    with pytest.raises(ModelFileError, match="its training run images is "):
-        run([Trial(3, None, out)], drawn.data_set(tmp_path, train=13), series.options)
+    refused([Trial(3, Fold(0, 2), out)], base, ModelFileError, "is of another run, its training run ")
+    other = dataclasses.replace(base, data=drawn.data_set(tmp_path, train=13))
+    refused([Trial(3, None, out)], other, ModelFileError, "its training run images is ")
 
 
-@pytest.mark.usefixtures("no_training")
+def test_what_is_expected_of_a_file_is_what_is_found(series: Series) -> None:
+    """Every field, so that none is compared with nothing."""
+    for each in series.trials:
+        wanted, found = expected(each.request(series.base)), bundle.read(each.out).manifest.to_json()
+        assert difference(found, wanted, "") == ""
+        compared = {"model", "preset", "seed", "config", "supervision", "images", "from", "held_out"}
+        assert wanted["training"]["run"].keys() == compared | {"pretrained"}
+        assert wanted["training"].keys() == {"run", "steps"}
+        assert found["training"]["run"].keys() > compared
+
+
 def test_nothing_is_trained_before_every_place_is_looked_at(tiny: drawn.Tiny, tmp_path: Path) -> None:
-    given, free = options(tiny), Trial(0, None, tmp_path / "free.blemish")
+    base, free = request(tiny), Trial(0, None, tmp_path / "free.blemish")
     (tmp_path / "folder.blemish").mkdir()
-    with pytest.raises(OutputError, match="it is a folder"):
-        run([free, Trial(1, None, tmp_path / "folder.blemish")], tiny.data, given)
     (tmp_path / "text.blemish").write_text("no model")
-    with pytest.raises(ModelFileError, match=r"text\.blemish is no model file"):
-        run([free, Trial(1, None, tmp_path / "text.blemish")], tiny.data, given)
-    with pytest.raises(DataError, match="fold 1 of 5 would test no defective image"):
-        run([free, Trial(0, Fold(0, 5), tmp_path / "fold.blemish")], tiny.data, given)
-    good_only = drawn.data_set(tmp_path / "good", good=0, bad=0)
-    with pytest.raises(DataError, match="good holds no test images"):
-        run([free], good_only, given)
-    with pytest.raises(ConfigError, match="found 0 jobs"):
-        run([free], tiny.data, given, jobs=0)
+    good_only = dataclasses.replace(base, data=drawn.data_set(tmp_path / "good", good=0, bad=0))
+    folder, text = (Trial(1, None, tmp_path / f"{name}.blemish") for name in ("folder", "text"))
+    fold = Trial(0, Fold(0, 5), tmp_path / "fold.blemish")
+    refused([free, folder], base, OutputError, "it is a folder")
+    refused([free, text], base, ModelFileError, r"text\.blemish is no model file")
+    refused([free, fold], base, DataError, "fold 1 of 5 would test no defective image")
+    refused([free], good_only, DataError, "good holds no test images")
+    refused([free], base, ConfigError, "found 0 jobs", jobs=0)
 
 
-# --- running, with a stand-in for training ---
-
-
-class Trainer:
-    """Copies a model file in the place of training one; says with what it was called."""
-
-    def __init__(self, model: Path, fail_at: int = -1) -> None:
-        self.model, self.fail_at = model, fail_at
-        self.calls: list[dict[str, Any]] = []
-
-    def __call__(self, root: Path, **given: Any) -> None:
-        self.calls.append(given)
-        if len(self.calls) - 1 == self.fail_at:
-            raise StoppedError("stopped after step 3")
-        given["out"].write_bytes(self.model.read_bytes())
-
-
-Use = Callable[..., Trainer]
-
-
-@pytest.fixture
-def trainer(tiny: drawn.Tiny, monkeypatch: pytest.MonkeyPatch) -> Use:
-    def use(fail_at: int = -1) -> Trainer:
-        made = Trainer(tiny.file, fail_at)
-        monkeypatch.setattr(run, "train", made)
-        return made
-
-    return use
-
-
-def test_training_gets_the_options_and_what_belongs_to_the_trial(
-    tiny: drawn.Tiny, tmp_path: Path, trainer: Use
-) -> None:
-    planned = plan(tmp_path / "x.blemish", 1, 2, 2, None)
-    used = trainer()
-    run(planned, tiny.data, {"model": "supersimplenet", "steps": 3}, layout="mvtec")
-    assert used.calls == [
-        {
-            "model": "supersimplenet",
-            "steps": 3,
-            "layout": "mvtec",
-            "resume": False,
-            "seed": trial.seed,
-            "fold": trial.fold,
-            "out": trial.out,
-        }
-        for trial in planned
-    ]
-
-
-def test_a_trial_that_was_interrupted_goes_on(tiny: drawn.Tiny, tmp_path: Path, trainer: Use) -> None:
-    planned = plan(tmp_path / "x.blemish", 0, 2, None, None)
-    checkpoint(planned[1].out).touch()
-    used = trainer()
-    run(planned, tiny.data, {"model": "supersimplenet"})
-    assert [call["resume"] for call in used.calls] == [False, True]
-
-
-def test_an_error_stops_the_rest_and_what_has_ended_stays(
-    tiny: drawn.Tiny, tmp_path: Path, trainer: Use
-) -> None:
-    planned = plan(tmp_path / "x.blemish", 0, 3, None, None)
-    used = trainer(fail_at=1)
-    with pytest.raises(StoppedError, match="stopped after step 3"):
-        run(planned, tiny.data, {"model": "supersimplenet"})
-    assert len(used.calls) == 2
-    assert [trial.out.exists() for trial in planned] == [True, False, False]
+# --- how many at a time ---
 
 
 @pytest.mark.parametrize(("count", "jobs"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (64, 16)])
 def test_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch, count: int, jobs: int) -> None:
-    monkeypatch.setattr(repeats, "cores", lambda: count)
+    monkeypatch.setattr(local, "cores", lambda: count)
     assert local.room("cpu") == jobs
 
 
 def test_cores_are_those_that_may_be_used() -> None:
-    assert 1 <= trials.cores() <= (os.cpu_count() or 1)
+    assert 1 <= cores() <= (os.cpu_count() or 1)
 
 
 def test_a_gpu_runs_one_trial_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(repeats, "cores", lambda: 64)
+    monkeypatch.setattr(local, "cores", lambda: 64)
     assert (local.room("auto"), local.room("cuda"), local.room("cpu")) == (1, 1, 16)
 
 
@@ -299,7 +348,7 @@ def test_a_gpu_runs_one_trial_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def row(**given: float | None) -> MetricRow:
-    nothing: dict[str, Any] = dict.fromkeys(trials.COLUMNS)
+    nothing: dict[str, Any] = dict.fromkeys(METRICS)
     return MetricRow("all", 4, 4, 4, **(nothing | given))
 
 
@@ -313,7 +362,7 @@ def made_up(seed: int, fold: Fold | None = None, **given: float | None) -> tuple
 
 def test_every_metric_has_a_column() -> None:
     counts = {"kind", "good", "defective", "masked"}
-    assert set(trials.COLUMNS) == {field.name for field in dataclasses.fields(MetricRow)} - counts
+    assert set(METRICS) == {field.name for field in dataclasses.fields(MetricRow)} - counts
 
 
 def test_seeds_have_a_mean_and_a_deviation() -> None:
@@ -391,19 +440,22 @@ def test_a_metric_that_one_trial_lacks_is_shown_as_none() -> None:
 
 
 def test_everything_is_written_down(tmp_path: Path) -> None:
-    given = {
-        "model": "supersimplenet",
-        "weights": Path("w.safetensors"),
-        "settings": {"layers": ("a", "b")},
-    }
+    base = TrainingRequest(
+        data=Path("parts"),
+        out=Path("x.blemish"),
+        model="supersimplenet",
+        weights=Path("w.safetensors"),
+        settings={"layers": ("a", "b")},
+        steps=5,
+    )
     results = folded({3: [0.5, 0.7], 4: [0.6, 0.9]})
-    write_json(summarise(results), tmp_path / "series.json", given)
+    write_json(summarise(results), tmp_path / "series.json", base)
     found = json.loads((tmp_path / "series.json").read_text(encoding="utf-8"))
-    assert found["options"] == {
-        "model": "supersimplenet",
-        "weights": "w.safetensors",
-        "settings": {"layers": ["a", "b"]},
-    }
+    asked = {"model": "supersimplenet", "weights": "w.safetensors", "settings": {"layers": ["a", "b"]}}
+    assert asked.items() <= found["options"].items()
+    assert (found["options"]["steps"], found["options"]["supervision"]) == (5, "auto")
+    own = {"data", "out", "seed", "fold", "layout", "resume"}  # of the trials, or of no matter to them
+    assert found["options"].keys() == base.to_json().keys() - own
     for written, (trial, evaluation) in zip(found["trials"], results, strict=True):
         assert trial.fold is not None
         assert written == {
@@ -424,6 +476,7 @@ def test_everything_is_written_down(tmp_path: Path) -> None:
 
 
 def test_a_split_of_the_data_set_itself_is_no_fold(tmp_path: Path) -> None:
-    write_json(summarise([made_up(0)]), tmp_path / "one.json", {})
+    base = TrainingRequest(data=Path("parts"), out=Path("x.blemish"))
+    write_json(summarise([made_up(0)]), tmp_path / "one.json", base)
     found = json.loads((tmp_path / "one.json").read_text(encoding="utf-8"))
     assert (found["trials"][0]["fold"], found["over_folds"]) == (None, [])

@@ -1,12 +1,19 @@
 """A run ends in the same bytes however often it is killed, and every number of it follows from the seed."""
 
+import contextlib
+import dataclasses
 import itertools
+import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +21,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import override
 
 import drawn
 from blemish import images, seeding
+from blemish.cli.terminal import stop_requests
+from blemish.data.folds import Fold
 from blemish.data.loading.batches import Batches, Photographs, readable
 from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.loading.stores import EncodedStore, ImageStore
+from blemish.detectors import registry
 from blemish.detectors.schedules import SCHEDULES
+from blemish.detectors.supersimplenet.config import SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.errors import ConfigError, DataError, ImageError, ModelFileError, StoppedError
+from blemish.evaluation.run import evaluate
+from blemish.images import Preprocessing
 from blemish.inference import bundle
+from blemish.inference.predictor import Predictor
+from blemish.progress import Event
 from blemish.training import checkpoint, loop, run
-from blemish.training.length import Length, check_length, seconds
+from blemish.training.length import Length, seconds
+from blemish.training.plan import plan
+from blemish.training.request import DistillationRequest, TrainingRequest
 from blemish.types import Batch, Sample
 from drawn import Tiny
 
@@ -36,15 +55,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 30
 SCRIPT = """
 import sys
-from blemish import cli, loop
+from blemish.cli.main import main
+from blemish.training import loop
 loop.CHECKPOINT_SECONDS = 0
 loop.HISTORY = 10
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def command(tiny: Tiny, out: Path, *more: str) -> list[str]:
-    """Give the words of a training run that writes a checkpoint after every step."""
+    """Return the command of a training run that writes a checkpoint after every step."""
     settings = [f"--set={key}={as_word(value)}" for key, value in drawn.TINY.items()]
     words = ["train", tiny.data, "--model", "supersimplenet", "--out", out, "--weights", tiny.weights]
     words += ["--precision", "fp32", "--device", "cpu", *settings, *more]
@@ -62,7 +82,7 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 
 
 def reached(path: Path) -> int:
-    """Give the step of a checkpoint that is being replaced over and over; 0 where it was just then."""
+    """Return the step of a checkpoint that is replaced over and over; 0 if it is not there yet."""
     try:
         return int(checkpoint.header(path)["step"]) if path.is_file() else 0
     except ModelFileError:
@@ -70,7 +90,7 @@ def reached(path: Path) -> int:
 
 
 def wait_for_step(process: subprocess.Popen[str], path: Path, step: int) -> None:
-    """Wait until a run's checkpoint has got to a step."""
+    """Wait until a run's checkpoint has reached a step."""
     deadline = time.monotonic() + 60
     while reached(path) < step:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -78,9 +98,11 @@ def wait_for_step(process: subprocess.Popen[str], path: Path, step: int) -> None
         time.sleep(0.005)
 
 
-def train(tiny: Tiny, out: Path, **changes: Any) -> bundle.Bundle:
-    """Train as the tiny model was, but for some changes; give the model file."""
-    given: dict[str, Any] = {
+def given(tiny: Tiny, out: Path, **changes: Any) -> TrainingRequest:
+    """Return the request by which the tiny model was trained, with some changes."""
+    usual: dict[str, Any] = {
+        "data": tiny.data,
+        "out": out,
         "model": "supersimplenet",
         "weights": tiny.weights,
         "settings": drawn.TINY,
@@ -88,22 +110,35 @@ def train(tiny: Tiny, out: Path, **changes: Any) -> bundle.Bundle:
         "device": "cpu",
     }
     if not {"steps", "epochs", "budget"} & set(changes):
-        given["steps"] = STEPS
-    run.train(tiny.data, out=out, **given | changes)
-    return bundle.read(out)
+        usual["steps"] = STEPS
+    return TrainingRequest(**usual | changes)
+
+
+def train(tiny: Tiny, out: Path, **changes: Any) -> Predictor:
+    """Train as the tiny model was, with some changes; report and stop may be among them."""
+    watched = {name: changes.pop(name) for name in ("report", "stop") if name in changes}
+    return run.run(given(tiny, out, **changes), **watched)
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """Return what asks a run to stop after some steps."""
+    return itertools.chain([False] * (steps - 1), itertools.repeat(True)).__next__
+
+
+def checkpoint_of(out: Path) -> Path:
+    return out.with_name(out.name + ".checkpoint")
 
 
 @pytest.fixture
-def unsealed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """Have runs end with their parameters in this list, without the export that takes most of the time."""
+def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """Let runs end with their parameters in this list, without the export that takes most of the time."""
     found: list[dict[str, Tensor]] = []
 
     def keep(path: Path, detector: torch.nn.Module, *arguments: Any) -> None:
         path.write_bytes(b"trained")
         found.append({key: value.clone() for key, value in detector.state_dict().items()})
 
-    monkeypatch.setattr(run, "seal", keep)
-    monkeypatch.setattr(bundle, "read", lambda path: None)
+    monkeypatch.setattr(run, "finalise", keep)
     return found
 
 
@@ -119,7 +154,8 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(
 ) -> None:
     # A point of the loss curve is then the mean over three steps, which a kill may fall between.
     monkeypatch.setattr(loop, "HISTORY", 10)
-    whole = train(tiny, tmp_path / "whole.blemish")
+    train(tiny, tmp_path / "whole.blemish")
+    whole = bundle.read(tmp_path / "whole.blemish")
     out, path = tmp_path / "killed.blemish", tmp_path / "killed.blemish.checkpoint"
     for number, step in enumerate((5, 14)):
         resume = ["--resume"] * (number > 0)
@@ -136,8 +172,8 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(
     assert "going on from step" in said
     resumed = bundle.read(out)
     assert resumed.weights == whole.weights
-    assert resumed.calibration == whole.calibration
-    histories = [opened.manifest["training"]["history"] for opened in (resumed, whole)]
+    assert resumed.manifest.calibration == whole.manifest.calibration
+    histories = [opened.manifest.training.history for opened in (resumed, whole)]
     assert histories[0] == histories[1]
     assert [point["step"] for point in histories[0]] == [3.0 * number for number in range(1, 11)]
     assert not path.exists()
@@ -161,46 +197,244 @@ def test_an_interrupted_run_leaves_a_checkpoint(tiny: Tiny, tmp_path: Path, numb
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-def test_stopping_within_the_process_leaves_the_signals_as_they_were(
-    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    one_step = loop.one_step
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
-    def interrupted(run: loop.Run, step: int) -> dict[str, float]:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return one_step(run, step)
+
+def test_stopping_within_the_process_leaves_the_signals_as_they_were(
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
+) -> None:
+    before = handlers()
+
+    def interrupt(event: Event) -> None:
+        if event.losses and event.step == 4:
+            assert handlers() != before
+            signal.raise_signal(signal.SIGINT)
 
     train(tiny, tmp_path / "whole.blemish")
-    monkeypatch.setattr(loop, "one_step", interrupted)
-    with pytest.raises(StoppedError, match=r"stopped after step 4 of 30, kept in .*--resume"):
-        train(tiny, tmp_path / "m.blemish")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    monkeypatch.setattr(loop, "one_step", one_step)
+    stopped = pytest.raises(StoppedError, match=r"stopped after step 4 of 30, kept in .*--resume")
+    with stopped, stop_requests() as stop:
+        train(tiny, tmp_path / "m.blemish", report=interrupt, stop=stop)
+    assert handlers() == before
     train(tiny, tmp_path / "m.blemish", resume=True)
-    assert equal(*unsealed)
+    assert equal(*states)
+
+
+# --- reports and stops ---
+
+
+def test_a_run_is_watched_and_stopped_from_another_thread(
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
+) -> None:
+    out, stop = tmp_path / "m.blemish", threading.Event()
+    events: queue.Queue[Event] = queue.Queue(1)  # so that the run is never far ahead of who watches it
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(train, tiny, out, report=events.put, stop=stop.is_set)
+        while not ((event := events.get(timeout=60)).losses and event.step == 7):
+            pass
+        stop.set()
+        while not future.done():
+            with contextlib.suppress(queue.Empty):
+                events.get(timeout=0.05)
+        with pytest.raises(StoppedError, match=r"stopped after step \d+ of 30, kept in .*--resume"):
+            future.result()
+    assert 7 <= checkpoint.header(checkpoint_of(out))["step"] <= 10
+    assert states == []
+    assert sorted(tmp_path.iterdir()) == [checkpoint_of(out)]
+    train(tiny, out, resume=True)
+    train(tiny, tmp_path / "whole.blemish")
+    assert equal(*states)
+
+
+def test_a_run_reports_what_it_does_and_the_library_itself_says_nothing(
+    tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("the library handles no signals")
+
+    monkeypatch.setattr(signal, "signal", refuse)
+    events: list[tuple[int, Event]] = []
+    asked: list[int] = []
+
+    def report(event: Event) -> None:
+        events.append((threading.get_ident(), event))
+
+    def stop() -> bool:
+        asked.append(events[-1][1].step)
+        return False
+
+    model = train(tiny, tmp_path / "m.blemish", steps=6, report=report, stop=stop)
+    evaluate(model, tiny.data, exhibits=0)
+    assert capfd.readouterr() == ("", "")
+    assert {thread for thread, _ in events} == {threading.get_ident()}
+    phases = {
+        phase: [(event.step, event.steps) for _, event in events if event.phase == phase]
+        for phase in dict.fromkeys(event.phase for _, event in events if event.phase)
+    }
+    assert list(phases.items()) == [
+        ("encoding", [(step, 7) for step in range(8)]),
+        ("training", [(step, 6) for step in range(7)]),
+    ]
+    assert asked == [1, 2, 3, 4, 5, 6]
+    losses = [event.losses for _, event in events if event.phase == "training"][1:]
+    for terms in losses:
+        parts = [value for name, value in terms.items() if name != "loss"]
+        assert terms["loss"] == pytest.approx(sum(parts), rel=1e-6)
+    history = model.manifest.training.history  # a point for each step, as there are so few
+    assert history == tuple({"step": float(step)} | dict(terms) for step, terms in enumerate(losses, 1))
+    messages = [event.message for _, event in events if event.message]
+    assert messages[0] == "reading 7 training and 5 held-out good images"
+    assert messages[1].startswith("supervision none: 7 good training images")
+    assert {event.source for _, event in events} == {""}
+
+
+def test_a_run_without_a_report_is_silent(
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StoppedError):
+        train(tiny, tmp_path / "m.blemish", stop=after(2))
+    train(tiny, tmp_path / "m.blemish", resume=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_request_to_stop_at_the_last_step_is_too_late(
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
+) -> None:
+    train(tiny, tmp_path / "m.blemish", steps=3, stop=after(3))
+    assert (tmp_path / "m.blemish").is_file()
+    assert not checkpoint_of(tmp_path / "m.blemish").exists()
+
+
+def test_each_training_image_is_opened_once(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To decode it and to take its digest; of a defect with a mask the header is read once more."""
+    data = drawn.data_set(tmp_path / "parts", train_bad=2)
+    opened: Counter[Path] = Counter()
+    read: Counter[Path] = Counter()
+    open_, read_bytes = Path.open, Path.read_bytes
+
+    def counted_open(self: Path, *arguments: Any, **options: Any) -> Any:
+        opened[self] += 1
+        return open_(self, *arguments, **options)
+
+    def counted_read(self: Path) -> bytes:
+        read[self] += 1
+        return read_bytes(self)
+
+    monkeypatch.setattr(Path, "open", counted_open)
+    monkeypatch.setattr(Path, "read_bytes", counted_read)
+    settings = drawn.TINY | {"layers": ("stage2",), "classification_head": False}
+    train(tiny, tmp_path / "m.blemish", data=data, settings=settings, steps=2)
+    monkeypatch.undo()
+    good = sorted((data / "train/good").iterdir())
+    defective = sorted((data / "train" / drawn.KIND).iterdir())
+    assert {path: opened[path] for path in good} == dict.fromkeys(good, 1)
+    assert {path: read[path] for path in (*good, *defective)} == dict.fromkeys((*good, *defective), 1)
+    assert not [path for path in opened if data / "test" in path.parents]
+
+
+# --- requests ---
+
+
+RICH: dict[str, Any] = {
+    "settings": drawn.TINY | {"layers": ("stage2",), "classification_head": False},
+    "train_defects": 1,  # 1.0 would be all of them
+    "train_masks": "100%",
+    "fold": Fold(1, 2, 3),
+    "schedule": "paper",
+    "false_reject_rate": 0.05,
+    "cache": Path("off"),
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 3}, RICH | {"steps": 3}, RICH | {"epochs": 2}, RICH | {"budget": "1.5h"}]
+)
+def test_a_request_goes_through_json_and_back(tiny: Tiny, tmp_path: Path, changes: dict[str, Any]) -> None:
+    request = given(tiny, tmp_path / "m.blemish", **changes)
+    text = json.dumps(request.to_json(), allow_nan=False)
+    again = TrainingRequest.from_json(json.loads(text))
+    assert json.dumps(again.to_json()) == text
+    assert dataclasses.replace(again, settings=request.settings) == request  # whose tuples are lists now
+    assert plan(again) == plan(request)
+
+
+def test_a_request_trains_the_same_weights_after_json(
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
+) -> None:
+    request = given(tiny, tmp_path / "m.blemish", **RICH, steps=4, seed=5)
+    run.run(request)
+    run.run(TrainingRequest.from_json(json.loads(json.dumps(request.to_json()))))
+    assert equal(*states)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"setings": {}}, "a request has no field 'setings'; did you mean 'settings'"),
+        ({"length": 5}, "a request has no field 'length'; there are out, preset,"),
+        (
+            {"fold": {"index": 0, "count": 2, "number": 1}},
+            r"no field 'fold\.number'; there are index, count,",
+        ),
+        ({"data": None}, r"at `\$\.data`"),
+        ({"data": 5}, r"at `\$\.data`"),
+        ({"steps": "5"}, r"Expected `int \| null`, got `str` - at `\$\.steps`"),
+        ({"seed": 1.5}, r"Expected `int`, got `float` - at `\$\.seed`"),
+        ({"resume": 1}, r"Expected `bool`, got `int` - at `\$\.resume`"),
+        ({"settings": ["steps"]}, r"at `\$\.settings`"),
+        ({"train_defects": True}, r"got `bool` - at `\$\.train_defects`"),
+        ({"fold": {"index": 0}}, r"missing required field `count` - at `\$\.fold`"),
+        ({"steps": 5, "epochs": 5}, "steps and epochs were both given"),
+        ({"budget": "5"}, "expected a duration such as"),
+        ({"false_reject_rate": 2}, r"false.reject rate is 2\.0"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused_by_name(changes: dict[str, Any], says: str) -> None:
+    record = TrainingRequest(data=Path("parts"), out=Path("m.blemish")).to_json()
+    assert TrainingRequest.from_json(record).to_json() == record
+    with pytest.raises(ConfigError, match=says):
+        TrainingRequest.from_json(record | changes)
+
+
+@pytest.mark.parametrize("record", [None, 5, [], "train"])
+def test_what_is_no_record_is_no_request(record: Any) -> None:
+    for kind in (TrainingRequest, DistillationRequest):
+        with pytest.raises(ConfigError, match="this is no request for a run: Expected `object`, got"):
+            kind.from_json(record)
+
+
+@pytest.mark.parametrize("name", ["data", "out"])
+def test_a_request_without_a_field_that_it_needs_is_refused(name: str) -> None:
+    record = TrainingRequest(data=Path("parts"), out=Path("m.blemish")).to_json()
+    del record[name]
+    with pytest.raises(ConfigError, match=f"missing required field `{name}`"):
+        TrainingRequest.from_json(record)
+
+
+def test_paths_may_be_text_and_a_path_is_never_a_word() -> None:
+    """`Path("none")` is a folder of that name; "none" switches the penalty off."""
+    texts: dict[str, Any] = {"data": "parts", "out": "m.blemish", "weights": "w", "start": "old.blemish"}
+    paths: dict[str, Any] = {name: Path(value) for name, value in texts.items()}
+    assert TrainingRequest(**texts) == TrainingRequest(**paths)
+    for name in ("cache", "natural_images"):
+        said = [
+            getattr(TrainingRequest(**texts | {name: choice}), name)
+            for choice in ("off", Path("off"), "./off", Path("/data/off"), "a/b", Path("a/b"))
+        ]
+        assert said == ["off", "./off", "./off", str(Path("/data/off")), "a/b", str(Path("a/b"))]
 
 
 # --- resuming ---
 
 
 @pytest.fixture
-def stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the model file of a run that stopped after its fourth step."""
+def stopped(tiny: Tiny, tmp_path: Path) -> Path:
+    """Return the model file of a run that stopped after its fourth step."""
     out = tmp_path / "m.blemish"
-    one_step = loop.one_step
-
-    def failing(run: loop.Run, step: int) -> dict[str, float]:
-        if step == 4:
-            run.save()
-            raise InterruptedError
-        return one_step(run, step)
-
-    monkeypatch.setattr(loop, "one_step", failing)
-    with pytest.raises(InterruptedError):
-        train(tiny, out)
-    monkeypatch.setattr(loop, "one_step", one_step)
+    with pytest.raises(StoppedError, match="stopped after step 4 of 30"):
+        train(tiny, out, stop=after(4))
     return out
 
 
@@ -215,7 +449,7 @@ def stopped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     ],
 )
 def test_another_run_is_not_resumed(tiny: Tiny, stopped: Path, changes: dict[str, Any], says: str) -> None:
-    path = stopped.with_name(stopped.name + ".checkpoint")
+    path = checkpoint_of(stopped)
     before = path.read_bytes()
     with pytest.raises(ModelFileError, match=says) as raised:
         train(tiny, stopped, resume=True, **{"settings": drawn.TINY} | changes)
@@ -234,13 +468,13 @@ def test_a_run_on_other_images_or_weights_is_not_resumed(tiny: Tiny, stopped: Pa
 
 
 def test_images_may_move_between_stop_and_resume(
-    tiny: Tiny, stopped: Path, tmp_path: Path, unsealed: list[dict[str, Tensor]]
+    tiny: Tiny, stopped: Path, tmp_path: Path, states: list[dict[str, Tensor]]
 ) -> None:
-    """What counts is what the images hold, not where they lie."""
+    """The content of the images counts, not where they are."""
     root = drawn.data_set(tmp_path / "elsewhere" / "parts", bad=0)
     train(Tiny(root, tiny.weights, tiny.file, tiny.model), stopped, resume=True)
     train(tiny, tmp_path / "whole.blemish")
-    assert equal(*unsealed)
+    assert equal(*states)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(500)])
@@ -255,23 +489,30 @@ def test_a_damaged_checkpoint_is_refused(tiny: Tiny, tmp_path: Path, content: by
 
 
 def test_a_truncated_checkpoint_is_refused(tiny: Tiny, stopped: Path) -> None:
-    path = stopped.with_name(stopped.name + ".checkpoint")
+    path = checkpoint_of(stopped)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
         train(tiny, stopped, resume=True)
 
 
 def test_resuming_nothing_starts_anew_and_says_so(
-    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
 ) -> None:
-    train(tiny, tmp_path / "m.blemish", steps=2, resume=True)
-    assert "nothing to resume at" in capsys.readouterr().err
+    messages: list[str] = []
+    train(
+        tiny,
+        tmp_path / "m.blemish",
+        steps=2,
+        resume=True,
+        report=lambda event: messages.append(event.message),
+    )
+    assert any("nothing to resume at" in message for message in messages)
     train(tiny, tmp_path / "m.blemish", steps=2)
-    assert equal(*unsealed)
+    assert equal(*states)
 
 
 def test_without_resume_a_checkpoint_is_not_overwritten(tiny: Tiny, stopped: Path) -> None:
-    path = stopped.with_name(stopped.name + ".checkpoint")
+    path = checkpoint_of(stopped)
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="of a run that has not ended: go on with --resume, or delete it"):
         train(tiny, stopped)
@@ -323,23 +564,25 @@ def test_other_durations_are_refused(text: str) -> None:
         (Length(steps=0), "steps 0: expected more than 0"),
         (Length(epochs=-1), "epochs -1: expected more than 0"),
         (Length(budget=0.0), r"budget 0\.0: expected more than 0"),
+        (Length(budget=float("nan")), "budget nan: expected more than 0"),
+        (Length(budget=float("inf")), "budget inf: expected more than 0"),
         (Length(steps=1, epochs=1), "steps and epochs were both given"),
         (Length(steps=1, budget=1.0), "steps and budget were both given"),
     ],
 )
 def test_impossible_lengths_are_refused(length: Length, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        check_length(length)
+        length.check()
 
 
-def test_epochs_are_counted_in_steps(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]) -> None:
+def test_epochs_are_counted_in_steps(tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]) -> None:
     # 12 good images: 5 held out, 7 to train on; batches of 3 make 3 steps an epoch.
     settings = drawn.TINY | {"batch_size": 3}
     train(tiny, tmp_path / "m.blemish", settings=settings, epochs=2)
     train(tiny, tmp_path / "m.blemish", settings=settings, steps=6)
     train(tiny, tmp_path / "m.blemish", settings=settings | {"epochs": 2, "steps": 0}, steps=None)
-    assert equal(unsealed[0], unsealed[1])
-    assert equal(unsealed[0], unsealed[2])
+    assert equal(states[0], states[1])
+    assert equal(states[0], states[2])
 
 
 def test_a_budget_that_is_too_short_is_refused_before_training(tiny: Tiny, tmp_path: Path) -> None:
@@ -348,34 +591,43 @@ def test_a_budget_that_is_too_short_is_refused_before_training(tiny: Tiny, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_budget_equals_the_steps_that_it_prints(
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], "itertools.count[float]"]:
+    """Return what sets a clock on which each reading takes so many seconds."""
+
+    def tick(step: float) -> "itertools.count[float]":
+        elapsed = itertools.count(0.0, step)
+        for module in (run, loop):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=elapsed.__next__))
+        return elapsed
+
+    return tick
+
+
+def test_a_budget_equals_the_steps_that_it_reports(
     tiny: Tiny,
     tmp_path: Path,
-    unsealed: list[dict[str, Tensor]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    states: list[dict[str, Tensor]],
+    slow_clock: Callable[[float], "itertools.count[float]"],
 ) -> None:
-    # A clock on which everything takes the same time on every machine.
-    clock = SimpleNamespace(monotonic=itertools.count(0, 0.1).__next__)
-    with monkeypatch.context() as patch:
-        for room in (training, loop):
-            patch.setattr(room, "time", clock)
-        train(tiny, tmp_path / "m.blemish", budget="25s")
-    said = capsys.readouterr().err
+    messages: list[str] = []
+    slow_clock(0.1)
+    train(tiny, tmp_path / "m.blemish", budget="25s", report=lambda event: messages.append(event.message))
+    (said,) = (message for message in messages if "--steps " in message)
     steps = int(said.split("--steps ")[1].split(")")[0])
     assert steps >= 20
     train(tiny, tmp_path / "m.blemish", steps=steps)
-    assert equal(*unsealed)
+    assert equal(*states)
 
 
-def test_a_budget_is_kept(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]) -> None:
-    # A clock that goes on by a second whenever it is read, which is once in every step.
-    elapsed = itertools.count(0.0, 1.0)
-    with pytest.MonkeyPatch.context() as patch:
-        clock = SimpleNamespace(monotonic=elapsed.__next__)
-        for room in (training, loop):
-            patch.setattr(room, "time", clock)
-        train(tiny, tmp_path / "m.blemish", budget=100.0)
+def test_a_budget_is_kept(
+    tiny: Tiny,
+    tmp_path: Path,
+    states: list[dict[str, Tensor]],
+    slow_clock: Callable[[float], "itertools.count[float]"],
+) -> None:
+    elapsed = slow_clock(1.0)  # which is read once in every step
+    train(tiny, tmp_path / "m.blemish", budget=100.0)
     assert 30 < next(elapsed) <= 100  # some of it is kept for what follows training
 
 
@@ -383,7 +635,7 @@ def test_a_budget_is_kept(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, T
 
 
 def test_schedules_have_their_corners() -> None:
-    table = {
+    table: dict[str, dict[float, float]] = {
         "constant": {0: 1, 0.5: 1, 1: 1},
         "step-95": {0: 1, 0.9499: 1, 0.95: 0.1, 1: 0.1},
         "step-80-90": {0: 1, 0.7999: 1, 0.8: 0.4, 0.8999: 0.4, 0.9: 0.16, 1: 0.16},
@@ -395,26 +647,51 @@ def test_schedules_have_their_corners() -> None:
             assert SCHEDULES[name](progress) == pytest.approx(factor, abs=1e-9), (name, progress)
 
 
+class Noting(SuperSimpleNet):
+    """Notes the learning rates and the seed of every step."""
+
+    def __init__(self, config: SuperSimpleNetConfig) -> None:
+        super().__init__(config)
+        self.rates: list[list[float]] = []
+        self.seeds: list[int] = []
+
+    @override
+    def optimizer(self) -> torch.optim.Optimizer:
+        self.made = super().optimizer()
+        return self.made
+
+    @override
+    def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        self.rates.append([group["lr"] for group in self.made.param_groups])
+        self.seeds.append(generator.initial_seed())
+        return super().loss(batch, generator)
+
+
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch) -> list[Noting]:
+    """List the method "noting", and return the detectors that are built by it."""
+    made: list[Noting] = []
+
+    def build(config: SuperSimpleNetConfig) -> Noting:
+        made.append(Noting(config))
+        return made[-1]
+
+    usual = registry.method("supersimplenet")
+    monkeypatch.setitem(registry.METHODS, "noting", dataclasses.replace(usual, build=build))
+    return made
+
+
 def test_the_schedule_sets_the_rates(
-    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]], noting: list[Noting]
 ) -> None:
-    rates: list[list[float]] = []
-    one_step = loop.one_step
-
-    def noted(run: loop.Run, step: int) -> dict[str, float]:
-        losses = one_step(run, step)
-        rates.append([group["lr"] for group in run.optimizer.param_groups])
-        return losses
-
-    monkeypatch.setattr(loop, "one_step", noted)
-    train(tiny, tmp_path / "m.blemish", steps=10, settings=drawn.TINY | {"schedule": "step-80-90"})
+    settings = drawn.TINY | {"schedule": "step-80-90"}
+    train(tiny, tmp_path / "m.blemish", model="noting", steps=10, settings=settings)
+    (detector,) = noting
     expected = [[1e-4 * factor, 1e-2 * factor] for factor in [1] * 8 + [0.4, 0.16]]
-    np.testing.assert_allclose(rates, expected)
+    np.testing.assert_allclose(detector.rates, expected)
 
 
-def test_the_settings_change_the_result(
-    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]
-) -> None:
+def test_the_settings_change_the_result(tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]) -> None:
     """A setting, a seed and a schedule that did nothing would show here."""
     for changes in (
         {},
@@ -423,11 +700,11 @@ def test_the_settings_change_the_result(
         {"precision": "bf16"},
     ):
         train(tiny, tmp_path / "m.blemish", steps=3, **changes)
-    for one, other in itertools.combinations(unsealed, 2):
+    for one, other in itertools.combinations(states, 2):
         assert not equal(one, other)
 
 
-def test_the_seed_alone_decides(tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]]) -> None:
+def test_the_seed_alone_decides(tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]) -> None:
     """Neither earlier draws nor the memory for images change a run, and it leaves torch's own draws alone."""
     torch.manual_seed(1)
     untouched = torch.get_rng_state()
@@ -435,24 +712,17 @@ def test_the_seed_alone_decides(tiny: Tiny, tmp_path: Path, unsealed: list[dict[
     assert torch.equal(torch.get_rng_state(), untouched)
     torch.manual_seed(2)
     train(tiny, tmp_path / "m.blemish", steps=5, memory=0)
-    assert equal(*unsealed)
+    assert equal(*states)
 
 
 def test_every_step_draws_anew(
-    tiny: Tiny, tmp_path: Path, unsealed: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]], noting: list[Noting]
 ) -> None:
-    seeds: list[int] = []
-    loss = SuperSimpleNet.loss
-
-    def noted(self: SuperSimpleNet, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        seeds.append(generator.initial_seed())
-        return loss(self, batch, generator)
-
-    monkeypatch.setattr(SuperSimpleNet, "loss", noted)
     for seed in (0, 1, 0):
-        train(tiny, tmp_path / "m.blemish", steps=4, seed=seed)
-    assert len(set(seeds)) == 8
-    assert seeds[:4] == seeds[8:]
+        train(tiny, tmp_path / "m.blemish", model="noting", steps=4, seed=seed)
+    first, other, again = (detector.seeds for detector in noting)
+    assert len({*first, *other}) == 8
+    assert first == again
 
 
 def test_a_generator_is_of_its_purpose_alone() -> None:
@@ -483,9 +753,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny, tmp_path: Path) -> 
 # --- stores and batches ---
 
 
+SMALL = Preprocessing((32, 32))
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    """Draw seven images of two sizes, two of them with 12 bits in 16."""
+    """Render seven images of two sizes."""
     found = []
     for number in range(7):
         path = tmp_path / f"{number}.png"
@@ -499,48 +772,51 @@ def encode(batch: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_a_budget_of_memory_changes_no_image(paths: list[Path]) -> None:
-    size, one = (32, 32), 32 * 32 * 3
-    everything = torch.cat(list(ImageStore(paths, size, Memory(1 << 30)).fill().batches(255.0)))
+    size, one = Preprocessing((32, 32)), 32 * 32 * 3
+    everything = torch.cat(list(ImageStore(paths, size, Memory(1 << 30)).fill().batches()))
     assert everything.shape == (7, 3, 32, 32)
     for budget, kept in ((0, 0), (one - 1, 0), (one, 1), (3 * one, 3), (1 << 30, 7)):
         memory = Memory(budget)
         store = ImageStore(paths, size, memory).fill()
         for _ in range(2):
-            assert torch.equal(torch.cat(list(store.batches(255.0, size=3))), everything)
+            assert torch.equal(torch.cat(list(store.batches(size=3))), everything)
         assert len(store.kept) == kept
         assert memory.left == budget - kept * one >= 0
 
 
 def test_an_image_in_a_store_is_what_prediction_reads(paths: list[Path]) -> None:
-    store = ImageStore(paths, (48, 32), Memory(0))
+    preprocessing = Preprocessing((48, 32))
+    store = ImageStore(paths, preprocessing, Memory(0))
     for index, path in enumerate(paths):
-        found = store.batch([index], 255.0)[0].numpy()
-        assert np.array_equal(found, images.prepare(images.read(path), (48, 32), 255.0))
+        found = store.batch([index]).numpy()
+        assert np.array_equal(found, preprocessing.inputs(images.read(path)))
 
 
 def test_deep_images_set_the_white_level(paths: list[Path], tmp_path: Path) -> None:
-    assert ImageStore(paths, (32, 32), Memory(0)).fill().maxima == {}
-    from PIL import Image
-
+    assert ImageStore(paths, SMALL, Memory(0)).fill().maxima == {}
     deep = np.full((32, 32), 1000, np.uint16)
     deep[3, 4] = 3000
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    store = ImageStore([*paths, tmp_path / "deep.png"], (32, 32), Memory(0)).fill()
+    store = ImageStore([*paths, tmp_path / "deep.png"], SMALL, Memory(0)).fill()
     assert store.maxima == {7: 3000}
-    assert float(store.batch([7], 4095.0)[0, 0, 3, 4]) == pytest.approx(3000 / 4095)
+    assert float(store.batch([7])[0, 0, 3, 4]) == pytest.approx(3000 / 65535)
+    before = store.batch([0])
+    store.set_white(4095.0)
+    assert float(store.batch([7])[0, 0, 3, 4]) == pytest.approx(3000 / 4095)
+    assert torch.equal(store.batch([0]), before)  # of 8 bits, whose white is 255
 
 
 def test_photographs_are_cropped_from_twice_the_size(tmp_path: Path) -> None:
     image = drawn.part(1, (64, 96))
     images.write_png(tmp_path / "p.png", image)
-    cropped = ImageStore([tmp_path / "p.png"], (32, 48), Memory(0), crop=True).resized(0)
+    cropped = ImageStore([tmp_path / "p.png"], Preprocessing((32, 48)), Memory(0), crop=True).resized(0)
     assert np.array_equal(cropped, image[16:48, 24:72])
 
 
 def make_batches(paths: list[Path], **changes: Any) -> Batches:
     samples = [Sample(path, 0, "good") for path in paths]
-    store = ImageStore(paths, (32, 32), Memory(1 << 30))
-    encoded = EncodedStore(encode, store, 255.0, FeatureCache(Memory(1 << 30)), "cpu")
+    store = ImageStore(paths, SMALL, Memory(1 << 30))
+    encoded = EncodedStore(encode, store, FeatureCache(Memory(1 << 30)), "cpu")
     return Batches(samples, store, encoded, **{"batch_size": 3, "seed": 0} | changes)
 
 
@@ -578,7 +854,7 @@ def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
         assert same(backwards.at(step), expected[step]), step
     for step, batch in enumerate(expected):
         chosen = [index for index, _ in in_order.entries(step)]
-        assert torch.equal(batch.images, in_order.store.batch(chosen, 255.0))
+        assert torch.equal(batch.images, in_order.store.batch(chosen))
         assert torch.equal(batch.labels, torch.zeros(len(chosen)))
         assert batch.masked.all()
         assert batch.masks is None
@@ -589,12 +865,12 @@ def test_a_batch_depends_on_its_step_alone(paths: list[Path]) -> None:
 
 
 def photographs(paths: list[Path]) -> Photographs:
-    return Photographs(ImageStore(paths, (32, 32), Memory(0), crop=True), 0, "the digest")
+    return Photographs(ImageStore(paths, SMALL, Memory(0), crop=True), 0, "the digest")
 
 
 def test_photographs_are_drawn_from_all_of_them(paths: list[Path]) -> None:
     chosen = photographs(paths)
-    all_of_them = chosen.store.batch(range(7), 65535.0)
+    all_of_them = chosen.store.batch(range(7))
     batches, seen = make_batches(paths, natural=chosen), Counter[int]()
     for step in range(30):
         natural = batches.read(step)[1]
@@ -608,7 +884,7 @@ def test_a_photograph_that_cannot_be_read_gives_its_turn_to_the_next(paths: list
     chosen = photographs(paths)
     paths[4].write_bytes(b"none")
     batches = make_batches(paths, natural=chosen, batch_size=7, with_images=False)
-    others = chosen.store.batch([0, 1, 2, 3, 5, 6], 65535.0)
+    others = chosen.store.batch([0, 1, 2, 3, 5, 6])
     for step in range(5):
         natural = batches.read(step)[1]
         assert natural is not None
@@ -628,4 +904,4 @@ def test_without_images_none_are_decoded(paths: list[Path]) -> None:
 def test_an_unreadable_image_is_named(paths: list[Path]) -> None:
     paths[4].write_bytes(paths[4].read_bytes()[:200])
     with pytest.raises(ImageError, match=r"4\.png is damaged or truncated"):
-        ImageStore(paths, (32, 32), Memory(0)).fill()
+        ImageStore(paths, SMALL, Memory(0)).fill()

@@ -1,4 +1,4 @@
-"""Going on from an earlier model: faster than anew, and no worse on what the old one knew."""
+"""A run that goes on from an earlier model is shorter than a new one, and forgets nothing."""
 
 import shutil
 from pathlib import Path
@@ -12,20 +12,22 @@ from safetensors.torch import load
 import drawn
 from blemish import images
 from blemish.backbones import weights
-from blemish.cli import main
+from blemish.cli.main import main
 from blemish.detectors.registry import build, configure, own_settings
-from blemish.errors import BlemishError, ConfigError, ModelFileError, WeightsError
+from blemish.errors import BlemishError, ConfigError, ModelFileError, StoppedError, WeightsError
 from blemish.evaluation.run import evaluate
 from blemish.files import short_digest
 from blemish.inference import bundle
+from blemish.inference.manifest import UsedFiles
 from blemish.inference.predictor import Predictor
 from blemish.training import run
-from blemish.training.plan import plan
+from blemish.training.plan import Plan, plan
+from blemish.training.request import TrainingRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 0.02
-"""What the image AUROC on the old test images may lose."""
+"""Loss of image AUROC that is allowed on the old test images."""
 
 
 def go_on(data: Path, out: Path, start: Path, **changes: Any) -> Predictor:
@@ -33,13 +35,23 @@ def go_on(data: Path, out: Path, start: Path, **changes: Any) -> Predictor:
     return run.train(data, out=out, **given | changes)
 
 
+def begin(data: Path, out: Path, start: Path) -> None:
+    """Go on for one step, then stop."""
+    with pytest.raises(StoppedError, match="stopped after step 1 of 2"):
+        go_on(data, out, start, steps=2, stop=lambda: True)
+
+
+def planned(data: Path, start: Path, **changes: Any) -> Plan:
+    return plan(TrainingRequest(data=data, out=Path("m.blemish"), start=start, **changes))
+
+
 def grown(root: Path, *, train: int = 18) -> Path:
-    """Draw the data of the small model once more, with more good images and with labelled defects."""
+    """Render the data of the small model again, with more good images and with labelled defects."""
     return drawn.data_set(root, train=train, train_bad=4)
 
 
 def dented(number: int) -> Any:
-    """Draw a part with a flat bright bar, which is no kind of defect in `drawn`."""
+    """Render a part with a flat bright bar, a kind of defect that `drawn` does not have."""
     image = drawn.part(number).copy()
     image[20:26, 8:56] = 250
     return image
@@ -53,7 +65,7 @@ def image_auroc(model: Predictor, data: Path) -> float:
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> drawn.Tiny:
-    """Train one smaller than `tiny`: with a classification head, its cells would be most of the work."""
+    """Train a model smaller than `tiny`, whose many cells would be slow with a classification head."""
     folder = tmp_path_factory.mktemp("old")
     data, file = drawn.data_set(folder / "parts"), folder / "old.blemish"
     given = drawn.tiny_weights(folder / "lite0.safetensors", layers=("stage2",))
@@ -80,7 +92,7 @@ def better(old: drawn.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Predict
 
 
 def test_nothing_old_is_forgotten_in_a_shorter_run(old: drawn.Tiny, better: Predictor) -> None:
-    assert better.manifest["training"]["steps"] == np.ceil(0.3 * drawn.STEPS)
+    assert better.manifest.training.steps == np.ceil(0.3 * drawn.STEPS)
     assert image_auroc(better, old.data) >= image_auroc(old.model, old.data) - TOLERANCE
 
 
@@ -90,14 +102,14 @@ def test_a_new_kind_of_defect_is_learned(old: drawn.Tiny, tmp_path: Path) -> Non
         images.write_png(data / f"train/dent/{number:03}.png", dented(3000 + number))
         images.write_png(data / f"test/dent/{number:03}.png", dented(4000 + number))
     model = go_on(data, tmp_path / "better.blemish", old.file, steps=40)
-    assert model.manifest["training"]["run"]["supervision"] == "weak"
+    assert model.manifest.training.run.supervision == "weak"
     assert image_auroc(model, data) > 0.95
     assert image_auroc(model, old.data) >= image_auroc(old.model, old.data) - TOLERANCE
 
 
 def test_the_old_weights_are_where_training_begins(old: drawn.Tiny) -> None:
     opened = bundle.read(old.file)
-    settings = own_settings("supersimplenet", "default", "none", opened.manifest["config"])
+    settings = own_settings("supersimplenet", "default", "none", opened.manifest.config)
     config = configure("supersimplenet", "default", settings, "full")
     detector = build("supersimplenet", config, seed=5)
     drawn_head = {
@@ -114,8 +126,8 @@ def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
     old: drawn.Tiny, better: Predictor
 ) -> None:
     before, new = old.model.manifest, better.manifest
-    assert new["method"] == before["method"]
-    changed = {key for key, value in new["config"].items() if value != before["config"][key]}
+    assert new.method == before.method
+    changed = {key for key, value in new.config.items() if value != before.config[key]}
     assert changed - {"steps"} == {
         "adaptor_learning_rate",
         "classification_head",
@@ -125,25 +137,32 @@ def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
         "statistics",
         "stop_gradient",
     }
-    assert new["training"]["run"]["pretrained"] == before["training"]["run"]["pretrained"]
+    assert new.training.run.pretrained == before.training.run.pretrained
+
+
+def files(model: Predictor) -> UsedFiles:
+    """Return the digests of the images that a model has seen."""
+    found = model.manifest.training.files
+    assert found is not None
+    return found
 
 
 def test_no_threshold_comes_from_an_image_that_the_old_model_saw(old: drawn.Tiny, better: Predictor) -> None:
-    before, new = old.model.manifest["training"]["files"], better.manifest["training"]["files"]
-    assert set(before["train"]) <= set(new["train"])
-    assert not set(new["held_out"]) & set(before["train"])
-    assert len(new["held_out"]) == 5
+    before, new = files(old.model), files(better)
+    assert set(before.train) <= set(new.train)
+    assert not set(new.held_out) & set(before.train)
+    assert len(new.held_out) == 5
 
 
 def test_no_test_comes_from_an_image_that_any_earlier_model_saw(
     old: drawn.Tiny, better: Predictor, tmp_path: Path
 ) -> None:
-    first, files = old.model.manifest["training"]["files"], better.manifest["training"]["files"]
-    assert set(files["before"]) == set(first["train"])
+    first, second = files(old.model), files(better)
+    assert set(second.before) == set(first.train)
     third = go_on(
         drawn.data_set(tmp_path / "parts", train=8), tmp_path / "third.blemish", better.path, steps=1
     )
-    assert set(third.manifest["training"]["files"]["before"]) == set(first["train"]) | set(files["train"])
+    assert set(files(third).before) == set(first.train) | set(second.train)
     for path in (old.data / "train/good").iterdir():
         shutil.copy(path, tmp_path / "parts/test/good" / f"again_{path.name}")
     found = evaluate(third, tmp_path / "parts", exhibits=0)
@@ -152,9 +171,8 @@ def test_no_test_comes_from_an_image_that_any_earlier_model_saw(
 
 
 def known(old: drawn.Tiny, number: int) -> bool:
-    """Tell whether the first model learned from a good image."""
-    digest = short_digest(old.data / f"train/good/{number:03}.png")
-    return digest in old.model.manifest["training"]["files"]["train"]
+    """Return whether the first model learned from a good image."""
+    return short_digest(old.data / f"train/good/{number:03}.png") in files(old.model).train
 
 
 def test_a_validation_image_that_the_old_one_saw_gives_no_threshold(old: drawn.Tiny, tmp_path: Path) -> None:
@@ -163,18 +181,17 @@ def test_a_validation_image_that_the_old_one_saw_gives_no_threshold(old: drawn.T
     for number in range(12):
         (data / f"train/good/{number:03}.png").rename(data / f"validation/good/{number:03}.png")
     model = go_on(data, tmp_path / "new.blemish", old.file, steps=1)
-    held_out = set(model.manifest["training"]["files"]["held_out"])
-    assert len(held_out) == 5  # of twelve, the seven that were trained on are gone
-    assert not held_out & set(old.model.manifest["training"]["files"]["train"])
+    held_out = set(files(model).held_out)
+    assert len(held_out) == 5  # the seven of twelve that were trained on are left out
+    assert not held_out & set(files(old.model).train)
 
 
 def test_settings_follow_what_is_given_anew(old: drawn.Tiny, tmp_path: Path) -> None:
-    start = {"start": old.file, "model": None}
-    journal = settle(grown(tmp_path / "parts"), **start, preset="journal").config
+    journal = planned(grown(tmp_path / "parts"), old.file, preset="journal").config
     assert {"mask_dilation": 7, "distance_weights": True}.items() <= vars(journal).items()
     assert vars(journal)["layers"] == ("stage2",)
     opened = bundle.read(old.file)
-    settings = own_settings("supersimplenet", "default", "none", opened.manifest["config"])
+    settings = own_settings("supersimplenet", "default", "none", opened.manifest.config)
     changed = settings | {"noise": 7.0, "blur_sigma": 2.0}
     detector = build("supersimplenet", configure("supersimplenet", "default", changed), 0)
     run.fill(detector, opened, None)
@@ -183,7 +200,7 @@ def test_settings_follow_what_is_given_anew(old: drawn.Tiny, tmp_path: Path) -> 
 
 
 def test_the_papers_schedule_goes_before_the_old_models(old: drawn.Tiny) -> None:
-    config = settle(old.data, model=None, start=old.file, schedule="paper").config
+    config = planned(old.data, old.file, schedule="paper").config
     assert vars(config)["head_learning_rate"] == 2e-4
     assert config.batch_size == configure("supersimplenet", "paper").batch_size
 
@@ -195,21 +212,22 @@ def test_pretrained_weights_are_not_looked_for(
         raise WeightsError("there are none")
 
     monkeypatch.setattr(weights, "find", find)
-    go_on(old.data, tmp_path / "new.blemish", old.file, steps=1)
+    begin(old.data, tmp_path / "new.blemish", old.file)
 
 
-def test_old_images_that_are_missing_are_told(
-    old: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_old_images_that_are_missing_are_warned_of(
+    old: drawn.Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = grown(tmp_path / "grown")
-    trained = old.model.manifest["training"]["files"]["train"]
+    trained = files(old.model).train
     gone = [path for path in sorted((data / "train/good").iterdir())[:12] if path.stem != "000"][:3]
     known = sum(short_digest(path) in trained for path in gone)
     assert known > 0
     for path in gone:
         path.unlink()
-    go_on(data, tmp_path / "new.blemish", old.file, steps=1)
-    assert f"{known} of the {len(trained)} images that {old.file} learned from" in capsys.readouterr().err
+    begin(data, tmp_path / "new.blemish", old.file)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("blemish")]
+    assert f"{known} of the {len(trained)} images that {old.file} learned from" in warning
 
 
 @pytest.mark.parametrize(

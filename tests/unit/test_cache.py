@@ -1,7 +1,6 @@
-"""What the frozen network makes of an image is computed once, and the same wherever it was kept."""
+"""The output of the frozen network for an image is computed once, and is the same wherever it is kept."""
 
 import errno
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from blemish.data.loading.cache import Encoded, FeatureCache, Memory
 from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.errors import OutputError, StoppedError
-from blemish.training import loop, run
+from blemish.images import Preprocessing
+from blemish.training import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE = 2 * (16 * 24 + 3 * 8 * 12)
-"""Bytes of an entry: what `encode` makes of 16 x 24 pixels, in half precision."""
+"""Bytes of an entry: what `Encoder` returns for 16 x 24 pixels, in half precision."""
 EVERYTHING = [(index, flip) for index in range(5) for flip in range(4)]
 
 
@@ -37,22 +37,29 @@ class Encoder:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ImageStore:
-    """Draw five images; the cache is not to see that they are kept."""
+    """Render five images and keep them in memory, apart from the cache's own budget."""
     paths = [tmp_path / f"images/{number}.png" for number in range(5)]
     for number, path in enumerate(paths):
         images.write_png(path, drawn.part(number, (16, 24)))
-    return ImageStore(paths, (16, 24), Memory(1 << 30)).fill()
+    return ImageStore(paths, Preprocessing((16, 24)), Memory(1 << 30)).fill()
 
 
 def opened(store: ImageStore, cache: FeatureCache) -> tuple[EncodedStore, Encoder]:
     encoder = Encoder()
-    return EncodedStore(encoder, store, 255.0, cache, "cpu"), encoder
+    return EncodedStore(encoder, store, cache, "cpu"), encoder
+
+
+def name_of(store: ImageStore, index: int, flip: int, folder: Path) -> str:
+    """Return the name of an entry's file, by writing it alone into a folder."""
+    opened(store, FeatureCache(Memory(0), folder))[0].batch([(index, flip)])
+    (name,) = names(folder)
+    return name
 
 
 def expected(store: ImageStore) -> tuple[Tensor, ...]:
     """Encode every image in all four positions without any cache."""
-    dims = ([], [3], [2], [2, 3])
-    whole = [store.batch([index], 255.0).flip(dims[flip]) for index, flip in EVERYTHING]
+    dims: tuple[list[int], ...] = ([], [3], [2], [2, 3])
+    whole = [store.batch([index]).flip(dims[flip]) for index, flip in EVERYTHING]
     columns = zip(*(Encoder()(one) for one in whole), strict=True)
     return tuple(torch.cat(column).half().float() for column in columns)
 
@@ -116,7 +123,7 @@ def test_a_kept_entry_is_no_view_of_something_larger() -> None:
     assert cache.kept["0"][0].untyped_storage().nbytes() == 6 == cache.bytes_in_memory
 
 
-def test_megabytes_are_said(tmp_path: Path) -> None:
+def test_megabytes_are_reported(tmp_path: Path) -> None:
     cache = FeatureCache(Memory(3 << 20), tmp_path / "c")
     assert cache.describe() == "0 MB in memory"
     for number in range(5):
@@ -154,7 +161,7 @@ def test_a_truncated_file_is_computed_again(
     folder = tmp_path / "c"
     encoded, encoder = opened(store, FeatureCache(Memory(0), folder, shared=shared))
     wanted = encoded.batch(EVERYTHING)
-    path = folder / encoded.name(3, 2)
+    path = folder / name_of(store, 3, 2, tmp_path / "one")
     good = path.read_bytes()
     path.write_bytes(good[:keep])
     again, encoder = opened(store, FeatureCache(Memory(0), folder, shared=shared))
@@ -184,11 +191,12 @@ def test_a_write_that_fails_leaves_no_file(
         raise failure
 
     encoded, _ = opened(store, FeatureCache(Memory(0), tmp_path / "c"))
+    name = name_of(store, 1, 0, tmp_path / "one")
     monkeypatch.setattr(Path, "write_bytes", failing)
     with pytest.raises(raised) as caught:
         encoded.batch([(1, 0)])
-    if raised is OutputError:
-        assert str(caught.value) == f"cannot write {tmp_path / 'c' / encoded.name(1, 0)}: {failure.strerror}"
+    if isinstance(failure, OSError):
+        assert str(caught.value) == f"cannot write {tmp_path / 'c' / name}: {failure.strerror}"
     assert names(tmp_path / "c") == set()
     assert encoded.cache.bytes_on_disk == 0
 
@@ -196,7 +204,7 @@ def test_a_write_that_fails_leaves_no_file(
 def test_what_a_killed_run_was_writing_is_not_read(store: ImageStore, tmp_path: Path) -> None:
     encoded, _ = opened(store, FeatureCache(Memory(0), tmp_path / "c"))
     wanted = encoded.batch([(1, 0)])
-    path = tmp_path / "c" / encoded.name(1, 0)
+    (path,) = (tmp_path / "c").iterdir()
     path.rename(path.with_name(f".{path.name}.1a2b3c4d"))
     again, encoder = opened(store, FeatureCache(Memory(0), tmp_path / "c"))
     assert same(again.batch([(1, 0)]), wanted)
@@ -226,7 +234,7 @@ def test_wherever_entries_are_kept_they_are_the_same(
     assert cache.bytes_on_disk == (on_disk * ONE * (len(EVERYTHING) if shared else len(EVERYTHING) - kept))
     if on_disk:
         assert encoder.calls == len(EVERYTHING)
-    columns = zip(*encoded.entries(), strict=True)  # as they are, in order
+    columns = zip(*encoded.entries(), strict=True)  # unflipped, in order
     assert same(tuple(torch.cat(column) for column in columns), tuple(part[::4] for part in wanted))
 
 
@@ -241,19 +249,28 @@ def test_a_second_run_on_a_shared_folder_encodes_nothing(store: ImageStore, tmp_
 
 def test_an_entry_goes_by_what_the_image_holds(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "copy.png").write_bytes(store.paths[2].read_bytes())
-    copies = ImageStore([tmp_path / "copy.png", store.paths[2]], (16, 24), Memory(0))
+    copies = ImageStore([tmp_path / "copy.png", store.paths[2]], Preprocessing((16, 24)), Memory(0))
     encoded, encoder = opened(copies, FeatureCache(Memory(1 << 30)))
     encoded.batch([(0, 1), (1, 1), (0, 1)])
     assert encoder.calls == 1
-    assert len({encoded.name(0, flip) for flip in range(4)}) == 4
+    encoded.batch([(0, flip) for flip in range(4)])
+    assert encoder.calls == 4
+
+
+def test_without_a_frozen_part_there_is_nothing_to_keep(store: ImageStore, tmp_path: Path) -> None:
+    cache = FeatureCache(Memory(0), tmp_path / "c")
+    encoded = EncodedStore(None, store, cache, "cpu")
+    assert encoded.batch(EVERYTHING) == ()
+    assert list(encoded.entries()) == [()] * 5
+    assert names(tmp_path / "c") == set()
 
 
 # --- runs ---
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Runs"]:
-    """Make trainings that end unsealed, and count what they encode."""
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Runs":
+    """Return trainings that end before the export, and count what they encode."""
     found = Runs(tmp_path)
     encode = SuperSimpleNet.encode
 
@@ -265,7 +282,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Runs"]:
         found.states.append({key: value.clone() for key, value in detector.state_dict().items()})
 
     monkeypatch.setattr(SuperSimpleNet, "encode", counted)
-    monkeypatch.setattr(run, "seal", keep)
+    monkeypatch.setattr(run, "finalise", keep)
     return found
 
 
@@ -281,9 +298,10 @@ class Runs:
         self.out = folder / "out" / "m.blemish"
         self.calls = 0
         self.states: list[dict[str, Tensor]] = []
+        self.messages: list[str] = []
 
     def encoded(self, steps: int = 3, **changes: Any) -> int:
-        """Train; give how many images were encoded, but for the one that tries the settings out."""
+        """Train; return how many images were encoded, except the one that tries the settings out."""
         self.calls = 0
         given: dict[str, Any] = {"settings": SMALL, "weights": self.weights, "memory": 0}
         run.train(
@@ -293,6 +311,7 @@ class Runs:
             steps=steps,
             precision="fp32",
             device="cpu",
+            report=lambda event: self.messages.append(event.message),
             **given | changes,
         )
         return self.calls - 1
@@ -342,34 +361,33 @@ def test_an_image_that_changed_is_encoded_anew(runs: Runs, tmp_path: Path) -> No
     assert not runs.all_equal()
 
 
-def test_a_run_that_was_stopped_finds_its_features_again(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_step = loop.one_step
-
-    def stop(run: loop.Run, step: int) -> dict[str, float]:
-        if step == 2:
-            run.save()
-            raise StoppedError
-        return one_step(run, step)
-
-    monkeypatch.setattr(loop, "one_step", stop)
-    with pytest.raises(StoppedError):
-        runs.encoded()
+def test_a_run_that_was_stopped_finds_its_features_again(runs: Runs) -> None:
+    with pytest.raises(StoppedError, match="stopped after step 2 of 3"):
+        runs.encoded(stop=iter((False, True)).__next__)
     assert names(runs.out.parent) == {"m.blemish.checkpoint", "m.blemish.features"}
-    monkeypatch.setattr(loop, "one_step", one_step)
     assert runs.encoded(resume=True) == 0
     assert names(runs.out.parent) == set()
     runs.encoded()
     assert runs.all_equal()
 
 
-def test_how_much_is_kept_is_told(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_much_is_kept_is_reported(runs: Runs, tmp_path: Path) -> None:
     settings = SMALL | {"image_size": (192, 192), "batch_size": 1}
     runs.encoded(memory=1 << 30, steps=1, settings=settings)
     assert round(ENTRIES * 2 * 24 * 48 * 48 / 2**20) == 2  # 24 channels, two bytes each, at a quarter
-    assert "features kept: 2 MB in memory\n" in capsys.readouterr().err
+    assert "features kept: 2 MB in memory" in runs.messages
     runs.encoded(cache=tmp_path / "cache", steps=1, settings=settings)
     (folder,) = (tmp_path / "cache").iterdir()
-    assert f"features kept: 0 MB in memory and 2 MB in {folder}\n" in capsys.readouterr().err
+    assert f"features kept: 0 MB in memory and 2 MB in {folder}" in runs.messages
+
+
+def test_a_folder_may_be_called_as_a_choice_is(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs.encoded(cache=Path("off"), steps=1)
+    (folder,) = (tmp_path / "off").iterdir()
+    assert len(names(folder)) == ENTRIES
 
 
 def test_a_file_in_the_folders_place_is_refused(runs: Runs) -> None:

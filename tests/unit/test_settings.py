@@ -1,26 +1,35 @@
-"""From presets and settings in words to a config, or one sentence that says what is wrong."""
+"""From presets and settings as text to a config, or to one sentence that says what is wrong."""
 
 import dataclasses
+import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from blemish.detectors import registry
 from blemish.detectors.efficientad.config import EfficientADConfig
-from blemish.detectors.registry import METHODS, build, configure, with_schedule
-from blemish.detectors.settings import SCHEDULE, Config
+from blemish.detectors.registry import METHODS, build, method, with_schedule
+from blemish.detectors.settings import Config, Method, field_types
 from blemish.errors import ConfigError
 from blemish.types import Supervision
 
 
+def configure(name: str, *given: Any, **more: Any) -> Any:
+    """Return a config as the registry does; which fields it has depends on its method."""
+    return registry.configure(name, *given, **more)
+
+
 def as_text(value: Any) -> str:
-    """Write a setting as a command line has it."""
+    """Return a setting as it is written on a command line."""
     if isinstance(value, tuple):
         return ("x" if all(isinstance(part, int) for part in value) else ",").join(map(str, value))
     return str(value)
 
 
 def another(name: str, value: Any) -> Any:
-    """Give another value of a field."""
+    """Return another value of a field."""
     named = {
         "image_size": (288, 320),
         "statistics": ("top_mean", "maximum"),
@@ -40,20 +49,20 @@ def another(name: str, value: Any) -> Any:
     return value + 1 if isinstance(value, int) else 0.97 * value + 0.02
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_field_is_reachable_as_text(method: str) -> None:
-    default = configure(method)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_field_is_reachable_as_text(name: str) -> None:
+    default = configure(name)
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
-        assert configure(method, settings={field.name: as_text(value)}) == default
+        assert configure(name, settings={field.name: as_text(value)}) == default
         other = another(field.name, value)
         beside = {"crop": 0} if field.name == "padding" else {}
-        changed = configure(method, settings={field.name: as_text(other)} | beside)
+        changed = configure(name, settings={field.name: as_text(other)} | beside)
         assert changed == dataclasses.replace(default, **{field.name: other}, **beside) != default
         assert type(getattr(changed, field.name)) is type(value)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
@@ -63,15 +72,19 @@ def test_every_field_is_reachable_as_text(method: str) -> None:
         ("image_size", "wide", "image_size=wide"),
         ("batch_size", "0", "at least 1"),
         ("batch_size", "1.5", "expected int"),
+        ("batch_size", math.inf, "expected int"),
+        ("clip_norm", "-1", "clip_norm=-1.0: expected 0 or more"),
+        ("clip_norm", "nan", "clip_norm=nan: expected 0 or more, and finite"),
+        ("clip_norm", "inf", "clip_norm=inf: expected 0 or more, and finite"),
         ("schedule", "one-cycl", "did you mean 'one-cycle'"),
         ("statistics", "", "no statistics"),
         ("statistics", "maximun", "did you mean 'maximum'"),
         ("batchsize", "1", "did you mean 'batch_size'"),
     ],
 )
-def test_wrong_settings_are_refused(method: str, key: str, value: str, says: str) -> None:
+def test_wrong_settings_are_refused(name: str, key: str, value: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as raised:
-        configure(method, settings={key: value})
+        configure(name, settings={key: value})
     assert "\n" not in str(raised.value)
 
 
@@ -82,7 +95,7 @@ def test_an_unknown_kind_of_anomalies_or_preset_is_refused() -> None:
         configure("simplenet", "journal")
 
 
-def test_booleans_are_said_in_words() -> None:
+def test_booleans_are_written_as_words() -> None:
     for text, value in {
         "true": True,
         "False": False,
@@ -97,7 +110,7 @@ def test_booleans_are_said_in_words() -> None:
 
 
 def test_the_presets_are_those_documented() -> None:
-    presets = {name: tuple(method.presets) for name, method in METHODS.items()}
+    presets = {name: tuple(method(name).presets) for name in METHODS}
     assert presets == {
         "efficientad-s": ("default", "paper"),
         "efficientad-m": ("default", "paper"),
@@ -142,7 +155,7 @@ def test_the_presets_are_those_documented() -> None:
 
 
 def changed(one: Config, other: Config) -> dict[str, Any]:
-    """Give the fields of another config that differ from one's, with their values."""
+    """Return the fields of `other` that differ from those of `one`, with their values."""
     values = dataclasses.asdict(other)
     return {name: values[name] for name, value in dataclasses.asdict(one).items() if value != values[name]}
 
@@ -196,7 +209,7 @@ def test_masks_change_in_simplenet_only_the_anomalies_that_it_does_not_draw(supe
 
 
 def test_what_a_method_can_learn_from_is_listed_with_each_preset() -> None:
-    able = {name: {tuple(each.regimes) for each in one.presets.values()} for name, one in METHODS.items()}
+    able = {name: {tuple(each.regimes) for each in method(name).presets.values()} for name in METHODS}
     assert able == {
         "efficientad-s": {("none",)},
         "efficientad-m": {("none",)},
@@ -233,20 +246,68 @@ def test_the_head_cannot_score_unless_it_is_built() -> None:
 
 @pytest.mark.parametrize("supervision", ["none", "full"])
 def test_the_papers_schedule_is_the_papers_with_labels_too(supervision: Supervision) -> None:
-    paper = vars(configure("supersimplenet", "paper", supervision=supervision))
+    paper = configure("supersimplenet", "paper", supervision=supervision)
     usual = vars(configure("supersimplenet", supervision=supervision))
-    ours = vars(
-        configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", {}), supervision)
-    )
-    assert {key: ours[key] for key in SCHEDULE & ours.keys()} == {
-        key: paper[key] for key in SCHEDULE & ours.keys()
-    }
-    assert {key: ours[key] for key in ours.keys() - SCHEDULE} == {
-        key: usual[key] for key in ours.keys() - SCHEDULE
-    }
+    ours = configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", {}), supervision)
+    for key, value in vars(ours).items():
+        assert value == (vars(paper)[key] if key in paper.SCHEDULE else usual[key]), key
+    rates = {"adaptor_learning_rate", "head_learning_rate"}
+    assert {"steps", "epochs", "batch_size", "schedule"} | rates == paper.SCHEDULE
 
 
 @pytest.mark.parametrize(("given", "length"), [({"steps": 500}, (500, 0)), ({"epochs": 7}, (0, 7))])
 def test_a_length_that_is_set_goes_before_the_papers(given: dict[str, Any], length: tuple[int, int]) -> None:
     config = configure("supersimplenet", "default", with_schedule("supersimplenet", "paper", given))
     assert (config.steps, config.epochs) == length
+
+
+# --- the methods and their configs ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_are_grouped_by_their_names(name: str) -> None:
+    """A misspelt name would be in no group and no error."""
+    config = method(name).config
+    assert field_types(config).keys() >= config.SCHEDULE | config.FIXED
+    assert not config.SCHEDULE & config.FIXED
+
+
+def test_constants_of_a_config_are_no_settings() -> None:
+    for name in ("SCHEDULE", "FIXED"):
+        with pytest.raises(ConfigError, match=f"has no setting '{name}'"):
+            configure("efficientad-s", settings={name: "steps"})
+
+
+def test_methods_are_listed_by_a_setting_that_they_have() -> None:
+    assert registry.with_setting("logical_weight") == ["efficientad-s", "efficientad-m"]
+    assert registry.with_setting("backbone") == ["supersimplenet", "simplenet"]
+    assert registry.with_setting("image_size") == list(METHODS)
+    assert registry.with_setting("image_sizes") == []
+
+
+def test_a_method_is_listed_as_itself_or_by_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = dataclasses.replace(
+        method("simplenet"), config=dataclasses.replace(configure("simplenet"), steps=7)
+    )
+    monkeypatch.setitem(METHODS, "own", own)
+    monkeypatch.setitem(METHODS, "elsewhere", "blemish.detectors.supersimplenet:SIMPLENET")
+    assert method("own") is own
+    assert configure("own").steps == 7
+    assert method("elsewhere") is method("simplenet")
+    assert isinstance(METHODS["elsewhere"], Method)  # imported on first use
+
+
+def test_an_unknown_method_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'simplnet'; did you mean 'simplenet'\?"):
+        configure("simplnet")
+
+
+def test_listing_the_methods_needs_no_torch() -> None:
+    """Nor does refusing an unknown one."""
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom blemish.detectors import registry\n"
+        "from blemish.errors import ConfigError\nprint(*registry.METHODS)\n"
+        "try: registry.configure('simplnet')\nexcept ConfigError: pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, list(METHODS), "")

@@ -1,7 +1,7 @@
-"""Drawn images are as varied as photographs, each step has its own, and a run says which kind it took.
+"""Rendered images vary as photographs do, every step has its own, and a run records which kind it used.
 
-The ranges of the statistics are those that photographs of animals and things showed, widened: a slope of
--3.3 to -2.7 and a kurtosis of 8 to 18 in the middle half of them.
+The ranges of the statistics are those measured on photographs of animals and objects, widened: half of the
+photographs had a slope of -3.3 to -2.7 and a kurtosis of 8 to 18.
 """
 
 import itertools
@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 import drawn
 from blemish import images
 from blemish.backbones.pdn import pdn_small
-from blemish.data.loading.batches import Batches
+from blemish.data.loading.batches import Batches, NaturalImages
 from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.data.loading.textures import PATTERNS, SHAPES, Textures, draw
 from blemish.detectors.base import Detector
 from blemish.detectors.registry import build, configure
-from blemish.errors import ConfigError
-from blemish.training import run
+from blemish.errors import ConfigError, ModelFileError, StoppedError
+from blemish.images import Preprocessing
+from blemish.progress import Event, silent
+from blemish.training import checkpoint, run
 from blemish.training.plan import plan
-from blemish.training.run import open_natural
+from blemish.training.request import TrainingRequest
 from blemish.types import AnyArray, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +79,7 @@ def luma(image: AnyArray) -> Floats:
 
 
 def spectrum_slope(image: AnyArray) -> float:
-    """Fit the exponent of power over frequency, averaged over rings around the middle of the spectrum."""
+    """Return the exponent of power over frequency, fitted to means over rings of the spectrum."""
     grey = luma(image)
     window = np.hanning(len(grey))
     power = np.abs(np.fft.fft2((grey - grey.mean()) * np.outer(window, window))) ** 2
@@ -88,7 +90,7 @@ def spectrum_slope(image: AnyArray) -> float:
 
 
 def kurtosis(image: AnyArray) -> float:
-    """Give the fourth moment of differences between neighbours: 3 for noise, more for sparse edges."""
+    """Return the kurtosis of differences between neighbours: 3 for noise, more for sparse edges."""
     steps = np.diff(luma(image), axis=1)
     return float(((steps - steps.mean()) ** 4).mean() / steps.var() ** 2)
 
@@ -117,7 +119,7 @@ def test_statistics_spread_as_those_of_photographs(many: list[AnyArray]) -> None
 
 
 def test_colours_vary_along_the_axes_of_photographs(many: list[AnyArray]) -> None:
-    """Most in lightness, less from blue to orange, least from purple to green; all of it in some images."""
+    """Most in lightness, less from blue to orange, least from purple to green; and not in every image."""
     pixels = np.stack([image[::4, ::4].reshape(-1, 3) / 255 for image in many])
     red, green, blue = np.moveaxis(pixels, 2, 0)
     light, warm, verdant = (red + green + blue) / 3, (red - blue) / 2, (2 * green - red - blue) / 4
@@ -141,7 +143,7 @@ def test_every_pattern_is_finite_and_varies() -> None:
 
 
 def test_every_shape_has_an_inside_and_an_end() -> None:
-    """It reaches no farther than its window does, and what it covers is neither nothing nor all."""
+    """It stays within its window, and covers neither nothing nor all of it."""
     v, u = np.mgrid[-2:2:81j, -2:2:81j].astype(np.float32)
     for number, shape in enumerate(SHAPES):
         inside = shape(u, v) < 1
@@ -158,14 +160,14 @@ def test_a_size_that_is_too_small_is_refused() -> None:
 
 
 def batches_of(paths: list[Path], seed: int = 0) -> Batches:
-    store = ImageStore(paths, (64, 64), Memory(1 << 30))
-    encoded = EncodedStore(lambda x: (x.mean(1),), store, 255.0, FeatureCache(Memory(1 << 30)), "cpu")
+    store = ImageStore(paths, Preprocessing((64, 64)), Memory(1 << 30))
+    encoded = EncodedStore(lambda x: (x.mean(1),), store, FeatureCache(Memory(1 << 30)), "cpu")
     samples = [Sample(path, 0, "good") for path in paths]
     return Batches(samples, store, encoded, batch_size=3, seed=seed, natural=Textures((64, 64), seed))
 
 
 def test_a_step_has_images_of_its_own_whatever_came_before(parts: Path) -> None:
-    """The last step of an epoch has fewer images, and still none that another step had."""
+    """The last step of an epoch has fewer images, and it shares none with another step, either."""
     paths = sorted((parts / "train/good").iterdir())[:5]
     batches, resumed, other = batches_of(paths), batches_of(paths), batches_of(paths, seed=1)
     found = []
@@ -193,56 +195,88 @@ def detector(method: str, **settings: Any) -> Detector:
     return build(method, configure(method, settings=settings), 0)
 
 
-def test_images_are_drawn_unless_others_are_chosen(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wanting = detector("efficientad-s", image_size=(256, 320))
-    assert open_natural("drawn", wanting, Memory(0), 7) == Textures((256, 320), 7)
-    photographs = open_natural(parts / "train/good", wanting, Memory(0), 7)
+def opened(wanting: Detector, messages: list[str] | None = None, **given: Any) -> NaturalImages | None:
+    """Open the natural images of a request; `messages` receives what is reported."""
+
+    def report(event: Event) -> None:
+        if messages is not None:
+            messages.append(event.message)
+
+    request = TrainingRequest(data=Path("parts"), out=Path("m.blemish"), **given)
+    return run.open_natural(request, wanting, Memory(0), report)
+
+
+def test_images_are_drawn_unless_others_are_chosen(parts: Path) -> None:
+    wanting, messages = detector("efficientad-s", image_size=(256, 320)), list[str]()
+    assert opened(wanting, messages, seed=7) == Textures((256, 320), 7)
+    photographs = opened(wanting, messages, natural_images=parts / "train/good", seed=7)
     assert photographs is not None
     assert photographs.batch(3, 2).shape == (2, 3, 256, 320)
-    assert capsys.readouterr().err == ""
-    assert open_natural("none", wanting, Memory(0), 7) is None
-    assert capsys.readouterr().err == "natural images none: the pretraining penalty is off\n"
+    assert messages == []
+    assert opened(wanting, messages, natural_images="none") is None
+    assert messages == ["natural images none: the pretraining penalty is off"]
 
 
 @pytest.mark.parametrize("chosen", ["none", Path("drawn"), "photographs"])
 def test_a_choice_is_refused_where_there_is_no_penalty(chosen: str | Path) -> None:
     for without in (detector("efficientad-s", penalty=False), detector("supersimplenet", **drawn.TINY)):
-        assert open_natural("drawn", without, Memory(0), 0) is None
-        with pytest.raises(ConfigError, match=f"natural images {chosen} are chosen for a run without"):
-            open_natural(chosen, without, Memory(0), 0)
+        assert opened(without) is None
+        with pytest.raises(ConfigError, match=rf"natural images (\./)?{chosen} for a run without a"):
+            opened(without, natural_images=chosen)
 
 
 def test_a_folder_may_be_called_as_a_choice_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     images.write_png(Path("none/1.png"), drawn.part(1))
-    for folder in (Path("none"), "./none"):
-        assert open_natural(folder, detector("efficientad-s"), Memory(0), 0) is not None
+    for folder in (Path("none"), "./none", Path("none").absolute()):
+        assert opened(detector("efficientad-s"), natural_images=folder) is not None
 
 
-def test_training_draws_unless_told_otherwise(
-    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = []
-
-    def stop(choice: str | Path, *_: Any) -> None:
-        chosen.append(choice)
-        raise InterruptedError
-
-    monkeypatch.setattr(run, "open_natural", stop)
-    file = drawn.weights(tmp_path / "w.safetensors", pdn_small())
-    changes: tuple[dict[str, Any], ...] = ({}, {"natural_images": "none"})
-    for more in changes:
-        with pytest.raises(InterruptedError):
-            run.train(parts, out=tmp_path / "m.blemish", model="efficientad-s", weights=file, **more)
-    assert chosen == ["drawn", "none"]
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    for folder, says in ((tmp_path / "nowhere", "no folder .*nowhere"), (tmp_path, "no images in")):
+        with pytest.raises(ConfigError, match=says):
+            opened(detector("efficientad-s"), natural_images=folder)
 
 
-def test_a_run_goes_on_with_the_images_that_it_began_with(parts: Path) -> None:
-    settled, wanting = settle(parts, model="efficientad-s"), detector("efficientad-s")
-    folders = ("drawn", "none", parts / "train/good", parts / "test/good")
+def test_training_draws_unless_told_otherwise(tmp_path: Path) -> None:
+    """The checkpoint says so, and a run with other natural images does not go on from it."""
+    out, messages = tmp_path / "m.blemish", list[str]()
+    parts = drawn.data_set(tmp_path / "parts", train=4, good=0, bad=0)
+
+    def begin(**more: Any) -> None:
+        run.train(
+            parts,
+            out=out,
+            model="efficientad-s",
+            weights=drawn.weights(tmp_path / "w.safetensors", pdn_small()),
+            settings={"autoencoder": False, "crop": 40},
+            precision="fp32",
+            device="cpu",
+            report=lambda event: messages.append(event.message),
+            stop=lambda: True,
+            **more,
+        )
+
+    with pytest.raises(StoppedError, match="stopped after step 1 of 2000"):
+        begin()
+    path = out.with_name(out.name + ".checkpoint")
+    assert checkpoint.header(path)["run"]["natural_images"] == "drawn"
+    assert not any("natural images" in message for message in messages)
+    with pytest.raises(ModelFileError, match="its natural_images is drawn, not none"):
+        begin(natural_images="none", resume=True)
+    assert "natural images none: the pretraining penalty is off" in messages
+    with pytest.raises(ModelFileError, match=r"its natural_images is drawn, not [0-9a-f]{64}$"):
+        begin(natural_images=parts / "train/good", resume=True)
+
+
+def test_runs_with_other_photographs_are_other_runs(parts: Path) -> None:
+    wanting = detector("efficientad-s")
+    request = TrainingRequest(data=parts, out=Path("m.blemish"), model="efficientad-s", cache="off")
+    planned, store, held = run.read_images(plan(request), Memory(0), silent)
+    material = run.assemble(request, planned, wanting, store, held, None, "", "cpu")
     said = [
-        run.fingerprint(settled, open_natural(folder, wanting, Memory(0), 0))["natural_images"]
-        for folder in folders
+        run.fingerprint_of(planned, material, opened(wanting, natural_images=folder))["natural_images"]
+        for folder in ("drawn", "none", parts / "train/good", parts / "test/good")
     ]
     assert said[:2] == ["drawn", "none"]
     assert len(set(said)) == 4

@@ -300,11 +300,12 @@ def axis_matrices(cells: int, length: int, taps: int) -> Tensor:
 def axis_matrices_like(x: Tensor, cells: int, length: int, taps: int) -> Tensor:
     """Return `axis_matrices` in the type and on the device of a tensor."""
     if x.is_cuda:
-        return axis_matrices_on(cells, length, taps, str(x.device), x.dtype)
+        kept: Tensor = axis_matrices_on(cells, length, taps, str(x.device), x.dtype)
+        return kept
     return axis_matrices(cells, length, taps).to(x)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=64)
 def axis_matrices_on(cells: int, length: int, taps: int, device: str, dtype: torch.dtype) -> Tensor:
     """Keep `axis_matrices` on a GPU: a copy at every step waits for it, and no CUDA graph can record one."""
