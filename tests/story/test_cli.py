@@ -1,13 +1,22 @@
-"""The commands in the order of a first day, and what each says of input that it cannot take."""
+"""The commands, in the order in which a user first needs them, and how each of them refuses bad input.
+
+Also what the command line adds to the library: exit statuses, progress, warnings and signals.
+"""
 
 import csv
+import io
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +25,26 @@ import pytest
 import torch
 from make_format1 import FILES
 from PIL import Image
+from typing_extensions import override
 
 import blemish
 import drawn
 from blemish import images
 from blemish.backbones import weights
 from blemish.backbones.pdn import pdn_small
-from blemish.cli import main
+from blemish.cli import main, terminal
+from blemish.cli.options import Command
+from blemish.cli.terminal import Terminal, shown_warnings, stop_requests
+from blemish.cli.training import request_of
+from blemish.data.check import format as format_check
+from blemish.errors import BlemishError, StoppedError
+from blemish.evaluation import report
+from blemish.evaluation.run import table
+from blemish.files import short_digest
 from blemish.inference import bundle
 from blemish.inference.bundle import GRAPH, MANIFEST, WEIGHTS
-from blemish.training import loop as room
+from blemish.inference.calibration import describe
+from blemish.progress import Event, Report
 from drawn import Tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
@@ -44,7 +63,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def run(words: Words) -> int:
-    """Run a command in this process; give its exit status."""
+    """Run a command in this process; return its exit status."""
     try:
         return main.main([str(word) for word in words])
     except SystemExit as stopped:  # argparse leaves this way
@@ -59,25 +78,16 @@ def as_words(settings: dict[str, Any]) -> Words:
 
 
 def training(tiny: Tiny, out: Path, *more: Any, data: Path | None = None) -> Words:
-    """Give the words that train as the tiny model was; later ones win."""
+    """Return the words that train as the tiny model was trained; later ones win."""
     words = ["train", data or tiny.data, "--model", "supersimplenet", "--out", out]
-    return [
-        *words,
-        "--weights",
-        tiny.weights,
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-        *as_words(drawn.TINY),
-        *more,
-    ]
+    words += ["--weights", tiny.weights, "--precision", "fp32", "--device", "cpu"]
+    return [*words, *as_words(drawn.TINY), *more]
 
 
 # --- a first day ---
 
 
-def test_the_commands_in_their_order(
+def test_the_commands_of_a_first_day(
     tiny: Tiny, tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, file = drawn.data_set(tmp_path / "parts", train=20), tmp_path / "runs" / "mine.blemish"
@@ -94,8 +104,8 @@ def test_the_commands_in_their_order(
     assert "may be called defect" in said.err
     assert [path.name for path in file.parent.iterdir()] == ["mine.blemish"]
     manifest = bundle.read(file).manifest
-    assert manifest["config"]["hidden_channels"] == 16
-    assert manifest["training"]["good_images"] + manifest["training"]["held_out_images"] == 20
+    assert manifest.config["hidden_channels"] == 16
+    assert manifest.training.good_images + manifest.training.held_out_images == 20
 
     written = {name: tmp_path / "out" / f"e.{name}" for name in ("json", "csv", "html")}
     options = ["--json", written["json"], "--csv", written["csv"], "--report", written["html"]]
@@ -136,6 +146,11 @@ def test_the_commands_in_their_order(
     assert "At most 20 % of good parts may be called defect" in capsys.readouterr().out
     assert len(blemish.load(again).calibration.scores) == 20
     assert bundle.read(again).weights == bundle.read(file).weights
+    before, after = (bundle.read(path).manifest.training.files for path in (file, again))
+    assert before is not None
+    assert after is not None
+    assert set(after.held_out) == {short_digest(path) for path in (data / "train/good").iterdir()}
+    assert (after.train, set(after.before)) == (before.train, set(before.held_out))
 
     assert run(["weights", "list"]) == 0
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -150,9 +165,7 @@ def test_the_commands_in_their_order(
     assert f"{kept}\n" in capsys.readouterr().out
 
 
-def test_predicting_without_a_file_for_the_lines_prints_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_prints_json_lines_without_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for number, path in enumerate(paths):
         images.write_png(path, drawn.part(number))
@@ -190,7 +203,7 @@ def test_the_program_runs_as_installed_and_as_a_module(tmp_path: Path) -> None:
         )
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     for number in range(30):
         images.write_png(tmp_path / f"{number}.png", drawn.part(number))
     words = [sys.executable, "-m", "blemish.cli", "predict", str(MODEL), str(tmp_path)]
@@ -206,15 +219,15 @@ def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path: Path) -> None:
     assert "Exception" not in said
 
 
-# --- what cannot be done ---
+# --- refusals ---
 
 
 def refused(
     words: Words, folder: Path, capsys: pytest.CaptureFixture[str], *, after_words: bool = False
 ) -> str:
-    """Check that a command ends with status 2 and one line, and leaves a folder as it was; give the line.
+    """Assert that a command ends with status 2 and one line and leaves a folder as it was; return the line.
 
-    after_words: what was said on the way may come before the line.
+    after_words: whether other lines may come before it.
     """
     before = drawn.snapshot(folder)
     capsys.readouterr()
@@ -244,7 +257,9 @@ def refused(
         (["demo", "--seed", "one"], "argument --seed: invalid int value: 'one'"),
     ],
 )
-def test_wrong_words(words: Words, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused(
+    words: Words, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = refused(words, tmp_path, capsys)
     assert says in said
     assert said.endswith("--help)")
@@ -304,7 +319,7 @@ TRAINING: dict[str, tuple[Words, str]] = {
 
 
 @pytest.mark.parametrize("case", TRAINING)
-def test_training_that_cannot_be(
+def test_impossible_training_options_are_refused(
     case: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -313,17 +328,25 @@ def test_training_that_cannot_be(
     assert says in refused(training(tiny, tmp_path / "m.blemish", *words), tmp_path, capsys)
 
 
-DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
+def write_parts(folder: Path, count: int) -> list[Path]:
+    """Write good parts into a folder."""
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        images.write_png(path, drawn.part(number))
+    return paths
+
+
+DATA: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda root: None, "found nothing at "),
     "empty": (lambda root: root.mkdir(), "the empty folder "),
     "a file": (lambda root: root.write_text("no manifest"), "found the file "),
     "without images": (lambda root: (root / "train/good").mkdir(parents=True), "holds no images"),
     "without good images": (
-        lambda root: images.write_png(root / "train" / "scratch" / "1.png", drawn.part(1)),
+        lambda root: write_parts(root / "train" / "scratch", 1),
         "expected the good parts in good/",
     ),
     "of one good image": (
-        lambda root: images.write_png(root / "good" / "1.png", drawn.part(1)),
+        lambda root: write_parts(root / "good", 1),
         "found 1 good images for training",
     ),
     "of three good images": (
@@ -331,14 +354,14 @@ DATA: dict[str, tuple[Callable[[Path], Any], str]] = {
         "expected at least 4, of which 2 are held out",
     ),
     "of mixed folders": (
-        lambda root: [drawn.data_set(root), images.write_png(root / "vall" / "1.png", drawn.part(1))],
+        lambda root: (drawn.data_set(root), write_parts(root / "vall", 1)),
         "found vall/",
     ),
 }
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data_that_cannot_be_trained_on(
+def test_data_that_cannot_be_trained_on_are_refused(
     case: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, says = DATA[case]
@@ -346,7 +369,9 @@ def test_data_that_cannot_be_trained_on(
     assert says in refused(training(tiny, tmp_path / "m.blemish", data=tmp_path / "parts"), tmp_path, capsys)
 
 
-def test_a_truncated_training_image(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_training_image_is_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = drawn.data_set(tmp_path / "parts")
     broken = data / "train/good/003.png"
     broken.write_bytes(broken.read_bytes()[:300])
@@ -354,14 +379,16 @@ def test_a_truncated_training_image(tiny: Tiny, tmp_path: Path, capsys: pytest.C
     assert f"{broken} is damaged or truncated" in said
 
 
-def test_weights_that_are_not_there(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_weights_are_refused(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model", "supersimplenet", "--set", "backbone=resnet50_v1", "--set", "layers=layer2"]
     said = refused(["train", tiny.data, *words, "--out", tmp_path / "m.blemish"], tmp_path, capsys)
     assert "the weights of resnet50_v1 are not on this machine" in said
     assert "`blemish weights add resnet50_v1 FILE`" in said
 
 
-def test_weights_that_do_not_fit(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_do_not_fit_are_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = drawn.weights(tmp_path / "w.safetensors", pdn_small())
     said = refused(training(tiny, tmp_path / "m.blemish", "--weights", file), tmp_path, capsys)
     assert f"{file} does not fit: it lacks the parameter _conv_stem.weight (32, 3, 3, 3)" in said
@@ -381,10 +408,13 @@ def test_weights_that_do_not_fit(tiny: Tiny, tmp_path: Path, capsys: pytest.Capt
         (["--natural-images", "missing"], "no folder missing; expected photographs"),
         (["--natural-images", "empty"], "no images in empty, the folder of photographs"),
         (["--natural-images", "./drawn"], "no folder drawn; expected photographs"),
-        (["--natural-images", "none", "--set", "penalty=false"], "natural images none are chosen for a run"),
+        (
+            ["--natural-images", "none", "--set", "penalty=false"],
+            "natural images none for a run without a pretraining penalty; expected no choice",
+        ),
     ],
 )
-def test_efficientad_that_cannot_be(
+def test_impossible_options_of_efficientad_are_refused(
     more: Words,
     says: str,
     tiny: Tiny,
@@ -399,20 +429,24 @@ def test_efficientad_that_cannot_be(
     assert says in refused([*words, *more], tmp_path, capsys)
 
 
-def test_resuming_another_run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "m.blemish"
-    one_step = room.one_step
-
-    def stop(current: room.Run, step: int) -> dict[str, float]:
-        if step == 2:
-            current.save()
-            raise InterruptedError
-        return one_step(current, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "one_step", stop)
-        with pytest.raises(InterruptedError):
-            run(training(tiny, out, "--steps", 5))
+def test_only_the_same_run_can_be_resumed(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Start a run in Python, and resume it from the command line."""
+    out, events = tmp_path / "m.blemish", list[Event]()
+    with pytest.raises(StoppedError, match="stopped after step 2 of 5"):
+        blemish.train(
+            tiny.data,
+            model="supersimplenet",
+            out=out,
+            weights=tiny.weights,
+            settings=drawn.TINY,
+            steps=5,
+            precision="fp32",
+            device="cpu",
+            report=events.append,
+            stop=lambda: events[-1].step == 2,
+        )
     changed = training(tiny, out, "--steps", 5, "--set", "batch_size=4")
     said = refused([*changed, "--resume"], tmp_path, capsys, after_words=True)
     assert "m.blemish.checkpoint was made by another run: its config is {" in said
@@ -433,14 +467,14 @@ def truncate(path: Path) -> None:
 
 def flip(path: Path) -> None:
     data = bytearray(MODEL.read_bytes())
-    data[data.index(GRAPH.encode()) + 500] ^= 1  # in a weight, as after bad luck on a disk
+    data[data.index(GRAPH.encode()) + 500] ^= 1  # in a weight, as a failing disk might
     path.write_bytes(data)
 
 
 def make_foreign(path: Path) -> None:
     opened = bundle.read(MODEL)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(MANIFEST, json.dumps(opened.manifest | {"format": 99}))
+        archive.writestr(MANIFEST, json.dumps(opened.manifest.to_json() | {"format": 99}))
         archive.writestr(WEIGHTS, opened.weights)
 
 
@@ -455,7 +489,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_model_file_that_is_none(
+def test_an_invalid_model_file_is_refused(
     case: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, says = BROKEN[case]
@@ -471,7 +505,7 @@ def test_a_model_file_that_is_none(
         assert str(file) in said
 
 
-def test_images_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     images.write_png(tmp_path / "a" / "1.png", drawn.part(1))
     images.write_png(tmp_path / "b" / "1.png", drawn.part(2))
@@ -484,7 +518,7 @@ def test_images_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
         assert says in refused(["predict", MODEL, *paths], tmp_path, capsys)
 
 
-def test_one_broken_image_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_image_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "c"):
         images.write_png(tmp_path / "in" / f"{name}.png", drawn.part(ord(name)))
     broken = tmp_path / "in" / "b.png"
@@ -517,7 +551,9 @@ def test_evaluating_with_a_broken_image_counts_the_others(
     assert len(json.loads((tmp_path / "e.json").read_text())["skipped"]) == 1
 
 
-def test_nothing_to_evaluate_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_without_test_images_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = drawn.data_set(tmp_path / "parts", good=0, bad=0)
     words = ["evaluate", MODEL, data, "--json", tmp_path / "e.json", "--report", tmp_path / "e.html"]
     assert "holds no test images; expected good and defective ones" in refused(words, tmp_path, capsys)
@@ -534,7 +570,7 @@ def test_nothing_to_evaluate_on(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (3, ["--false-reject-rate", 2], "false reject rate is 2.0, expected above 0 and below 1"),
     ],
 )
-def test_calibrating_that_cannot_be(
+def test_impossible_calibrations_are_refused(
     count: int, more: Words, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(count):
@@ -543,7 +579,7 @@ def test_calibrating_that_cannot_be(
     assert says in refused(words, tmp_path, capsys, after_words=count == 1)
 
 
-def test_calibrating_on_a_broken_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrating_on_a_broken_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         images.write_png(tmp_path / "good" / f"{number}.png", drawn.part(number))
     (tmp_path / "good/1.png").write_bytes(b"none")
@@ -551,8 +587,10 @@ def test_calibrating_on_a_broken_image(tmp_path: Path, capsys: pytest.CaptureFix
     assert "1.png begins with b'none'" in refused(words, tmp_path, capsys)
 
 
-def test_places_that_take_no_file(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A path below a file, where not even root can write, and the name of a folder."""
+def test_unwritable_outputs_are_refused(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Try a path below a file, where not even root can write, and the name of a folder."""
     file, folder, good = tmp_path / "file", tmp_path / "folder", tiny.data / "test" / "good"
     file.write_text("in the way")
     folder.mkdir()
@@ -575,7 +613,7 @@ def test_places_that_take_no_file(tiny: Tiny, tmp_path: Path, capsys: pytest.Cap
         assert f"cannot write into {file}: {file} is a file" in refused(words, tmp_path, capsys)
 
 
-def test_a_refused_run_makes_no_folder(
+def test_a_refused_run_creates_no_folder(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = training(tiny, tmp_path / "runs" / "m.blemish", data=tmp_path / "none")
@@ -594,7 +632,7 @@ def test_a_refused_run_makes_no_folder(
         (["fetch", "resnet18"], "could not download https://download.pytorch.org/models/resnet18-"),
     ],
 )
-def test_weights_that_cannot_be_kept(
+def test_weights_that_cannot_be_added_are_refused(
     words: Words,
     says: str,
     tmp_path: Path,
@@ -609,13 +647,15 @@ def test_weights_that_cannot_be_kept(
     assert list(own_cache.iterdir()) == []
 
 
-def test_a_demo_that_would_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_demo_that_would_overwrite_files_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images.write_png(tmp_path / "d/parts/mine.png", drawn.part(1))
     said = refused(["demo", "--out", tmp_path / "d"], tmp_path, capsys, after_words=True)
     assert "holds files that are no demo" in said
 
 
-def test_checking_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checking_a_missing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "found nothing at" in refused(["check", tmp_path / "none"], tmp_path, capsys)
 
 
@@ -626,27 +666,9 @@ def test_a_check_that_finds_problems_ends_with_1(tmp_path: Path, capsys: pytest.
     assert "000.png" in capsys.readouterr().out
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(bundle, "read", fail)
-    with pytest.raises(ZeroDivisionError):
-        run(["predict", MODEL, MODEL])
-
-
-def test_an_interrupted_command_shows_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_line_break_in_a_name_does_not_break_the_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bundle, "read", interrupt)
-    assert run(["predict", MODEL, MODEL]) == 130
-    assert capsys.readouterr().err == "blemish: stopped\n"
-
-
-def test_a_strange_name_stays_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(["predict", MODEL, tmp_path / "a\nb.png"], tmp_path, capsys)
     assert said.startswith(f"blemish: found nothing at {tmp_path}/a b.png")
 
@@ -660,3 +682,354 @@ def test_commands_run_in_a_locale_without_unicode(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found: str = json.loads(done.stdout)["path"]
     assert found.encode("utf-8", "surrogateescape") == os.fsencode(path)
+
+
+# --- how a command ends ---
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Command], int]:
+    """Run a function as the only command; return the exit status."""
+
+    def end(command: Command) -> int:
+        monkeypatch.setattr(main, "COMMANDS", (("mine", command, lambda sub: None, "test it"),))
+        return run(["mine"])
+
+    return end
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_exit_status_is_the_commands_own(status: int, ending: Callable[[Command], int]) -> None:
+    assert ending(lambda options: status) == status
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("by zero"), OSError(5, "by zero"), ModuleNotFoundError("by zero", name="no")]
+)
+def test_an_internal_error_prints_its_traceback_and_returns_70(
+    error: Exception, ending: Callable[[Command], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(options: object) -> int:
+        raise error
+
+    assert ending(broken) == 70
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert any("in broken" in line for line in lines)
+    assert lines[-2].startswith(f"{type(error).__name__}: ")
+    assert lines[-2].endswith("by zero")
+    assert lines[-1] == "blemish: this is an error in Blemish itself; please report it with the lines above"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (BlemishError("found one,\nexpected two"), 2, "blemish: found one, expected two\n"),
+        (
+            ModuleNotFoundError(name="torch"),
+            2,
+            "blemish: torch is not installed; this needs blemish[train]\n",
+        ),
+        (KeyboardInterrupt(), 130, "blemish: stopped\n"),
+    ],
+)
+def test_an_error_that_a_user_can_fix_is_one_line(
+    error: BaseException,
+    status: int,
+    says: str,
+    ending: Callable[[Command], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raising(options: object) -> int:
+        raise error
+
+    assert ending(raising) == status
+    assert capsys.readouterr() == ("", says)
+
+
+def test_a_process_that_crashes_ends_with_70() -> None:
+    program = (
+        "import sys\n"
+        "from blemish.cli import main\n"
+        "main.COMMANDS = (('mine', lambda options: 1 // 0, lambda sub: None, 'fail'),)\n"
+        "sys.exit(main.main(['mine']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (70, "")
+    assert "ZeroDivisionError" in done.stderr
+
+
+# --- Python ---
+
+
+def test_python_and_the_commands_have_the_same_results(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = drawn.data_set(tmp_path / "parts", good=5)
+    for number in range(6):  # labelled defective, but without a defect, so they escape
+        images.write_png(data / f"test/unseen/{number}.png", drawn.part(7000 + number))
+
+    checked = blemish.check(data)
+    assert run(["check", data]) == (0 if checked.passed else 1)
+    assert capsys.readouterr().out == format_check(checked) + "\n"
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    words = ["evaluate", tiny.file, data, "--json", theirs / "e.json", "--csv", theirs / "e.csv"]
+    assert run([*words, "--report", theirs / "e.html"]) == 0
+    found = blemish.evaluate(blemish.load(tiny.file), data)
+    said = capsys.readouterr()
+    assert said.out == table(found) + "\n"
+    assert "evaluating: 100% 15/15" in said.err
+    assert [exhibit.title for exhibit in found.exhibits] == [*["Escape"] * 4, "Best find"]
+    for write, name in (
+        (report.write_json, "e.json"),
+        (report.write_csv, "e.csv"),
+        (report.write_html, "e.html"),
+    ):
+        write(found, ours / name)
+
+    more = write_parts(tmp_path / "more", 7)[0].parent
+    words = ["calibrate", tiny.file, more, "--false-reject-rate", 0.2, "--out", theirs / "c.blemish"]
+    assert run(words) == 0
+    calibration = blemish.calibrate(tiny.file, more, false_reject_rate=0.2, out=ours / "c.blemish")
+    said = capsys.readouterr()
+    assert said.out == describe(calibration) + "\n"
+    assert "calibrating: 100% 7/7" in said.err
+    assert blemish.load(ours / "c.blemish").calibration == calibration
+    assert calibration.false_reject_rate == 0.2
+
+    assert drawn.snapshot(ours) == drawn.snapshot(theirs)
+    assert len(drawn.snapshot(ours)) == 4
+
+
+def test_every_field_of_a_training_request_is_an_option_of_train() -> None:
+    words = "train parts --model simplenet --out a/m.blemish --from old.blemish --layout mvtec "
+    words += "--supervision full --train-defects 3 --train-masks 0.5 --weights w.pth --natural-images none "
+    words += "--preset paper --schedule paper --seed 4 --device cpu --precision bf16 --memory 1 --cache off "
+    words += "--false-reject-rate 0.2 --resume --set noise_ratio=0.5 --image-size 64x32"
+    given: dict[str, Any] = {
+        **{"data": Path("parts"), "model": "simplenet", "out": Path("a/m.blemish")},
+        **{"start": Path("old.blemish"), "layout": "mvtec", "supervision": "full"},
+        **{"train_defects": "3", "train_masks": "0.5", "weights": Path("w.pth"), "natural_images": "none"},
+        **{"preset": "paper", "schedule": "paper", "seed": 4, "device": "cpu", "precision": "bf16"},
+        **{"memory": 1 << 30, "cache": "off", "false_reject_rate": 0.2, "resume": True},
+        "settings": {"noise_ratio": "0.5", "image_size": "64x32"},
+    }
+    lengths: list[tuple[str, Any]] = [("steps", 7), ("epochs", 8), ("budget", 90.0)]
+    for name, value in lengths:
+        asked = [*words.split(), f"--{name}", "90s" if name == "budget" else str(value)]
+        request = request_of(main.parser().parse_args(asked))
+        assert request == blemish.TrainingRequest(**given, **{name: value})
+    # `fold` is set by --folds, in one request for each fold.
+    names = {*given, *(name for name, _ in lengths), "fold"}
+    assert names == {field.name for field in fields(blemish.TrainingRequest)}
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
+def test_omp_wait_policy_is_passive_unless_the_user_has_set_it(chosen: str | None) -> None:
+    """It must be set before torch is loaded; the library itself leaves it alone."""
+    program = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+import blemish.cli.main
+print(os.environ.get("OMP_WAIT_POLICY"))
+blemish.cli.main.main(["weights", "list"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if chosen is not None:
+        environment["OMP_WAIT_POLICY"] = chosen
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[:2] == [str(chosen), chosen or "PASSIVE"]
+
+
+# --- progress, warnings and signals ---
+
+
+class Screen(io.StringIO):
+    """A standard error stream that is a terminal."""
+
+    @override
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """Replaces the module `time`; the test sets `now`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(terminal, "time", clock)
+    return clock
+
+
+def show(report: Report, clock: Clock, *events: tuple[float, Event]) -> None:
+    """Report each event at its time, in seconds."""
+    for clock.now, event in events:
+        report(event)
+
+
+def shown_live(clock: Clock, *events: tuple[float, Event]) -> str:
+    """Return what is written to a terminal when each event is reported at its time."""
+    screen = Screen()
+    with redirect_stderr(screen):
+        show(Terminal(), clock, *events)
+    return screen.getvalue()
+
+
+def test_a_log_gets_a_line_of_progress_every_half_minute_and_at_the_end(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [(10.0 * number, Event("training", number, 10, {"loss": 0.5})) for number in range(11)]
+    show(Terminal(), clock, *steps)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "training:  30% 3/10 [00:30<01:10, 10.00s/step, loss 0.500]",
+        "training:  60% 6/10 [01:00<00:40, 10.00s/step, loss 0.500]",
+        "training:  90% 9/10 [01:30<00:10, 10.00s/step, loss 0.500]",
+        "training: 100% 10/10 [01:40<00:00, 10.00s/step, loss 0.500]",
+    ]
+
+
+def test_the_rate_of_a_resumed_phase_counts_only_new_steps(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(
+        Terminal(),
+        clock,
+        (100, Event("training", 500, 1000)),
+        (140, Event("training", 600, 1000)),
+        (300, Event("training", 1000, 1000)),
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "training:  60% 600/1000 [00:40<02:40,  2.50step/s]",
+        "training: 100% 1000/1000 [03:20<00:00,  2.50step/s]",
+    ]
+
+
+def test_a_terminal_shows_one_line_that_is_updated_in_place(clock: Clock) -> None:
+    shown = shown_live(
+        clock,
+        (0.0, Event("predicting", 0, 4, unit="image")),
+        (0.1, Event("predicting", 1, 4, unit="image")),
+        (0.25, Event("predicting", 2, 4, unit="image")),
+        (0.3, Event("predicting", 3, 4, unit="image")),
+        (0.4, Event("predicting", 4, 4, unit="image")),
+    )
+    assert shown == (
+        "\r\x1b[Kpredicting:  50% 2/4 [00:00<00:00,  8.00image/s]"
+        "\r\x1b[Kpredicting: 100% 4/4 [00:00<00:00, 10.00image/s]\n"
+    )
+
+
+def test_a_message_replaces_a_progress_line_that_is_not_finished(clock: Clock) -> None:
+    shown = shown_live(
+        clock,
+        (0, Event(message="before")),
+        (0, Event("training", 0, 4)),
+        (1, Event("training", 1, 4)),
+        (1, Event(message="at step 1: halved")),
+        (2, Event("training", 4, 4)),
+        (2, Event(message="after")),
+    )
+    assert shown == (
+        "before\n"
+        "\r\x1b[Ktraining:  25% 1/4 [00:01<00:03,  1.00step/s]"
+        "\r\x1b[Kat step 1: halved\n"
+        "\r\x1b[Ktraining: 100% 4/4 [00:02<00:00,  2.00step/s]\n"
+        "after\n"
+    )
+
+
+def test_lines_of_parallel_tasks_begin_with_their_source(clock: Clock) -> None:
+    """They are not updated in place, because they would overwrite one another."""
+    shown = shown_live(
+        clock,
+        (0, Event("training", 0, 2, source="seed 0")),
+        (5, Event("training", 0, 4, source="seed 1")),
+        (35, Event("training", 1, 2, source="seed 0")),
+        (36, Event("training", 1, 4, source="seed 1", message="noted")),
+        (40, Event("training", 2, 2, source="seed 0")),
+    )
+    assert shown.splitlines() == [
+        "seed 0: training:  50% 1/2 [00:35<00:35, 35.00s/step]",
+        "seed 1: noted",
+        "seed 1: training:  25% 1/4 [00:31<01:33, 31.00s/step]",
+        "seed 0: training: 100% 2/2 [00:40<00:00, 20.00s/step]",
+    ]
+
+
+def test_a_repeated_phase_starts_a_new_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    for start in (0, 1000):
+        show(terminal, clock, (start, Event("encoding", 0, 2)), (start + 4, Event("encoding", 2, 2)))
+    show(terminal, clock, (2000, Event("encoding", 2, 2)))
+    assert capsys.readouterr().err.splitlines() == [
+        *["encoding: 100% 2/2 [00:04<00:00,  2.00s/step]"] * 2,
+        "encoding: 100% 2/2 [00:00<?, ?step/s]",
+    ]
+
+
+def test_without_progress_messages_are_still_shown(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = Terminal(progress=False)
+    show(quiet, clock, (0, Event("training", 0, 1)), (60, Event("training", 1, 1, message="done")))
+    assert capsys.readouterr() == ("", "done\n")
+
+
+def test_predict_shows_progress_only_with_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = write_parts(tmp_path / "in", 2)
+    assert run(["predict", MODEL, *paths]) == 0
+    assert "predicting" not in capsys.readouterr().err
+    assert run(["predict", MODEL, *paths, "--jsonl", tmp_path / "lines.jsonl"]) == 0
+    assert "predicting: 100% 2/2" in capsys.readouterr().err
+
+
+def test_warnings_are_shown_once_and_only_while_a_command_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = logging.getLogger("blemish.somewhere")
+    before = logging.getLogger("blemish").handlers[:]
+    with shown_warnings():
+        log.warning("%d images are odd", 3)
+        log.info("nothing")
+    assert capsys.readouterr() == ("", "blemish: 3 images are odd\n")
+    assert logging.getLogger("blemish").handlers == before
+
+
+def test_a_first_signal_asks_to_stop_and_a_second_one_interrupts() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with stop_requests() as asked:
+            assert not asked()
+            os.kill(os.getpid(), number)
+            assert asked()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_another_thread_does_not_handle_signals() -> None:
+    def ask() -> tuple[object, bool]:
+        with stop_requests() as asked:
+            return signal.getsignal(signal.SIGINT), asked()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ask).result() == (signal.getsignal(signal.SIGINT), False)

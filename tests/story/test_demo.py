@@ -1,18 +1,26 @@
-"""The drawn data set: it repeats, its masks are exact, and nothing that matters is overwritten."""
+"""The rendered data set: it repeats, its masks are exact, and nothing that matters is overwritten."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 
-from blemish import demo, images
+from blemish import images
+from blemish.cli import main
 from blemish.demo import dataset as demo
+from blemish.demo.defects import DEFECTS
 from blemish.demo.part import BORE, draw_scene, pose
+from blemish.detectors.registry import DEFAULT
 from blemish.errors import ConfigError
+from blemish.inference import bundle
+from blemish.training import run
+from drawn import TINY, tiny_weights
 
 SIZE = demo.SMALLEST
-KINDS = sorted(demo.DEFECTS)
+KINDS = sorted(DEFECTS)
 
 
 def drawn(
@@ -30,11 +38,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def grown(mask: np.ndarray, width: int) -> np.ndarray:
     side = 2 * width + 1
-    return np.lib.stride_tricks.sliding_window_view(np.pad(mask, width), (side, side)).any((2, 3))
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(mask, width), (side, side))
+    return np.asarray(windows.any((2, 3)))
 
 
 def twins(kind: str, count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draw parts with and without the defect; give the largest difference over the channels, and the mask."""
+    """Draw parts with and without a defect; yield the largest difference over the channels, and the mask."""
     for i in range(count):
         (bad, mask), (good, _) = demo.draw_part((7, i), kind, size), demo.draw_part((7, i), "good", size)
         yield np.abs(bad.astype(int) - good).max(2), mask
@@ -47,7 +56,7 @@ def test_layout_is_mvtec(small: dict[str, bytes]) -> None:
     assert set(small) == expected
 
 
-def test_files_hold_what_is_drawn(small: dict[str, bytes], tmp_path: Path) -> None:
+def test_files_contain_the_rendered_parts(small: dict[str, bytes], tmp_path: Path) -> None:
     part, mask = tmp_path / "part.png", tmp_path / "mask.png"
     for number, kind in enumerate(KINDS):
         part.write_bytes(small[f"test/{kind}/000.png"])
@@ -67,7 +76,7 @@ def test_an_image_does_not_depend_on_the_counts(small: dict[str, bytes], tmp_pat
     assert {name: more[name] for name in small} == small
 
 
-def test_every_image_and_every_seed_is_another(small: dict[str, bytes], tmp_path: Path) -> None:
+def test_all_images_of_all_seeds_differ(small: dict[str, bytes], tmp_path: Path) -> None:
     other = drawn(tmp_path / "other", seed=4)
     pictures = [data for files in (small, other) for name, data in files.items() if name.startswith("t")]
     assert len(set(pictures)) == len(pictures) == 2 * (3 + len(KINDS))
@@ -94,7 +103,7 @@ def test_a_defect_lies_on_the_part(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_defect_is_seen_but_does_not_glare(kind: str) -> None:
+def test_a_defect_is_visible_but_not_glaring(kind: str) -> None:
     contrast = [float(difference[mask].mean()) for difference, mask in twins(kind, 8, 128)]
     assert min(contrast) > 3
     assert np.median(contrast) < 110
@@ -111,7 +120,7 @@ def test_good_parts_vary_mildly() -> None:
 
 
 def test_the_same_part_at_two_sizes_is_the_same() -> None:
-    # Noise and texture are drawn per pixel; the pose, the features and the light are not.
+    # Noise and texture are sampled for each pixel; the pose, the features and the light are not.
     large, small = (demo.draw_part((5,), "good", size)[0].astype(float) for size in (256, 128))
     halved = large.reshape(128, 2, 128, 2, 3).mean((1, 3))
     assert np.abs(halved - small).mean() < 8
@@ -129,7 +138,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "parts" / demo.MARKER).is_file()
 
 
-def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="no demo"):
         drawn(tmp_path)
@@ -139,13 +148,34 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(array: np.ndarray) -> bytes:
+    def fail(*_: object) -> NoReturn:
         raise OSError("disk full")
 
-    monkeypatch.setattr(images, "png_bytes", fail)
+    monkeypatch.setitem(DEFECTS, KINDS[-1], fail)
     with pytest.raises(OSError, match="disk full"):
         drawn(tmp_path / "parts")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_ends_with_a_model_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = partial(demo.draw, train=8, test_good=2, per_kind=1, size=SIZE)
+    small = partial(run.train, weights=tiny_weights(tmp_path / "weights.safetensors"), settings=TINY)
+    monkeypatch.setattr("blemish.demo.draw", few)
+    monkeypatch.setattr("blemish.training.run.train", small)
+    out = tmp_path / "d"
+    assert main.main(["demo", "--out", str(out), "--seed", "3", "--steps", "2"]) == 0
+    said = capsys.readouterr()
+    table, places = said.out.split("\n\n")[:2]
+    assert [line.split()[0] for line in table.splitlines()] == ["kind", "all", *KINDS]
+    assert table.splitlines()[1].split()[:3] == ["all", "2", str(len(KINDS))]
+    files = {name: out / file for name, file in (line.split() for line in places.splitlines())}
+    assert files == {"parts": out / "parts", "model": out / "demo.blemish", "report": out / "report.html"}
+    assert "evaluating: 100%" in said.err
+    training = bundle.read(out / "demo.blemish").manifest.training
+    assert (training.run.seed, training.steps, training.run.model) == (3, 2, DEFAULT)
+    assert (out / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,41 @@
-"""An evaluation against scikit-learn on the same verdicts, and predictions in bulk."""
+"""Evaluations, compared with scikit-learn on the same verdicts, and predictions in bulk."""
 
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from make_format1 import FILES
-from sklearn.metrics import average_precision_score, roc_auc_score
+from PIL.PngImagePlugin import PngImageFile
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 import blemish
 import drawn
 from blemish import images
-from blemish.errors import DataError, ImageError
-from blemish.evaluation.run import choose_exhibits, evaluate, table
-from blemish.inference import bulk
+from blemish.errors import DataError, StoppedError
+from blemish.evaluation.exhibits import Gallery
+from blemish.evaluation.run import evaluate, table
+from blemish.images import overlays
+from blemish.inference import bundle
 from blemish.inference.bulk import Outputs, gather, run
+from blemish.inference.engines import Engine
 from blemish.inference.measure import measure
 from blemish.inference.predictor import Predictor
-from blemish.types import BoolArray, Evaluation, FloatArray, ImageResult, Sample, Verdict
+from blemish.progress import Event
+from blemish.types import BoolArray, Evaluation, FloatArray, ImageResult, Label, Verdict
+
+MODEL = FILES / "format1.blemish"
 
 
 @pytest.fixture(scope="module")
 def model() -> Predictor:
-    return blemish.load(FILES / "format1.blemish", threads=1)
+    return blemish.load(MODEL, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,7 @@ def found(model: Predictor, data: Path) -> Evaluation:
 
 
 def judged(model: Predictor, data: Path, kinds: Sequence[str]) -> Iterator[tuple[int, Verdict, Any]]:
-    """Judge the good parts and some kinds by hand: truth, verdict, and mask or None."""
+    """Judge the good parts and some kinds one by one; yield truth, verdict, and mask or None."""
     for path in sorted((data / "test").rglob("*.png")):
         kind = path.parent.name
         if kind in ("good", *kinds):
@@ -56,6 +65,33 @@ def judged(model: Predictor, data: Path, kinds: Sequence[str]) -> Iterator[tuple
             file = data / "ground_truth" / kind / f"{path.stem}_mask.png"
             mask = images.read_mask((file,), verdict.map.shape) if file.is_file() else None
             yield int(kind != "good"), verdict, mask
+
+
+def f1_max(truths: Any, scores: Any) -> float:
+    """Return the largest F1 of any threshold."""
+    precision, recall, _ = precision_recall_curve(truths, scores)
+    return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12)))
+
+
+def pro_by_hand(regions: Sequence[tuple[FloatArray, float]], normal: FloatArray, limit: float) -> float:
+    """Integrate the mean overlap of regions over the false-positive rate from 0 to `limit`, as a share of it.
+
+    regions: the scores of each region's pixels, and the area that counts as all of it. normal: the scores of
+    the pixels outside all regions.
+    """
+    thresholds = np.unique(np.concatenate([normal, *(scores for scores, _ in regions)]))[::-1]
+
+    def over(scores: FloatArray) -> Any:
+        return scores.size - np.searchsorted(np.sort(scores), thresholds)
+
+    rates = np.append(0, over(normal) / normal.size)
+    overlaps = np.append(0, np.mean([np.minimum(over(s) / area, 1) for s, area in regions], axis=0))
+    inside = rates <= limit
+    rates, overlaps = (
+        np.append(rates[inside], limit),
+        np.append(overlaps[inside], np.interp(limit, rates, overlaps)),
+    )
+    return float(np.diff(rates) @ (overlaps[1:] + overlaps[:-1]) / 2 / limit)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +103,7 @@ def judged(model: Predictor, data: Path, kinds: Sequence[str]) -> Iterator[tuple
         (3, "stain", ("stain",), (6, 4, 4)),
     ],
 )
-def test_rows_are_what_scikit_learn_says(
+def test_rows_agree_with_scikit_learn(
     place: int,
     kind: str,
     kinds: tuple[str, ...],
@@ -82,6 +118,7 @@ def test_rows_are_what_scikit_learn_says(
     truths, scores = [truth for truth, _, _ in images_], [verdict.score for _, verdict, _ in images_]
     assert row.image_auroc == pytest.approx(roc_auc_score(truths, scores))
     assert row.image_ap == pytest.approx(average_precision_score(truths, scores))
+    assert row.image_f1_max == pytest.approx(f1_max(truths, scores))
     known = [
         (v.map, np.zeros(v.map.shape, bool) if m is None else m)
         for t, v, m in images_
@@ -91,7 +128,9 @@ def test_rows_are_what_scikit_learn_says(
     if marked.any():
         assert row.pixel_auroc == pytest.approx(roc_auc_score(marked, pixels))
         assert row.pixel_ap == pytest.approx(average_precision_score(marked, pixels))
-        assert row.aupro is not None
+        assert row.pixel_f1_max == pytest.approx(f1_max(marked, pixels))
+        regions = [(v.map[m], float(m.sum())) for _, v, m in images_ if m is not None]
+        assert row.aupro == pytest.approx(pro_by_hand(regions, pixels[~marked], 0.3))
     else:
         assert (row.pixel_auroc, row.pixel_ap, row.pixel_f1_max, row.aupro) == (None,) * 4
 
@@ -111,7 +150,7 @@ def test_results_are_those_of_the_model(model: Predictor, data: Path, found: Eva
     assert found.calibration == model.calibration
 
 
-def test_intervals_hold_what_was_measured(found: Evaluation) -> None:
+def test_intervals_contain_the_measured_value(found: Evaluation) -> None:
     assert set(found.intervals) == {"image_auroc", "image_ap", "image_f1_max"}
     for name, (low, high) in found.intervals.items():
         assert 0 <= low <= getattr(found.rows[0], name) <= high <= 1
@@ -125,6 +164,19 @@ def test_an_evaluation_repeats(model: Predictor, data: Path, found: Evaluation) 
             assert getattr(again, field.name) == getattr(found, field.name)
 
 
+def test_an_evaluation_reports_its_progress_prints_nothing_and_stops_when_asked(
+    model: Predictor, data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Event] = []
+    evaluate(model, data, report=events.append)
+    assert events == [Event("evaluating", step, 18, unit="image") for step in range(19)]
+    assert capfd.readouterr() == ("", "")
+    events.clear()
+    with pytest.raises(StoppedError, match="stopped while evaluating"):
+        evaluate(model, data, report=events.append, stop=lambda: len(events) > 5)
+    assert [event.step for event in events] == [0, 1, 2, 3, 4, 5]
+
+
 def test_little_memory_changes_little(model: Predictor, data: Path, found: Evaluation) -> None:
     for row, other in zip(found.rows, evaluate(model, data, memory=0).rows, strict=True):
         for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"):
@@ -132,7 +184,7 @@ def test_little_memory_changes_little(model: Predictor, data: Path, found: Evalu
             assert rough == (None if exact is None else pytest.approx(exact, abs=1e-3))
 
 
-def test_provenance_says_where_the_model_comes_from(found: Evaluation) -> None:
+def test_provenance_describes_the_model(found: Evaluation) -> None:
     said = found.provenance
     assert (said["model file"], said["method"]) == ("format1.blemish", "supersimplenet")
     assert (said["image size"], said["trained on"]) == ("64 x 64", "drawn, 11 good images")
@@ -140,7 +192,9 @@ def test_provenance_says_where_the_model_comes_from(found: Evaluation) -> None:
     assert said["torch version"].startswith("2.")
 
 
-def test_images_and_masks_that_cannot_be_read_are_listed(model: Predictor, tmp_path: Path) -> None:
+def test_images_and_masks_that_cannot_be_read_are_listed(
+    model: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = drawn.data_set(tmp_path / "parts", train=1, good=3, bad=3)
     (root / "test/good/000.png").write_bytes(b"none")
     (root / "ground_truth/spot/001_mask.png").write_bytes(b"none")
@@ -153,6 +207,7 @@ def test_images_and_masks_that_cannot_be_read_are_listed(model: Predictor, tmp_p
         "002_mask" in found.skipped[2],
     ] == [True] * 3
     assert len(found.images) == 3
+    assert caplog.messages == [f"skipped: {sentence}" for sentence in found.skipped]
 
 
 def test_one_class_alone_leaves_cells_empty(model: Predictor, tmp_path: Path) -> None:
@@ -167,8 +222,13 @@ def test_one_class_alone_leaves_cells_empty(model: Predictor, tmp_path: Path) ->
 def test_the_table_lines_up(found: Evaluation) -> None:
     lines = table(found).splitlines()
     assert len(lines) == 5
-    assert len({len(line) for line in lines}) == 1
-    assert [line.split()[0] for line in lines] == ["kind", "all", "crack", "spot", "stain"]
+    cells = [list(re.finditer(r"\S+( \S+)*", line)) for line in lines]
+    assert [each[0].group() for each in cells] == ["kind", "all", "crack", "spot", "stain"]
+    assert [each[0].start() for each in cells] == [0] * 5
+    ends = [cell.end() for cell in cells[0][1:]]
+    for line in cells[1:]:  # undefined metrics are empty cells at the end of a line
+        assert [cell.end() for cell in line[1:]] == ends[: len(line) - 1]
+    assert [len(line) for line in cells] == [10, 10, 6, 10, 10]
     assert f"{found.rows[0].image_auroc:.4f}" in lines[1].split()
 
 
@@ -208,7 +268,7 @@ def write_region(path: Path, region: BoolArray, value: int) -> None:
 
 
 def saturated_pro_by_hand(model: Predictor, root: Path, kinds: Sequence[str]) -> float:
-    """Count pixels at every threshold there is."""
+    """Compute saturated PRO by counting pixels at every threshold."""
     normal: list[FloatArray] = []
     regions: list[tuple[FloatArray, float]] = []
     for path in sorted((root / "test").rglob("*.png")):
@@ -222,23 +282,10 @@ def saturated_pro_by_hand(model: Predictor, root: Path, kinds: Sequence[str]) ->
             regions.append((anomaly_map[values > 0], min(area, (values > 0).sum())))
             outside &= values == 0
         normal.append(anomaly_map[outside])
-    all_normal = np.concatenate(normal)
-    thresholds = np.unique(np.concatenate([all_normal, *(scores for scores, _ in regions)]))[::-1]
-
-    def over(scores: FloatArray) -> Any:
-        return scores.size - np.searchsorted(np.sort(scores), thresholds)
-
-    rates = np.append(0, over(all_normal) / all_normal.size)
-    overlaps = np.append(0, np.mean([np.minimum(over(s) / area, 1) for s, area in regions], axis=0))
-    inside = rates <= 0.05
-    rates, overlaps = (
-        np.append(rates[inside], 0.05),
-        np.append(overlaps[inside], np.interp(0.05, rates, overlaps)),
-    )
-    return float(np.diff(rates) @ (overlaps[1:] + overlaps[:-1]) / 2 / 0.05)
+    return pro_by_hand(regions, np.concatenate(normal), 0.05)
 
 
-def test_saturated_pro_is_what_counting_by_hand_says(model: Predictor, loco: Path) -> None:
+def test_saturated_pro_agrees_with_counting_pixels(model: Predictor, loco: Path) -> None:
     found = evaluate(model, loco)
     assert [row.kind for row in found.rows] == ["all", "logical_anomalies", "structural_anomalies"]
     for row, kinds in zip(
@@ -287,19 +334,49 @@ def test_a_mask_that_the_configuration_does_not_name_is_skipped(
 # --- exhibits ---
 
 
-def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
-    def one(kind: str, label: str, score: float) -> tuple[Sample, ImageResult]:
-        truth = int(kind != "good")
-        path = Path(f"{kind}{score}")
-        return Sample(path, truth, kind), ImageResult(str(path), kind, truth, label, score, 0.5)
+def result(kind: str, label: Label, score: float) -> ImageResult:
+    return ImageResult(f"{kind}{score:g}", kind, int(kind != "good"), label, score, 0.5)
 
+
+def exhibited(results: Sequence[ImageResult], count: int) -> list[tuple[str, ImageResult]]:
+    """Offer results to a gallery one by one, and return what it shows."""
+    gallery = Gallery(count, 255)
+    for number, each in enumerate(results):
+        pixels = np.full((1, 2, 3), number, np.uint8)
+        gallery.offer(each, pixels, pixels[..., 0].astype(np.float32), pixels[..., 0] > 0)
+    for exhibit in gallery.exhibits():
+        number = results.index(exhibit.result)
+        assert (exhibit.image == number).all()
+        assert (exhibit.map == number).all()
+        assert exhibit.mask is not None
+        assert (exhibit.mask == (number > 0)).all()
+    return [(exhibit.title, exhibit.result) for exhibit in gallery.exhibits()]
+
+
+def chosen_afterwards(results: Sequence[ImageResult], count: int) -> Iterator[tuple[str, ImageResult]]:
+    """Choose exhibits from all results at once, sorted: the rule, stated independently."""
+    by_score = sorted(results, key=lambda each: each.score)
+    escapes = [each for each in by_score if each.truth == 1 and each.label == "ok"]
+    good = [each for each in reversed(by_score) if each.truth == 0]
+    rejects = [each for each in good if each.label == "defect"]
+    reviews = [each for each in good if each.label == "review"]
+    for title, chosen in (("Escape", escapes), ("False reject", rejects), ("Needless review", reviews)):
+        yield from ((title, each) for each in chosen[:count])
+    seen: set[str] = set()
+    for each in reversed(by_score):
+        if each.truth == 1 and each.label != "ok" and each.kind not in seen and len(seen) < 2 * count:
+            seen.add(each.kind)
+            yield "Best find", each
+
+
+def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
     results = [
-        *(one("good", "ok", 0), one("good", "review", 5), one("good", "defect", 9), one("good", "defect", 8)),
-        *(one("dent", "ok", 1), one("dent", "ok", 2), one("dent", "defect", 20), one("dent", "defect", 30)),
-        *(one("rust", "review", 6), one("rust", "ok", 3)),
+        *(result("good", "ok", 0), result("good", "review", 5), result("good", "defect", 9)),
+        *(result("good", "defect", 8), result("dent", "ok", 1), result("dent", "ok", 2)),
+        *(result("dent", "defect", 20), result("dent", "defect", 30)),
+        *(result("rust", "review", 6), result("rust", "ok", 3)),
     ]
-    chosen = [(title, result.path) for title, _, result in choose_exhibits(results, 2)]
-    assert chosen == [
+    assert [(title, each.path) for title, each in exhibited(results, 2)] == [
         ("Escape", "dent1"),
         ("Escape", "dent2"),
         ("False reject", "good9"),
@@ -308,7 +385,20 @@ def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
         ("Best find", "dent30"),
         ("Best find", "rust6"),
     ]
-    assert list(choose_exhibits(results, 0)) == []
+    assert exhibited(results, 0) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_exhibits_chosen_one_by_one_are_those_chosen_from_all_results(seed: int) -> None:
+    """There are few distinct scores, hence many ties, and more kinds of defect than there is room for."""
+    rng = np.random.default_rng(seed)
+    kinds, labels = ("good", "good", "good", *"abcdefghi"), get_args(Label)
+    results = [
+        replace(result(rng.choice(kinds), rng.choice(labels), float(rng.integers(8))), path=str(number))
+        for number in range(rng.integers(150))
+    ]
+    for count in (0, 1, 2, 4, 200):
+        assert exhibited(results, count) == list(chosen_afterwards(results, count))
 
 
 def test_an_exhibit_is_the_image_its_map_and_its_mask(
@@ -319,10 +409,74 @@ def test_an_exhibit_is_the_image_its_map_and_its_mask(
         path = data / exhibit.result.path
         assert np.array_equal(exhibit.image, images.read(path))
         assert np.array_equal(exhibit.map, model.predict(path, full_size=True).map)
-        assert (exhibit.mask is not None) == (exhibit.result.kind in ("spot", "stain"))
+        masked = exhibit.result.kind in ("spot", "stain")
+        assert (exhibit.mask is not None) == masked
+        if exhibit.mask is not None:
+            file = data / f"ground_truth/{exhibit.result.kind}/{path.stem}_mask.png"
+            assert np.array_equal(exhibit.mask, images.read(file)[..., 0] > 0)
+
+
+# --- each image is judged and decoded once ---
+
+
+class Counting:
+    """An engine that counts the images that it runs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.outputs, self.images = engine, engine.outputs, 0
+
+    def run(self, inputs: FloatArray) -> dict[str, FloatArray]:
+        self.images += len(inputs)
+        return self.engine.run(inputs)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return a list that receives a file's path each time its pixels are decoded."""
+    found: list[Path] = []
+    prepare = PngImageFile.load_prepare
+
+    def load_prepare(image: PngImageFile) -> None:
+        assert image.fp is not None
+        found.append(Path(image.fp.name))
+        prepare(image)
+
+    monkeypatch.setattr(PngImageFile, "load_prepare", load_prepare)
+    return found
+
+
+def test_an_evaluation_with_exhibits_judges_and_decodes_each_image_once(
+    model: Predictor, data: Path, decoded: list[Path]
+) -> None:
+    engine = Counting(model.engine)
+    found = evaluate(Predictor(bundle.read(MODEL), engine=engine), data, exhibits=4)
+    assert len(found.exhibits) > 4
+    assert engine.images == 18
+    files = [*data.glob("test/*/*.png"), *data.glob("ground_truth/*/*.png")]
+    assert Counter(decoded) == dict.fromkeys(files, 1)
+
+
+def test_a_prediction_with_overlays_judges_and_decodes_each_image_once(
+    model: Predictor, data: Path, tmp_path: Path, decoded: list[Path]
+) -> None:
+    engine = Counting(model.engine)
+    counted, files = Predictor(bundle.read(MODEL), engine=engine), gather([data / "test"])
+    outputs = Outputs(maps=tmp_path / "maps", overlays=tmp_path / "overlays")
+    run(counted, files, outputs, write=ignore)
+    assert engine.images == 18
+    assert Counter(decoded) == {file.path: 1 for file in files}
+    for file in files:
+        shown = images.read((tmp_path / "overlays" / file.name).with_suffix(".png"))
+        anomaly_map = model.predict(file.path, full_size=True).map
+        expected = overlays.overlay(images.read(file.path), anomaly_map, model.calibration)
+        assert np.array_equal(shown, expected)
 
 
 # --- predictions in bulk ---
+
+
+def ignore(line: str) -> None:
+    """Discard a JSON line."""
 
 
 def test_images_are_gathered_with_the_names_of_their_results(tmp_path: Path) -> None:
@@ -344,24 +498,36 @@ def test_images_are_gathered_with_the_names_of_their_results(tmp_path: Path) -> 
         gather([tmp_path / "d"])
 
 
-def test_a_run_that_fails_leaves_no_half_file(
-    model: Predictor, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = iter(range(3))
-
-    def fail_at_last(*arguments: Any) -> None:
-        if next(calls) == 2:
+def test_a_run_that_fails_leaves_no_half_file(model: Predictor, data: Path, tmp_path: Path) -> None:
+    def fail_at_third(event: Event) -> None:
+        if event.step == 3:
             raise ZeroDivisionError
 
-    monkeypatch.setattr(bulk, "write_pictures", fail_at_last)
     with pytest.raises(ZeroDivisionError):
-        run(model, gather([data / "test"]), Outputs(tmp_path / "lines.jsonl"))
+        run(
+            model,
+            gather([data / "test"]),
+            Outputs(tmp_path / "lines.jsonl"),
+            write=ignore,
+            report=fail_at_third,
+        )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_file_lines_go_to_the_caller(
+    model: Predictor, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files, said, events = gather([data / "test"]), list[str](), list[Event]()
+    run(model, files, Outputs(), write=said.append, report=events.append)
+    assert events == [Event("predicting", step, 18, unit="image") for step in range(19)]
+    run(model, files, Outputs(tmp_path / "lines.jsonl"), write=ignore)
+    assert (tmp_path / "lines.jsonl").read_text().splitlines() == said
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_counts_labels(model: Predictor, data: Path, tmp_path: Path) -> None:
     files = gather([data / "test"])
-    counts = run(model, files, Outputs(tmp_path / "lines.jsonl"))
+    counts = run(model, files, Outputs(tmp_path / "lines.jsonl"), write=ignore)
     labels = [model.predict(file.path).label for file in files]
     assert counts == {name: labels.count(name) for name in ("ok", "review", "defect")} | {"unreadable": 0}
     records = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
@@ -378,23 +544,19 @@ def test_a_run_counts_labels(model: Predictor, data: Path, tmp_path: Path) -> No
         ]
 
 
-def test_measuring_gives_what_calibration_wants(model: Predictor, data: Path, tmp_path: Path) -> None:
-    paths = images.list_images(data / "test" / "good")
-    statistics, maxima = measure(model, paths)
+def test_measuring_gives_what_calibration_wants(model: Predictor, data: Path) -> None:
+    inputs = [model.prepare(path).inputs for path in images.list_images(data / "test" / "good")]
+    statistics, maxima = measure(model.engine, model.preprocessing, iter(inputs))
     assert statistics.shape == (6, 3)
-    for path, row, peak in zip(paths, statistics, maxima, strict=True):
-        found = model.engine.run(model.prepare(path).inputs[None])
+    for each, row, peak in zip(inputs, statistics, maxima, strict=True):
+        found = model.engine.run(each)
         assert np.array_equal(row, found["statistics"][0])
         assert peak == found["map"].max()
-    assert measure(model, [])[0].shape == (0, 3)
-    (tmp_path / "none.png").write_bytes(b"none")
-    with pytest.raises(ImageError, match=r"none\.png"):
-        measure(model, [*paths, tmp_path / "none.png"])
 
 
 def test_a_model_that_scores_by_one_statistic_is_evaluated_raw(model: Predictor, data: Path) -> None:
     calibration = replace(model.calibration, centers=(0.0,) * 3, scales=(1.0, 1e9, 1e9))
-    raw = blemish.load(FILES / "format1.blemish", threads=1)
+    raw = blemish.load(MODEL, threads=1)
     raw.calibration = calibration
-    result = evaluate(raw, data).images[0]
-    assert result.score == pytest.approx(float(raw.predict(data / result.path).map.max()), abs=2e-2)
+    first = evaluate(raw, data).images[0]
+    assert first.score == pytest.approx(float(raw.predict(data / first.path).map.max()), abs=2e-2)

@@ -1,4 +1,4 @@
-"""Exports: the integers, the gate, the files, and what the command refuses."""
+"""Exports: eight-bit integers, the gate, thresholds, files, and refusals."""
 
 import json
 import shutil
@@ -15,27 +15,31 @@ import pytest
 import torch
 from onnx import numpy_helper
 from scipy import stats
-from test_fused import slimmer
 from torch import Tensor, nn
+from typing_extensions import override
 
 import blemish
 import drawn
-from blemish import data, images
+from blemish import data
 from blemish.backbones.pdn import PDNS
 from blemish.cli import main
 from blemish.detectors import onnx_graph
-from blemish.detectors.registry import restore
 from blemish.errors import ConfigError, DataError, ExportError
 from blemish.exporting import gate, pipeline, quantise
 from blemish.exporting.gate import LIMITS, Agreement, Limits, Trained, Watched
 from blemish.exporting.pipeline import Request, export
 from blemish.files import short_digest
 from blemish.inference import bundle
+from blemish.inference.bundle import Bundle
 from blemish.inference.calibration import fit
 from blemish.inference.choice import Choice
 from blemish.inference.engines import Engine, open_engine, open_graph
+from blemish.inference.engines.pytorch import restored
+from blemish.inference.manifest import ExportRecord
+from blemish.progress import Event
 from blemish.training import run
 from blemish.types import FloatArray
+from slim import slimmer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +47,7 @@ Change = Callable[[onnx_format.ModelProto], None]
 
 
 def edited(graph: bytes, change: Change) -> bytes:
-    """Give a graph with a change."""
+    """Return a graph with a change."""
     model = onnx_format.load_model_from_string(graph)
     change(model)
     written: bytes = model.SerializeToString()
@@ -52,14 +56,14 @@ def edited(graph: bytes, change: Change) -> bytes:
 
 @pytest.fixture
 def traced(tiny: drawn.Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
-    """Give the model file's own graph in place of a new one, which takes seconds; a change breaks it."""
+    """Use the model file's own graph instead of tracing one, which takes seconds; a change breaks it."""
 
-    def give(change: Change) -> None:
+    def use(change: Change) -> None:
         graph = edited(bundle.read(tiny.file).graph, change)
-        monkeypatch.setattr(making.onnx, "traced", lambda *_, **__: graph)
+        monkeypatch.setattr(onnx_graph, "traced", lambda *_, **__: graph)
 
-    give(lambda model: None)
-    return give
+    use(lambda model: None)
+    return use
 
 
 def command(*words: Any) -> int:
@@ -68,12 +72,12 @@ def command(*words: Any) -> int:
 
 
 def good_inputs(tiny: drawn.Tiny) -> list[FloatArray]:
-    """Read the held-out good images as the network sees them."""
+    """Return the inputs of the held-out good images."""
     return pipeline.held_out(bundle.read(tiny.file), tiny.data)
 
 
 def unseen() -> list[Any]:
-    """Draw parts that no data set has, good and bad."""
+    """Return parts that no data set has, good and bad."""
     return [*(drawn.part(3000 + n) for n in range(3)), *(drawn.spotted(4000 + n)[0] for n in range(3))]
 
 
@@ -85,12 +89,15 @@ class Outlier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)])
+        first, second, third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
         self.head, self.blur = nn.Conv2d(8, 1, 1), nn.Conv2d(1, 1, 3, bias=False)
         with torch.no_grad():
-            self.layers[0].weight[0], self.layers[0].bias[0] = 0, 0
-            self.layers[1].weight[:, 0] = 1000
+            for value in first.parameters():
+                value[0] = 0
+            second.weight[:, 0] = 1000
+        self.layers = nn.ModuleList([first, second, third])
 
+    @override
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images
         for layer in self.layers:
@@ -100,7 +107,7 @@ class Outlier(nn.Module):
 
 
 def off_by(graph: bytes, batch: FloatArray) -> quantise.Error:
-    """Give what measures how far a graph's map is from that of another, in its standard deviations."""
+    """Return what measures how far a graph's map is from that of another, in its standard deviations."""
     outputs = ("map", "statistics")
     wanted = open_graph(graph, outputs, Choice()).run(batch)["map"]
 
@@ -112,17 +119,19 @@ def off_by(graph: bytes, batch: FloatArray) -> quantise.Error:
 
 
 def makers(graph: bytes) -> tuple[onnx_format.ModelProto, dict[str, str]]:
-    """Open a graph; say by which kind of operation each tensor is made."""
+    """Return a graph, and the kind of operation that each of its tensors comes from."""
     model = onnx_format.load_model_from_string(graph)
     return model, {output: node.op_type for node in model.graph.node for output in node.output}
 
 
-def test_exactly_the_sensitive_layer_stays_in_floating_point() -> None:
+def test_only_the_sensitive_layer_stays_in_floating_point() -> None:
     torch.manual_seed(0)
     graph = onnx_graph.traced(Outlier().eval(), (16, 16), ("map", "statistics"))
     batch = np.random.default_rng(0).random((6, 3, 16, 16), np.float32)
-    error = off_by(graph, batch)
-    made, left = quantise.quantise(graph, list(batch), error, 0.1)
+    error, inputs = off_by(graph, batch), [image[None] for image in batch]
+    events: list[Event] = []
+    made, left = quantise.quantise(graph, inputs, error, 0.1, events.append)
+    assert events == [Event("sensitivity of layers", step, 3, unit="layer") for step in range(4)]
     assert error(made) <= 0.1
     model, makes = makers(made)
     layers = {node.name: makes.get(node.input[1]) for node in model.graph.node if node.op_type == "Conv"}
@@ -131,14 +140,14 @@ def test_exactly_the_sensitive_layer_stays_in_floating_point() -> None:
     assert list(layers).index(left[0]) == 1  # in the order that they run in, the second
     # What has one channel, the head and the blur, is never quantised.
     assert list(layers.values()) == ["DequantizeLinear", None, "DequantizeLinear", None, None]
-    everything, none = quantise.quantise(graph, list(batch), error, 1e9)
+    everything, none = quantise.quantise(graph, inputs, error, 1e9)
     assert none == []
     assert error(everything) > 0.1
 
 
 @pytest.fixture(scope="module")
 def integers(tiny: drawn.Tiny) -> bytes:
-    """Quantise the small model whole."""
+    """Quantise all layers of the small model."""
     return quantise.quantise(bundle.read(tiny.file).graph, good_inputs(tiny), lambda graph: 0.0, 1.0)[0]
 
 
@@ -146,10 +155,10 @@ def integers(tiny: drawn.Tiny) -> bytes:
 def test_integers_run_close_to_the_network(backend: str, integers: bytes, tiny: drawn.Tiny) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
-    detector = restore(bundle.read(tiny.file))
+    detector = restored(bundle.read(tiny.file))
     watched = Watched(open_graph(integers, detector.outputs, Choice(backend, "int8")), Trained(detector))
-    for image in good_inputs(tiny):
-        watched.run(image[None])
+    for inputs in good_inputs(tiny):
+        watched.run(inputs)
     assert 1e-3 < watched.map_error < 0.3
 
 
@@ -201,7 +210,7 @@ def test_each_limit_refuses_by_itself(changes: dict[str, Any], said: str) -> Non
     assert str(refused.value) == beginning + said
 
 
-def test_every_broken_limit_is_named_and_what_only_just_fits_is_not() -> None:
+def test_every_exceeded_limit_is_named_and_no_limit_that_is_only_met() -> None:
     with pytest.raises(ExportError, match=r": rank correlation .*; map error .*; 200 of 200 .*; image AUROC"):
         gate.refuse("x", Agreement(200, -1.0, 9.0, 200, auroc=(1.0, 0.0)), BOUNDS)
     gate.refuse("x", Agreement(200, 0.98, 0.05, 2, auroc=(0.5, 0.9), aupro=(0.5, 0.9)), BOUNDS)
@@ -230,7 +239,7 @@ def test_rank_correlation_is_pearsons_of_average_ranks() -> None:
 
 
 class Fixed:
-    """An engine that gives maps one after the other."""
+    """An engine that returns given maps one after another."""
 
     outputs = ("map", "statistics")
 
@@ -273,7 +282,7 @@ def shifted_weight(model: onnx_format.ModelProto) -> None:
 
 
 def negated_statistics(model: onnx_format.ModelProto) -> None:
-    """Turn the order of the scores around, and leave the maps."""
+    """Reverse the order of the scores, without changing the maps."""
     for node in model.graph.node:
         for number, output in enumerate(node.output):
             if output == "statistics":
@@ -311,42 +320,47 @@ def test_the_gate_refuses_a_broken_export(
         assert drawn.snapshot(tmp_path) == before
 
 
-def test_the_gate_refuses_what_only_labelled_images_show(
+def test_the_gate_refuses_an_export_that_fails_on_labelled_images_alone(
     tiny: drawn.Tiny, traced: Callable[[Change], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LIMITS, "fp32", Limits(-2.0, float("inf"), flips=1.0))
     traced(negated_statistics)
-    request = Request("onnx", "fp32", tmp_path / "a.onnx")
     with pytest.raises(ExportError, match=r"on labelled images: image AUROC 0\.0000 after 1\.0000"):
-        export(tiny.file, tiny.data, request, labelled=tiny.data)
+        export(tiny.file, tiny.data, out=tmp_path / "a.onnx", format="onnx", evaluation=tiny.data)
     assert not drawn.snapshot(tmp_path)
 
 
 # --- thresholds ---
 
 
+def exported(opened: Bundle) -> ExportRecord:
+    """Return the export record of a model file's manifest."""
+    record = opened.manifest.export
+    assert record is not None
+    return record
+
+
 def held_out_paths(tiny: drawn.Tiny) -> list[Path]:
-    known = bundle.read(tiny.file).manifest["training"]["files"]["held_out"]
+    files = bundle.read(tiny.file).manifest.training.files
+    assert files is not None
     samples = data.scan(tiny.data, "auto")
-    return [sample.path for sample in samples if short_digest(sample.path) in known]
+    return [sample.path for sample in samples if short_digest(sample.path) in files.held_out]
 
 
-def test_thresholds_are_set_anew_from_the_exports_own_scores(tiny: drawn.Tiny, tmp_path: Path) -> None:
-    found = export(tiny.file, tiny.data, Request("onnx", "fp16", tmp_path / "half.blemish"))
-    before, opened = bundle.read(tiny.file), bundle.read(tmp_path / "half.blemish")
-    facts = opened.manifest["export"]
-    assert facts["thresholds"] == "set anew on the same images"
-    assert facts["agreement"] == {"held-out good images": asdict(found["held-out good images"])}
-    assert facts["limits"] == asdict(LIMITS["fp16"])
-    assert opened.manifest["engine"]["precision"] == "fp16"
-    engine, old = open_engine(opened, Choice(precision="fp16")), before.calibration
-    runs = [
-        engine.run(images.prepare(images.read(path), (64, 64), tiny.model.white)[None])
-        for path in held_out_paths(tiny)
-    ]
+def test_thresholds_are_set_again_from_the_exports_own_scores(tiny: drawn.Tiny, tmp_path: Path) -> None:
+    found = export(tiny.file, tiny.data, out=tmp_path / "half.blemish", format="onnx", precision="fp16")
+    opened, old = bundle.read(tmp_path / "half.blemish"), tiny.model.calibration
+    manifest = opened.manifest
+    facts = exported(opened)
+    assert facts.thresholds == "set anew on the same images"
+    assert facts.agreement == {"held-out good images": asdict(found["held-out good images"])}
+    assert facts.limits == asdict(LIMITS["fp16"])
+    assert manifest.engine == Choice(precision="fp16")
+    engine = open_engine(opened, Choice(precision="fp16"))
+    runs = [engine.run(tiny.model.prepare(path).inputs) for path in held_out_paths(tiny)]
     statistics = np.concatenate([run["statistics"] for run in runs])
     maxima = np.array([run["map"].max() for run in runs])
-    assert opened.calibration == calibrate(
+    assert manifest.calibration == fit(
         statistics,
         maxima,
         old.statistics,
@@ -354,8 +368,8 @@ def test_thresholds_are_set_anew_from_the_exports_own_scores(tiny: drawn.Tiny, t
         review_rate=old.review_rate,
         confidence=old.confidence,
     )
-    assert opened.calibration.defect_threshold != old.defect_threshold
-    assert len(opened.calibration.scores) == len(old.scores)
+    assert manifest.calibration.defect_threshold != old.defect_threshold
+    assert len(manifest.calibration.scores) == len(old.scores)
     model = blemish.load(tmp_path / "half.blemish")
     assert model.choice.precision == "fp16"
     for image in unseen():
@@ -365,19 +379,25 @@ def test_thresholds_are_set_anew_from_the_exports_own_scores(tiny: drawn.Tiny, t
         assert 0 < near < 0.05
 
 
-def test_with_other_good_images_the_files_own_thresholds_stay(
-    tiny: drawn.Tiny, traced: Callable[[Change], None], tmp_path: Path
+def test_thresholds_are_kept_if_held_out_images_are_missing(
+    tiny: drawn.Tiny,
+    traced: Callable[[Change], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for number, path in enumerate(held_out_paths(tiny)[1:]):  # all but one
         image = tmp_path / f"parts/train/good/{number}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(path.read_bytes())
     drawn.data_set(tmp_path / "parts", train=0)
-    found = export(tiny.file, tmp_path / "parts", Request("onnx", "fp32", tmp_path / "a.blemish"))
+    found = export(tiny.file, tmp_path / "parts", out=tmp_path / "a.blemish", format="onnx")
     opened = bundle.read(tmp_path / "a.blemish")
-    assert opened.calibration == bundle.read(tiny.file).calibration
-    assert opened.manifest["export"]["thresholds"] == "as trained"
-    assert found["held-out good images"].images == len(opened.calibration.scores) - 1
+    assert opened.manifest.calibration == tiny.model.calibration
+    assert exported(opened).thresholds == "as trained"
+    assert found["held-out good images"].images == len(tiny.model.calibration.scores) - 1
+    assert caplog.messages == [
+        f"{tmp_path / 'parts'} has 4 of 5 good images behind the thresholds, which stay"
+    ]
 
 
 # --- files ---
@@ -394,8 +414,8 @@ def test_the_command_writes_a_model_file_that_scores_as_the_model(
     assert "labelled images, 8 images: rank correlation 1.0000, map error 0.0000, 0 verdicts" in told.err
     opened, before = bundle.read(path), bundle.read(tiny.file)
     assert opened.weights == before.weights
-    assert set(opened.manifest) == {*before.manifest, "engine", "export"}
-    agreement = opened.manifest["export"]["agreement"]["labelled images"]
+    assert set(opened.manifest.to_json()) == {*before.manifest.to_json(), "engine", "export"}
+    agreement = exported(opened).agreement["labelled images"]
     assert agreement["images"] == 8
     assert agreement["auroc"][0] == agreement["auroc"][1] == 1
     model = blemish.load(path)
@@ -406,13 +426,39 @@ def test_the_command_writes_a_model_file_that_scores_as_the_model(
         np.testing.assert_allclose(one.map, other.map, atol=1e-4 * float(np.abs(other.map).max()))
 
 
-def test_a_model_file_in_integers_records_its_engine_and_another_can_be_asked_for(
+def test_python_and_the_command_write_the_same_file(
+    tiny: drawn.Tiny,
+    traced: Callable[[Change], None],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    ours, theirs, events = tmp_path / "ours.blemish", tmp_path / "theirs.blemish", list[Event]()
+    found = blemish.export(
+        tiny.file,
+        tiny.data,
+        out=ours,
+        format="onnx",
+        precision="fp32",
+        evaluation=tiny.data,
+        report=events.append,
+    )
+    assert capfd.readouterr() == ("", "")
+    words = ("--format", "onnx", "--data", tiny.data, "--evaluation", tiny.data)
+    assert command(tiny.file, *words, "--out", theirs) == 0
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert list(found) == ["held-out good images", "labelled images"]
+    messages = [event.message for event in events if event.message]
+    assert messages == [gate.describe(name, each) for name, each in found.items()]
+    assert [line for line in capfd.readouterr().err.splitlines() if "%" not in line] == messages
+
+
+def test_an_int8_model_file_records_its_engine_and_refuses_other_precisions(
     tiny: drawn.Tiny, traced: Callable[[Change], None], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.blemish"
-    export(tiny.file, tiny.data, Request("onnx", "int8", path))
+    export(tiny.file, tiny.data, out=path, format="onnx", precision="int8")
     opened = bundle.read(path)
-    assert opened.manifest["export"]["in floating point"] == []
+    assert exported(opened).in_floating_point == ()
     model = blemish.load(path)
     assert (model.choice.backend, model.choice.precision) == ("onnxruntime", "int8")
     assert "QuantizeLinear" in {node.op_type for node in makers(opened.graph)[0].graph.node}
@@ -428,7 +474,7 @@ def test_a_model_file_in_integers_records_its_engine_and_another_can_be_asked_fo
         blemish.load(path, backend="torch")
 
 
-def test_the_model_itself_is_not_written_over(
+def test_the_model_itself_is_not_overwritten(
     tiny: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tmp_path / "own.blemish"
@@ -438,7 +484,7 @@ def test_the_model_itself_is_not_written_over(
     assert own.read_bytes() == tiny.file.read_bytes()
 
 
-def test_one_image_missing_flips_no_verdict_and_moves_no_threshold(
+def test_a_missing_image_changes_no_verdict_and_no_threshold(
     tiny: drawn.Tiny, traced: Callable[[Change], None], tmp_path: Path
 ) -> None:
     """Not even that of the image that the threshold was set by, which rounding moves over it."""
@@ -446,11 +492,11 @@ def test_one_image_missing_flips_no_verdict_and_moves_no_threshold(
         folder = tmp_path / missing.stem
         shutil.copytree(tiny.data, folder)
         (folder / missing.relative_to(tiny.data)).unlink()
-        export(tiny.file, folder, Request("onnx", "fp32", tmp_path / "a.blemish"))
-        assert bundle.read(tmp_path / "a.blemish").calibration == bundle.read(tiny.file).calibration
+        export(tiny.file, folder, out=tmp_path / "a.blemish", format="onnx")
+        assert bundle.read(tmp_path / "a.blemish").manifest.calibration == tiny.model.calibration
 
 
-def test_a_bare_onnx_graph_says_what_it_is(
+def test_a_bare_onnx_graph_has_its_metadata(
     tiny: drawn.Tiny, traced: Callable[[Change], None], tmp_path: Path
 ) -> None:
     assert command(tiny.file, "--format", "onnx", "--out", tmp_path / "a.onnx", "--data", tiny.data) == 0
@@ -460,13 +506,13 @@ def test_a_bare_onnx_graph_says_what_it_is(
     told = json.loads(entry.value)
     check_told(told, tiny, "onnxruntime", "fp32")
     graph = (tmp_path / "a.onnx").read_bytes()
-    found = open_graph(graph, ("map", "statistics"), Choice()).run(good_inputs(tiny)[0][None])
-    assert np.array_equal(found["map"], tiny.model.engine.run(good_inputs(tiny)[0][None])["map"])
+    found = open_graph(graph, ("map", "statistics"), Choice()).run(good_inputs(tiny)[0])
+    assert np.array_equal(found["map"], tiny.model.engine.run(good_inputs(tiny)[0])["map"])
 
 
 def check_told(told: dict[str, Any], tiny: drawn.Tiny, backend: str, precision: str) -> None:
-    """Check what a bare graph says of itself."""
-    assert told["preprocessing"] == bundle.read(tiny.file).manifest["preprocessing"]
+    """Check the metadata of a bare graph."""
+    assert told["preprocessing"] == asdict(tiny.model.preprocessing) | {"image_size": [64, 64]}
     assert told["outputs"] == ["map", "statistics"]
     assert told["calibration"]["defect_threshold"] > 0
     assert (told["engine"]["backend"], told["engine"]["precision"]) == (backend, precision)
@@ -474,7 +520,7 @@ def check_told(told: dict[str, Any], tiny: drawn.Tiny, backend: str, precision: 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_bare_openvino_graph_says_what_it_is(
+def test_a_bare_openvino_graph_has_its_metadata(
     precision: str,
     tiny: drawn.Tiny,
     traced: Callable[[Change], None],
@@ -488,10 +534,10 @@ def test_a_bare_openvino_graph_says_what_it_is(
     assert sorted(drawn.snapshot(tmp_path)) == ["a.bin", "a.xml"]
     model = openvino.Core().read_model(tmp_path / "a.xml")
     check_told(json.loads(model.get_rt_info(["blemish"]).astype(str)), tiny, "openvino", precision)
-    found = openvino.compile_model(model, "CPU")(good_inputs(tiny)[0][None])["map"]
-    wanted = tiny.model.engine.run(good_inputs(tiny)[0][None])["map"]
+    found = openvino.compile_model(model, "CPU")(good_inputs(tiny)[0])["map"]
+    wanted = tiny.model.engine.run(good_inputs(tiny)[0])["map"]
     assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
-    whole = sum(value.nbytes for value in restore(bundle.read(tiny.file)).state_dict().values())
+    whole = sum(value.nbytes for value in restored(bundle.read(tiny.file)).state_dict().values())
     assert ((tmp_path / "a.bin").stat().st_size < 0.75 * whole) == (precision == "fp16")
 
 
@@ -499,7 +545,7 @@ def test_a_model_file_for_openvino_runs_there(
     tiny: drawn.Tiny, traced: Callable[[Change], None], tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
-    export(tiny.file, tiny.data, Request("openvino", "fp32", tmp_path / "a.blemish"))
+    export(tiny.file, tiny.data, out=tmp_path / "a.blemish", format="openvino")
     model = blemish.load(tmp_path / "a.blemish")
     assert model.choice.backend == "openvino"
     assert blemish.load(tmp_path / "a.blemish", backend="onnxruntime").choice.backend == "onnxruntime"
@@ -514,7 +560,7 @@ def test_a_model_file_for_openvino_runs_there(
 
 @pytest.fixture(scope="module")
 def efficientad(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """Train an EfficientAD with few channels for two steps; give its file and its data set."""
+    """Train an EfficientAD with few channels for two steps; yield its file and its data set."""
     folder = tmp_path_factory.mktemp("efficientad")
     root = drawn.data_set(folder / "parts", train=6, good=1, bad=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -538,13 +584,24 @@ def test_reduced_channels_in_integers(
 ) -> None:
     file, root = efficientad
     monkeypatch.setattr(pipeline, "LOOKED_AT", 2)
-    found = export(file, root, Request("onnx", "int8", tmp_path / "a.blemish", reduced=0.05))
+    events: list[Event] = []
+    found = export(
+        file,
+        root,
+        out=tmp_path / "a.blemish",
+        format="onnx",
+        precision="int8",
+        reduced=0.05,
+        report=events.append,
+    )
     opened = bundle.read(tmp_path / "a.blemish")
-    kept = opened.manifest["export"]["reduced"]
+    kept = exported(opened).reduced
     assert [each["layer"] for each in kept] == ["structural", "second"]
     assert sum(each["kept"] for each in kept) < sum(each["of"] for each in kept)
     assert all(each["error"] <= 0.05 for each in kept)
-    limit = opened.manifest["export"]["limits"]["map_error"]
+    said = [event.message for event in events if " channels, map error " in event.message]
+    assert [sentence.split(": ")[0] for sentence in said] == ["structural", "second"]
+    limit = exported(opened).limits["map_error"]
     assert limit == pytest.approx(LIMITS["int8"].map_error + 2 * 0.05)
     model, makes = makers(opened.graph)
     widths = [tensor.dims[0] for tensor in model.graph.initializer if len(tensor.dims) == 4]
@@ -564,13 +621,13 @@ def test_reduced_channels_in_integers(
         (("--precision", "fp8"), "unknown precision 'fp8'; expected fp32, fp16, bf16, int8"),
         (("--precision", "bf16"), "precision bf16 with onnxruntime: it has no such convolutions"),
         (("--reduced", "1"), "a map error of 1.0 for reduced channels: expected 0 to below 1"),
-        (("--reduced",), "reduced channels: only EfficientAD has them; expected no --reduced"),
+        (("--reduced",), "reduced channels: this method has none to reduce; expected no --reduced"),
         (("--out", "a.xml"), "--out a.xml: expected a name that ends in .blemish or .onnx"),
         (("--format", "openvino"), "expected a name that ends in .blemish or .xml"),
         (("--data", "nowhere"), "nowhere"),
     ],
 )
-def test_what_cannot_be_made_is_refused_in_a_sentence(
+def test_impossible_exports_are_refused_in_one_sentence(
     words: tuple[str, ...], said: str, tiny: drawn.Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usual = ("--format", "onnx", "--out", tmp_path / "a.onnx", "--data", tiny.data)
@@ -583,16 +640,16 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(
     assert not drawn.snapshot(tmp_path)
 
 
-def test_other_data_than_the_models_is_refused(tiny: drawn.Tiny, tmp_path: Path) -> None:
+def test_a_data_set_without_the_held_out_images_is_refused(tiny: drawn.Tiny, tmp_path: Path) -> None:
     root = drawn.data_set(tmp_path / "other", train=3, size=(32, 32))
     with pytest.raises(
         DataError, match=r"found none of the 5 good images in .*other that .*tiny\.blemish was"
     ):
-        export(tiny.file, root, Request("onnx", "fp32", tmp_path / "a.onnx"))
+        export(tiny.file, root, out=tmp_path / "a.onnx", format="onnx")
     assert not (tmp_path / "a.onnx").exists()
 
 
-def test_what_is_not_installed_is_named(
+def test_a_missing_package_is_named(
     tiny: drawn.Tiny,
     traced: Callable[[Change], None],
     tmp_path: Path,

@@ -1,30 +1,42 @@
-"""What the README and the docs say is so: commands run, options and defaults exist, links lead somewhere."""
+"""The README and the docs are true: commands run, options and defaults exist, links lead somewhere."""
 
+import ast
+import pkgutil
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
-from functools import partial
+from dataclasses import astuple
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import blemish
-from blemish import demo
 from blemish.cli import main
 from blemish.demo import dataset as demo
+from blemish.demo.defects import DEFECTS
 from blemish.detectors.registry import METHODS, configure
+from blemish.evaluation.metric_table import METRICS
+from blemish.exporting.gate import LIMITS
+from blemish.exporting.pipeline import Request
 from blemish.images.reading import read
+from blemish.inference.calibration import promised_rate
+from blemish.inference.choice import Choice
+from blemish.progress import Report, Stop
 
 ROOT = Path(__file__).parents[2]
+SOURCE = Path(blemish.__file__).parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 QUICK = {
     "train": ["--steps", "3", "--image-size", "64x64"],
     "benchmark": ["--seconds", "0.2", "--rounds", "1", "--threads", "1"],
 }
-"""What the test appends to commands that would take long."""
+"""What the tests append to commands that would take long."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,7 +44,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Give the words of every command in a page's shell blocks."""
+    """Return the words of every command in a page's shell blocks."""
     lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -43,7 +55,7 @@ def without_program(words: list[str]) -> list[str]:
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder that has the images of which the README speaks, under the names it gives them."""
+    """Work in a folder with the images that the README mentions, under the names that it uses."""
     demo.draw(tmp_path / "MY_IMAGES", 0, train=10, test_good=2, per_kind=1, size=demo.SMALLEST)
     demo.draw(tmp_path / "drawn", 1, train=10, test_good=1, per_kind=1, size=demo.SMALLEST)
     (tmp_path / "drawn/test").rename(tmp_path / "NEW_IMAGES")
@@ -67,7 +79,7 @@ def test_every_command_of_the_readme_runs(images: Path) -> None:
     for words in ours:
         assert main.main(words) == 0, words
     assert (images / "report.html").stat().st_size > 10_000
-    assert len(list((images / "overlays").rglob("*.png"))) == 1 + len(demo.DEFECTS)
+    assert len(list((images / "overlays").rglob("*.png"))) == 1 + len(DEFECTS)
     tuned, mine = blemish.load("tuned.blemish"), blemish.load("mine.blemish")
     assert len(tuned.calibration.scores) == 10 > len(mine.calibration.scores)
     files, _, lines = run("scripts/lines", "mine.blemish").splitlines()[-1].split()
@@ -84,24 +96,47 @@ def run(script: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_the_python_of_the_readme_runs(
+def test_the_python_of_the_readme_and_the_docs_runs(
     images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(blemish, "train", partial(blemish.train, steps=3, settings={"image_size": "64x64"}))
+    short = partial(blemish.train, steps=3, settings={"image_size": "64x64"})
+    monkeypatch.setattr(blemish, "train", short)
     (block,) = blocks(README, "python")
     assert len([line for line in block.splitlines() if line and not line.startswith("import")]) == 6
     exec(block, {})
     verdict, _, shape = capsys.readouterr().out.splitlines()
     assert verdict.split()[0] in ("ok", "review", "defect")
     assert shape == str((demo.SMALLEST, demo.SMALLEST))
-    for block in blocks(ROOT / "docs/model-file.md", "python"):
+
+    def ask_to_train(data: str, *, report: Report, stop: Stop, **options: Any) -> blemish.Predictor:
+        """Check the request, and load the existing model instead."""
+        request = blemish.TrainingRequest(data=Path(data), **options)
+        configure(str(request.model), request.preset, request.settings)
+        report(blemish.Event("training", 0, request.steps or 0))
+        assert not stop()
+        return blemish.load(request.out)
+
+    def ask_to_export(model: str, data: str, *, out: str, **options: Any) -> None:
+        """Check the request, and copy the existing model instead."""
+        assert Request(out=Path(out), **options).choice == Choice("openvino", "int8")
+        shutil.copy(model, out)
+
+    monkeypatch.setattr(blemish, "train", ask_to_train)
+    monkeypatch.setattr(blemish, "export", ask_to_export)
+    pages = {page.stem: blocks(page, "python") for page in PAGES if page != README}
+    assert {name for name, found in pages.items() if found} == {
+        "inference",
+        "model-file",
+        "thresholds",
+        "training",
+    }
+    for block in (block for found in pages.values() for block in found):
         exec(block, {})
+    assert len(blemish.load("tuned.blemish").calibration.scores) == 10
 
 
-def test_the_benchmark_of_the_start_says_that_nothing_heavy_is_loaded() -> None:
-    assert re.search(
-        r"^modules +blemish; of the standard library ", run("benchmarks/startup.py", "--runs", "1"), re.M
-    )
+def test_the_startup_benchmark_finds_nothing_heavy() -> None:
+    assert re.search(r"^modules +blemish; ", run("benchmarks/startup.py", "--runs", "1"), re.M)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -121,8 +156,9 @@ def test_every_command_exists(page: Path) -> None:
             assert rest[0] == "install"
             assert set(re.findall(r"\[(\w+)\]", rest[1])) <= set(extras), words
         else:
-            script = rest[0] if program == "python" else program
-            assert (ROOT / script).is_file(), words
+            paths = [program, *rest] if program != "python" else rest
+            assert (ROOT / paths[0]).is_file(), words
+            assert all((ROOT / word).is_file() for word in paths if word.endswith(".py")), words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -136,6 +172,78 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         if heading:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
             assert heading in [re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings]
+
+
+# --- names and numbers in the docs ---
+
+
+@cache
+def definitions() -> set[str]:
+    """Return the names that modules define, bare and as module.name, and their methods as Class.method."""
+    found: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            match node:
+                case ast.FunctionDef(name) | ast.ClassDef(name):
+                    names = [name]
+                case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)):
+                    names = [name]
+                case _:
+                    continue
+            if isinstance(node, ast.ClassDef):
+                methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+                found |= {f"{node.name}.{method}" for method in methods}
+            found |= {*names, *(f"{path.stem}.{each}" for each in names)}
+    return found
+
+
+def test_every_place_in_the_code_that_the_papers_page_names_exists() -> None:
+    text = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| In the paper \| Where \|.+\n\| -.+\n((?:\|.+\n)+)", text, re.M)
+    cells = [row.split("|")[2] for table in tables for row in table.splitlines()]
+    places = [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
+    assert len(places) > 30
+    assert {name for name in places if not name.startswith("blemish.")} <= definitions()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_dotted_name_exists(page: Path) -> None:
+    for name in re.findall(r"`(blemish(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        assert pkgutil.resolve_name(name) is not None
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without the table's own head."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(f"{heading}\n")[1]
+    table = re.findall(r"^\|.+\|$", text.split("\n#")[0], re.M)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table[2:]]
+
+
+def test_the_table_of_errors_is_true() -> None:
+    named = [row[0].strip("`") for row in rows_of("errors.md", "## In Python")]
+    assert sorted(named) == sorted(each.__name__ for each in blemish.BlemishError.__subclasses__())
+
+
+def test_the_table_of_metrics_is_true() -> None:
+    named = [name.strip() for row in rows_of("evaluation.md", "## The metrics") for name in row[0].split(",")]
+    assert named == [metric.column for metric in METRICS.values()]
+
+
+def test_the_table_of_limits_on_exports_is_true() -> None:
+    stated = [row[1:] for row in rows_of("inference.md", "## The gate")]
+    numbers = [
+        [float(cell.removesuffix(" %")) / (100 if cell.endswith("%") else 1) for cell in row]
+        for row in stated
+    ]
+    assert numbers == [list(limits) for limits in zip(*map(astuple, LIMITS.values()), strict=True)]
+
+
+def test_the_table_of_guaranteed_rates_is_true() -> None:
+    for count, stated in rows_of("thresholds.md", "## How many held-out images"):
+        rate = 100 * promised_rate(int(count), 0, 0.95)
+        number = stated.removesuffix(" %")
+        digits = len(number.partition(".")[2])
+        assert number == f"{rate:.{digits}f}"
 
 
 @pytest.mark.parametrize("method", METHODS)

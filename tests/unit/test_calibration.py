@@ -1,4 +1,4 @@
-"""Thresholds against the binomial by brute force, and the promise against draws."""
+"""Thresholds, compared with a brute-force binomial, and the promise, tested on random samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def binomial_cdf(r: int, count: int, rate: float) -> float:
 def held_out(count: int, kinds: int = 1, seed: int = 0) -> Calibration:
     draw = np.random.default_rng(seed)
     names = tuple(f"statistic {k}" for k in range(kinds))
-    return calibrate(draw.standard_normal((count, kinds)), draw.standard_normal(count), names)
+    return fit(draw.standard_normal((count, kinds)), draw.standard_normal(count), names)
 
 
 # --- The promise --------------------------------------------------------------------------------------------
@@ -77,18 +77,18 @@ def test_a_hundred_thousand_images_neither_overflow_nor_underflow() -> None:
 
 
 @pytest.mark.parametrize("kinds", [1, 3])
-def test_the_promise_holds_in_as_many_draws_as_stated(kinds: int) -> None:
+def test_the_promise_holds_in_as_many_samples_as_stated(kinds: int) -> None:
     draw = np.random.default_rng(5)
     parts = np.exp(draw.standard_normal((20_000, kinds)))
     broken = 0
     for _ in range(400):
         chosen = parts[draw.integers(0, len(parts), 93)]
-        calibration = calibrate(
+        calibration = fit(
             chosen, chosen[:, 0], ("a", "b", "c")[:kinds], false_reject_rate=0.05, confidence=0.9
         )
         rejected = np.mean(image_scores(parts, calibration) > calibration.defect_threshold)
         broken += bool(rejected > 0.05)
-    # Of 93 images, r = 0 breaks the promise in 0.9 % of the draws, r = 1 in 5 %, r = 2 in 15 %.
+    # With 93 images, r = 0 breaks the promise in 0.9 % of the samples, r = 1 in 5 %, r = 2 in 15 %.
     assert 0.02 * 400 <= broken <= 0.1 * 400
 
 
@@ -97,9 +97,7 @@ def test_the_promise_holds_in_as_many_draws_as_stated(kinds: int) -> None:
 
 def test_thresholds_are_the_order_statistics_of_300_images() -> None:
     scores = np.random.default_rng(0).permutation(300).astype(float)
-    calibration = calibrate(
-        scores[:, None], 1000 + scores, ("maximum",), false_reject_rate=0.02, review_rate=0.05
-    )
+    calibration = fit(scores[:, None], 1000 + scores, ("maximum",), false_reject_rate=0.02, review_rate=0.05)
     assert order_statistic_index(300, 0.02, 0.95) == 1
     assert calibration.defect_threshold == 298
     assert calibration.pixel_threshold == 1298
@@ -121,7 +119,7 @@ def test_too_few_images_fall_back_on_the_maximum_and_say_what_it_promises() -> N
 
 def test_the_review_share_is_met_exactly_where_it_can_be() -> None:
     scores = np.arange(99.0)
-    calibration = calibrate(scores[:, None], scores, ("maximum",), review_rate=0.07)
+    calibration = fit(scores[:, None], scores, ("maximum",), review_rate=0.07)
     assert calibration.review_threshold == 92
     assert math.floor(100 * 0.29) == 28  # the rounding that must not cost an image
     assert recalibrated(calibration, false_reject_rate=0.05, review_rate=0.29).review_threshold == 70
@@ -162,10 +160,8 @@ def test_more_confidence_never_lowers_the_threshold() -> None:
 def test_recalibrating_equals_calibrating_with_those_rates() -> None:
     draw = np.random.default_rng(3)
     statistics, maxima = draw.standard_normal((400, 2)), draw.standard_normal(400)
-    first = calibrate(statistics, maxima, ("a", "b"), review_rate=0.2, confidence=0.9)
-    wanted = calibrate(
-        statistics, maxima, ("a", "b"), false_reject_rate=0.03, review_rate=0.2, confidence=0.9
-    )
+    first = fit(statistics, maxima, ("a", "b"), review_rate=0.2, confidence=0.9)
+    wanted = fit(statistics, maxima, ("a", "b"), false_reject_rate=0.03, review_rate=0.2, confidence=0.9)
     assert recalibrated(first, false_reject_rate=0.03) == wanted
 
 
@@ -175,14 +171,14 @@ def test_recalibrating_equals_calibrating_with_those_rates() -> None:
 def test_one_statistic_is_the_score_as_it_is() -> None:
     draw = np.random.default_rng(1)
     statistics = draw.standard_normal((50, 1)) * 7 + 100
-    calibration = calibrate(statistics, draw.standard_normal(50), ("maximum",))
+    calibration = fit(statistics, draw.standard_normal(50), ("maximum",))
     assert calibration.scores == tuple(np.sort(statistics[:, 0]))
     np.testing.assert_array_equal(image_scores(np.array([[2.5], [-3.0]]), calibration), [2.5, -3.0])
 
 
 def test_several_statistics_join_as_the_largest_robust_z_score() -> None:
     statistics = np.array([[0.0, 10.0], [1.0, 30.0], [2.0, 20.0], [3.0, 50.0], [4.0, 40.0]])
-    calibration = calibrate(statistics, np.zeros(5), ("a", "b"))
+    calibration = fit(statistics, np.zeros(5), ("a", "b"))
     assert calibration.centers == (2.0, 30.0)  # medians
     assert calibration.scales == pytest.approx((1.4826, 14.826))  # of deviations 0 1 1 2 2 and 0 10 10 20 20
     scores = image_scores(np.array([[2.0, 30.0], [5.0, 30.0], [2.0, 60.0], [5.0, 90.0]]), calibration)
@@ -194,7 +190,7 @@ def test_the_scale_is_that_of_a_gaussian_and_no_outlier_moves_it() -> None:
     draw = np.random.default_rng(2)
     statistics = draw.normal(5, 3, (20_001, 2))
     statistics[:200] = 1e6
-    calibration = calibrate(statistics, np.zeros(20_001), ("a", "b"))
+    calibration = fit(statistics, np.zeros(20_001), ("a", "b"))
     assert calibration.centers == pytest.approx((5, 5), abs=0.15)
     assert calibration.scales == pytest.approx((3, 3), rel=0.05)
 
@@ -202,15 +198,15 @@ def test_the_scale_is_that_of_a_gaussian_and_no_outlier_moves_it() -> None:
 def test_no_spread_gives_a_usable_scale() -> None:
     mostly_equal = np.array([4.0] * 20 + [9])
     statistics = np.stack((np.full(21, 0.1), mostly_equal, np.arange(21.0)), axis=1)
-    calibration = calibrate(statistics, np.zeros(21), ("a", "b", "c"))
+    calibration = fit(statistics, np.zeros(21), ("a", "b", "c"))
     assert calibration.scales[:2] == (1.0, mostly_equal.std())
     assert np.isfinite(calibration.scores).all()
 
 
 def test_half_the_images_nearly_equal_do_not_make_the_others_infinitely_odd() -> None:
-    # Seen on parts before a white background, whose oddness is the same to rounding in every image.
+    # Seen with parts on a white background, whose score is the same up to rounding in every image.
     nearly_equal = np.concatenate((0.04 + 1e-9 * np.arange(11), np.linspace(0.05, 0.2, 10)))
-    calibration = calibrate(np.stack((nearly_equal, nearly_equal), 1), np.zeros(21), ("a", "b"))
+    calibration = fit(np.stack((nearly_equal, nearly_equal), 1), np.zeros(21), ("a", "b"))
     assert calibration.scales[0] == pytest.approx(
         np.subtract(*np.quantile(nearly_equal, (0.9, 0.1))) / 2.5631
     )
@@ -218,7 +214,7 @@ def test_half_the_images_nearly_equal_do_not_make_the_others_infinitely_odd() ->
 
 
 def test_p_value_counts_held_out_scores_at_least_as_large() -> None:
-    calibration = calibrate(np.array([[3.0], [1], [2], [2]]), np.zeros(4), ("maximum",))
+    calibration = fit(np.array([[3.0], [1], [2], [2]]), np.zeros(4), ("maximum",))
     assert [p_value(score, calibration) for score in (0, 1, 1.5, 2, 2.5, 3, 4)] == [
         5 / 5,
         5 / 5,
@@ -279,7 +275,7 @@ def test_description_of_enough_images() -> None:
 )
 def test_refuses_options(options: dict[str, float], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        calibrate(np.arange(9.0)[:, None], np.arange(9.0), ("maximum",), **options)
+        fit(np.arange(9.0)[:, None], np.arange(9.0), ("maximum",), **options)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +291,7 @@ def test_refuses_options(options: dict[str, float], sentence: str) -> None:
 )
 def test_refuses_data(statistics: np.ndarray, maxima: np.ndarray, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
-        calibrate(statistics, maxima, ("maximum",))
+        fit(statistics, maxima, ("maximum",))
 
 
 def test_refuses_to_judge_what_is_not_a_number() -> None:

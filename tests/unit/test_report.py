@@ -1,18 +1,21 @@
-"""What the reports say is what the evaluation holds, and the page needs nothing but itself."""
+"""Reports agree with their evaluation, and the page is self-contained."""
 
 import csv
 import json
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from blemish.evaluation import charts, report
+from blemish.evaluation.metric_table import METRICS
+from blemish.evaluation.run import table
 from blemish.inference.calibration import fit, verdict_label
 from blemish.types import Calibration, Evaluation, Exhibit, ImageResult, MetricRow
 
@@ -21,7 +24,7 @@ NASTY = "<b>\"scratch\" & 'dent'</b>"
 
 def calibration() -> Calibration:
     scores = np.linspace(0.2, 1.2, 60)
-    return calibrate(scores[:, None], scores, ("max",))
+    return fit(scores[:, None], scores, ("max",))
 
 
 def results() -> tuple[ImageResult, ...]:
@@ -37,8 +40,9 @@ def results() -> tuple[ImageResult, ...]:
 
 
 def row(kind: str, **changes: Any) -> MetricRow:
-    metrics = dict.fromkeys([field.name for field in fields(MetricRow)][4:], 0.875) | {"saturated_pro": None}
-    return MetricRow(**({"kind": kind, "good": 4, "defective": 3, "masked": 3} | metrics | changes))
+    metrics = dict.fromkeys(METRICS, 0.875) | {"saturated_pro": None}
+    values: dict[str, Any] = {"good": 4, "defective": 3, "masked": 3} | metrics | changes
+    return MetricRow(kind, **values)
 
 
 def evaluation() -> Evaluation:
@@ -67,7 +71,7 @@ def evaluation() -> Evaluation:
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask of the page, and fails on tags that do not nest."""
+    """Collects the elements of a page, and fails on tags that do not nest."""
 
     VOID = ("meta", "img", "br", "link")
 
@@ -81,6 +85,7 @@ class Page(HTMLParser):
         self.close()
         assert not self.open
 
+    @override
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.starts.append((tag, dict(attrs)))
         if tag not in self.VOID:
@@ -90,12 +95,15 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.cells[-1].append("")
 
+    @override
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.starts.append((tag, dict(attrs)))
 
+    @override
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    @override
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
             self.text += data
@@ -141,7 +149,7 @@ def test_names_are_shown_and_never_run(page: Page) -> None:
     assert any(NASTY in str(picture["alt"]) for picture in page.all("img"))
 
 
-def test_every_picture_and_chart_has_words(page: Page) -> None:
+def test_every_picture_and_chart_has_a_text_alternative(page: Page) -> None:
     assert all(picture["alt"] for picture in page.all("img"))
     ids = {attributes["id"] for _, attributes in page.starts if "id" in attributes}
     labelled = [
@@ -152,7 +160,7 @@ def test_every_picture_and_chart_has_words(page: Page) -> None:
     assert len(ids) == sum("id" in attributes for _, attributes in page.starts)
 
 
-def test_the_outcome_is_said_and_counted(page: Page) -> None:
+def test_the_outcome_is_stated_and_counted(page: Page) -> None:
     assert "1 of 5 defective parts escaped, 1 of 4 good parts rejected" in page.text
     assert "Set aside for review: 1 defective and 1 good." in page.text
     assert page.row("good") == ["good", "2", "1", "1 false reject", "4"]
@@ -170,7 +178,7 @@ def test_wilson_interval(count: int, total: int, interval: tuple[float, float]) 
     assert report._wilson(count, total) == pytest.approx(interval, abs=6e-5)
 
 
-def test_what_is_not_defined_is_an_empty_cell(page: Page) -> None:
+def test_an_undefined_metric_is_an_empty_cell(page: Page) -> None:
     assert page.row("dent") == ["dent", "4", "3", "0", "0.875", "0.875", "0.875", "", "0.875", "0.875", ""]
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
 
@@ -190,6 +198,29 @@ def test_saturated_pro_is_shown_where_the_data_set_has_it(tmp_path: Path) -> Non
     assert [one["saturated_pro"] for one in rows] == [0.625, None]
 
 
+def test_every_metric_is_in_the_table_the_report_and_the_json(tmp_path: Path) -> None:
+    """Each has its own value, which must appear under its name everywhere."""
+    counts = {"kind", "good", "defective", "masked"}
+    assert list(METRICS) == [field.name for field in fields(MetricRow) if field.name not in counts]
+    values = {field: 0.125 + number / 100 for number, field in enumerate(METRICS)}
+    what = replace(evaluation(), rows=(row("all", **values), row("dent")))
+    titles, columns = ([getattr(each, name) for each in METRICS.values()] for name in ("title", "column"))
+    assert len(set(titles)) == len(set(columns)) == len(METRICS)
+
+    head, first, _ = (re.split(" {2,}", line) for line in table(what).splitlines())
+    assert head == ["kind", "good", "bad", *columns]
+    assert first == ["all", "4", "3", *(f"{value:.4f}" for value in values.values())]
+
+    page = Page(written(what, tmp_path))
+    assert page.row("Kind") == ["Kind", "Good", "Defective", "Masked", *titles]
+    assert page.row("all") == ["all", "4", "3", "3", *(f"{value:.3f}" for value in values.values())]
+    for title, value in zip(titles, values.values(), strict=True):
+        assert page.row(title)[1] == f"{value:.3f}"
+
+    report.write_json(what, tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["rows"][0] == asdict(what.rows[0])
+
+
 def test_one_class_alone_has_a_report(tmp_path: Path) -> None:
     good = tuple(result for result in results() if not result.truth)
     whole = row("all", defective=0, masked=0, image_auroc=None)
@@ -206,7 +237,7 @@ def test_one_class_alone_has_a_report(tmp_path: Path) -> None:
     assert "1 of 5 defective parts escaped, no good part in the test set" in page.text
 
 
-def test_the_promise_is_held_against_the_test_set(tmp_path: Path) -> None:
+def test_the_promise_is_compared_with_the_test_set(tmp_path: Path) -> None:
     limits = calibration()
     for scores, words in (
         ((0.5,) * 40, "This test set keeps it."),
@@ -265,7 +296,7 @@ def test_histogram_keeps_the_order_of_scores_and_stays_within_its_frame() -> Non
 
 @pytest.mark.parametrize("scores", [(5.0, 5.0), (1000.1, 1000.3), (-3e-7, 2e-7), (-40.0, 9e6)])
 def test_histogram_of_awkward_scores(scores: tuple[float, float]) -> None:
-    limits = calibrate(np.array(scores)[:, None], np.array(scores), ("max",))
+    limits = fit(np.array(scores)[:, None], np.array(scores), ("max",))
     images = [ImageResult("a", "good", 0, "ok", score, 0.5) for score in scores]
     histogram = charts.lay_out_histogram(images, limits)
     labels = [label for _, label in histogram.ticks]
@@ -277,18 +308,8 @@ def test_histogram_of_awkward_scores(scores: tuple[float, float]) -> None:
 def test_csv_has_a_row_for_each_image(tmp_path: Path) -> None:
     report.write_csv(evaluation(), tmp_path / "images.csv")
     with (tmp_path / "images.csv").open(newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    assert [
-        ImageResult(
-            one["path"],
-            one["kind"],
-            int(one["truth"]),
-            one["label"],
-            float(one["score"]),
-            float(one["p_value"]),
-        )
-        for one in table
-    ] == list(results())
+        rows = list(csv.DictReader(file))
+    assert rows == [{name: str(value) for name, value in asdict(result).items()} for result in results()]
 
 
 def test_json_holds_everything_but_pixels(tmp_path: Path) -> None:
@@ -302,8 +323,7 @@ def test_json_holds_everything_but_pixels(tmp_path: Path) -> None:
     assert [ImageResult(**one) for one in record["images"]] == list(what.images)
     assert MetricRow(**record["rows"][1]) == what.rows[1]
     assert (record["rows"][2]["pixel_auroc"], record["rows"][2]["aupro"]) == (None, None)
-    lists = {name: tuple(v) if isinstance(v, list) else v for name, v in record["calibration"].items()}
-    assert Calibration(**lists) == what.calibration
+    assert record["calibration"] == json.loads(json.dumps(asdict(what.calibration)))
     assert record["intervals"] == {"image_auroc": [0.75, 1.0]}
     assert record["provenance"] == {
         "method": "efficientad-s",
