@@ -47,11 +47,25 @@ def recorded(file: str) -> dict[str, Tensor]:
 
 
 def rand(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    """Draw the normal numbers of torch.randn in float64, from the uniform ones that it makes them of.
 
+    Those are the same everywhere; the logarithms, sines and cosines that it takes of them in float32 are not.
+    """
+    generator, count = torch.Generator().manual_seed(seed), math.prod(shape)
+    if count < 16:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).double()
 
-def inputs(seed: int, *shape: int) -> Tensor:
-    return rand(seed, *shape).double()
+    def drawn(count: int) -> Tensor:
+        """Turn each sixteen uniform numbers into eight radii and angles: Box and Muller."""
+        uniform = torch.rand(count, generator=generator, dtype=torch.float32).double()
+        first, second = uniform[: count // 16 * 16].view(-1, 2, 8).unbind(1)
+        radius, angle = (-2 * torch.log1p(-first)).sqrt(), 2 * math.pi * second
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()
+
+    whole = drawn(count)
+    if count % 16:  # the last sixteen are drawn anew
+        whole = torch.cat([whole[: count - 16], drawn(16)])
+    return whole.view(shape)
 
 
 def fill(parameters: Iterable[Tensor], base: int, *, norms: Sequence[int] = ()) -> None:
@@ -88,6 +102,12 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("shape", [(3,), (16,), (7, 7), (40, 30)])
+def test_numbers_are_those_of_the_recording(shape: tuple[int, ...]) -> None:
+    plain = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float32)
+    torch.testing.assert_close(rand(5, *shape), plain.double(), rtol=1e-5, atol=1e-6)
+
+
 # --- EfficientAD ---
 
 
@@ -111,7 +131,7 @@ class Case:
         d.normalise.mean.zero_()
         d.normalise.std.fill_(1)
         d.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training: twice as fast
-        self.x = inputs(1, 1, 3, 256, 256)
+        self.x = rand(1, 1, 3, 256, 256)
         with torch.no_grad():
             self.described = d.encode(self.x)
         assert d.prepare([self.described]) == ""
@@ -170,10 +190,10 @@ def test_padded_teacher(case: Case) -> None:
 
 
 def losses(case: Case, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    augmented = inputs(2, 1, 3, 256, 256)
+    augmented = rand(2, 1, 3, 256, 256)
     monkeypatch.setattr(efficientad, "jitter", lambda images, generator: augmented)
     monkeypatch.setattr(efficientad, "sometimes_grey", lambda images, probability, generator: images)
-    natural, good = inputs(3, 1, 3, 256, 256), torch.zeros(1)
+    natural, good = rand(3, 1, 3, 256, 256), torch.zeros(1)
     batch = Batch(case.x, case.described, good, good == 0, natural=natural)
     terms = case.detector.loss(batch, seeding.generator(0))
     assert list(terms) == ["hard", "penalty", "autoencoder", "student_autoencoder"]
@@ -260,7 +280,7 @@ def recorded_detector(name: str, size: tuple[int, int], stop_gradient: bool) -> 
         )
     )
     d.backbone = backbone(name)
-    set_norms(d.backbone, inputs(12, 4, 3, *size))
+    set_norms(d.backbone, rand(12, 4, 3, *size))
     fill(d.adaptor.parameters(), 6000)
     # In the recording's order: segmentation 0-4, classification 5-10; 2 and 7 are the norms' weights.
     assert d.classification is not None
@@ -274,7 +294,7 @@ def test_supersimplenet(name: str, size: tuple[int, int], monkeypatch: pytest.Mo
     key = f"{name}.{size[0]}x{size[1]}."
     expected = {k.removeprefix(key): v for k, v in recorded("supersimplenet").items() if k.startswith(key)}
     d = recorded_detector(name, size, stop_gradient=True)
-    x = inputs(11, 2, 3, *size)
+    x = rand(11, 2, 3, *size)
     with torch.no_grad():
         encoded = d.encode(x)
         near(sampled(d.features(encoded)), expected["features_every16ch_every4px"], RESIZING)
@@ -345,7 +365,7 @@ def test_each_step_is_the_papers(
         for place, (parameter, _, decay) in enumerate(trained):
             # From far below Adam's epsilon, where it counts, to far above.
             size = 10.0 ** -torch.arange(parameter.numel()).remainder(12).view(parameter.shape)
-            parameter.grad = size * inputs(100 * number + place, *parameter.shape)
+            parameter.grad = size * rand(100 * number + place, *parameter.shape)
             state = optimizer.state[parameter]
             first, second = (
                 state[name].clone() if state else torch.zeros(()) for name in ("exp_avg", "exp_avg_sq")

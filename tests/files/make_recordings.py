@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from test_parity import FILES, fill, inputs, places_of_norms, rand, sample
+from test_parity import FILES, fill, places_of_norms, rand, sample
 from torch import Tensor, nn
 
 
@@ -30,7 +30,7 @@ def efficientad(folder: str) -> dict[str, Tensor]:
         teacher, student, autoencoder = pdn(384), pdn(768), common.get_autoencoder(384)
         for network, base in ((teacher, 1000), (student, 2000), (autoencoder, 3000)):
             fill(network.parameters(), base)
-        image, augmented, natural = (inputs(seed, 1, 3, 256, 256) for seed in (1, 2, 3))
+        image, augmented, natural = (rand(seed, 1, 3, 256, 256) for seed in (1, 2, 3))
         with torch.no_grad():
             described = teacher(image)
             mean = 0.9 * described.mean((0, 2, 3), keepdim=True)
@@ -95,9 +95,9 @@ def supersimplenet(folder: str) -> dict[str, Tensor]:
             for norm in (each for each in backbone.modules() if isinstance(each, nn.BatchNorm2d)):
                 norm.momentum, norm.training = 1.0, True
             with torch.no_grad():
-                backbone(inputs(12, 4, 3, *size))
+                backbone(rand(12, 4, 3, *size))
                 network.eval()
-                features = network.feature_extractor(inputs(11, 2, 3, *size))
+                features = network.feature_extractor(rand(11, 2, 3, *size))
                 adapted = network.feature_adaptor(features)
                 logits, scores = heads(adapted)
                 maps = network.anomaly_map_generator(logits)
