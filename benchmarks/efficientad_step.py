@@ -52,7 +52,7 @@ from blemish.data.loading.batches import Batches, Photographs
 from blemish.data.loading.cache import Memory
 from blemish.detectors.efficientad.detector import EfficientAD
 from blemish.detectors.registry import build, configure
-from blemish.files import write_whole
+from blemish.files import write_atomically
 from blemish.training import loop, run
 from blemish.training.loop import Run
 
@@ -218,7 +218,7 @@ def lay_out(options: argparse.Namespace, folder: Path) -> Job:
             images.write_png(parts / f"train/good/{number:03}.png", part)
     for number in range(0 if options.natural else 8):
         photograph, _ = demo.draw_part((1, number), "good", 400)
-        write_whole(folder / f"photographs/{number}.jpg", images.jpeg_bytes(photograph, 90))
+        write_atomically(folder / f"photographs/{number}.jpg", images.jpeg_bytes(photograph, 90))
     return Job(
         variant="",
         data=str(parts),
@@ -281,7 +281,7 @@ def compare(options: argparse.Namespace, job: Job) -> None:
     if options.json:
         about = {"torch": torch.__version__, "threads": threads, "processor": processor()}
         settings = {"model": job.model, "warm_up": job.warm_up, "steps": job.steps, "rounds": options.rounds}
-        write_whole(options.json, json.dumps(about | settings | {"seconds": seconds}, indent=1).encode())
+        write_atomically(options.json, json.dumps(about | settings | {"seconds": seconds}, indent=1).encode())
 
 
 def processor() -> str:
@@ -355,8 +355,8 @@ def overlay(options: argparse.Namespace, job: Job) -> None:
         name: measure_apart(dataclasses.replace(job, variant=name), options.threads)["losses"]
         for name in STYLES
     }
-    write_whole(options.out.with_suffix(".json"), json.dumps(losses).encode())
-    write_whole(options.out.with_suffix(".svg"), chart(losses).encode())
+    write_atomically(options.out.with_suffix(".json"), json.dumps(losses).encode())
+    write_atomically(options.out.with_suffix(".svg"), chart(losses).encode())
     last = -(-options.curves // 10)
     for term in TERMS:
         plain, ours = (fmean(each[term] for each in losses[name][-last:]) for name in STYLES)

@@ -23,7 +23,7 @@ from plain_supersimplenet import plain
 
 from blemish.benchmark import run as benchmark
 from blemish.benchmark import tables
-from blemish.benchmark.entries import Contender, Entry, complete, prepare
+from blemish.benchmark.entries import Contender, Entry, prepare, with_work_and_graph
 from blemish.benchmark.run import Benchmark, Plan
 from blemish.cli.options import settings
 from blemish.cli.terminal import Terminal
@@ -46,7 +46,7 @@ def rows(source: str, exports: Sequence[str], chosen: dict[str, str], only: Sequ
             entry = prepare(Entry(source, backend="torch", precision="fp32"), "cpu", chosen)
             choice = replace(entry.choice, backend=backend)
             peer = replace(entry, name=name, choice=choice, network=plain, channels_last=last)
-            made.append(complete(peer, silent))
+            made.append(with_work_and_graph(peer, silent))
     for backend, precision in OURS:
         if wanted(f"ours:{backend}:{precision}", only):
             entry = prepare(Entry(source, False, backend, precision), "cpu", chosen)

@@ -11,6 +11,7 @@ from torch import nn
 
 from blemish.backbones import BACKBONES
 from blemish.inference.predictor import Predictor
+from blemish.progress import Event, Report, silent
 from blemish.testing.parts import KIND, data_set, part, spotted
 
 __all__ = [
@@ -71,3 +72,19 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def stop_after(steps: int, also: Report = silent) -> dict[str, Any]:
+    """Return the arguments `report` and `stop` by which a run stops after some training steps.
+
+    also: receives the events as well.
+    """
+    done = 0
+
+    def report(event: Event) -> None:
+        nonlocal done
+        if event.phase == "training":
+            done = event.step
+        also(event)
+
+    return {"report": report, "stop": lambda: done >= steps}

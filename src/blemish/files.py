@@ -36,7 +36,7 @@ REFUSALS = {
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that is renamed to it on success and removed on failure.
 
     Missing parent folders are created. The data is flushed to disk before the rename. Raises OutputError if
@@ -59,34 +59,34 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_atomically(path: Path, data: bytes | str) -> None:
     """Write `data` to `path` atomically."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_text(path: Path, text: str) -> None:
     r"""Write `text` to `path` atomically, as UTF-8; undecodable bytes of file names become \udc.. escapes."""
-    write_whole(path, text.encode("utf-8", "backslashreplace"))
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, record: object) -> None:
     """Write a record atomically as indented JSON, its values converted by `plain`."""
-    write_text(path, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(to_json_types(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain(value: Any) -> Any:
+def to_json_types(value: Any) -> Any:
     """Convert a value to types that JSON supports.
 
     Dataclasses and mappings become objects, tuples become arrays, NumPy scalars become Python scalars,
     non-finite numbers become null, and anything else, such as a path, becomes its string.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: to_json_types(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): to_json_types(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [to_json_types(one) for one in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-SHORT = 16
+SHORT_DIGEST = 16
 """Number of hexadecimal digits of a SHA-256 that suffice to tell millions of images apart."""
 
 
@@ -106,7 +106,7 @@ def digest(path: Path) -> str:
 
 def short_digest(path: Path) -> str:
     """Return the first SHORT hexadecimal digits of a file's SHA-256 digest."""
-    return digest(path)[:SHORT]
+    return digest(path)[:SHORT_DIGEST]
 
 
 def check_writable(path: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from blemish.errors import StoppedError
+
 
 @dataclass(frozen=True)
 class Event:
@@ -51,10 +53,23 @@ def tell(report: Report, message: str) -> None:
 
 
 def tracked(
-    items: Iterable[Item], total: int, report: Report, phase: str, *, unit: str = "image"
+    items: Iterable[Item],
+    total: int,
+    report: Report,
+    phase: str,
+    *,
+    unit: str = "image",
+    stop: Stop = never,
 ) -> Iterator[Item]:
-    """Yield the items, reporting progress before the first and after each one."""
+    """Yield items, and report the phase's progress before the first item and after each one.
+
+    Raises StoppedError before an item once `stop` returns true.
+    """
     report(Event(phase, 0, total, unit=unit))
     for number, item in enumerate(items, 1):
+        if stop():
+            raise StoppedError(
+                f"stopped while {phase} ({unit} {number} of {total}); run the same command again"
+            )
         yield item
         report(Event(phase, number, total, unit=unit))

@@ -165,11 +165,13 @@ def test_files_of_something_else_are_no_weights(tmp_path: Path, suffix: str, con
 def test_weights_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(weights.VARIABLE, raising=False)
     monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path / "cache")
-    assert weights.available("resnet50_v1") is None
+    assert weights.find_local("resnet50_v1") is None
     with pytest.raises(WeightsError, match="blemish weights add resnet50_v1 FILE"):
         weights.find("resnet50_v1")
     assert weights.find("pdn_small") == Path(blemish.__file__).parent / "teachers/pdn_small.safetensors"
-    kept = weights.keep("pdn_small", drawn.weights(tmp_path / "mine.safetensors", pdn_small()), pdn_small())
+    kept = weights.store_in_cache(
+        "pdn_small", drawn.weights(tmp_path / "mine.safetensors", pdn_small()), pdn_small()
+    )
     assert kept == tmp_path / "cache" / "pdn_small.safetensors" == weights.find("pdn_small")
     monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "named"))
     assert weights.find("pdn_small") == kept
@@ -184,7 +186,7 @@ def test_weights_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_teacher_of_each_size_is_installed_and_records_how_it_was_made(name: str) -> None:
     path = Path(blemish.__file__).parent / f"teachers/{name}.safetensors"
     weights.fill(PDNS[name](), path)
-    made = weights.facts(path)
+    made = weights.metadata(path)
     assert made["network"] == name
     assert made["explained_variance"] > 0.3
     assert {"source", "source_licence", "images", "steps", "command"} <= made.keys()
@@ -196,8 +198,8 @@ def test_weights_that_are_added_keep_the_facts_of_their_file(
 ) -> None:
     monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path)
     installed = Path(blemish.__file__).parent / "teachers/pdn_small.safetensors"
-    kept = weights.keep("pdn_small", installed, pdn_small())
-    assert weights.facts(kept) == weights.facts(installed) != {}
+    kept = weights.store_in_cache("pdn_small", installed, pdn_small())
+    assert weights.metadata(kept) == weights.metadata(installed) != {}
 
 
 def test_the_installed_teachers_are_small() -> None:
@@ -206,9 +208,9 @@ def test_the_installed_teachers_are_small() -> None:
 
 
 def test_a_file_of_weights_without_a_record_has_no_facts(tmp_path: Path) -> None:
-    assert weights.facts(drawn.weights(tmp_path / "plain.safetensors", pdn_small())) == {}
+    assert weights.metadata(drawn.weights(tmp_path / "plain.safetensors", pdn_small())) == {}
     (tmp_path / "none.safetensors").write_bytes(b"no weights")
-    assert weights.facts(tmp_path / "none.safetensors") == {}
+    assert weights.metadata(tmp_path / "none.safetensors") == {}
 
 
 def test_every_source_has_a_network() -> None:

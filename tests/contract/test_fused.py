@@ -13,7 +13,7 @@ import drawn
 from blemish.backbones import BACKBONES, IMAGENET, Backbone, Normalise
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors.base import Detector
-from blemish.detectors.efficientad.channels import narrow, reduce, turn
+from blemish.detectors.efficientad.channels import insert_bottleneck, reduce, rotate
 from blemish.detectors.efficientad.fused import (
     FusedEfficientAD,
     absorb,
@@ -343,7 +343,7 @@ def test_the_stated_error_of_turned_halves_is_the_measured_one(
     good, other = batches[:1], batches[1:]
     for half, layer in enumerate(("structural", "logical")):
         made = copy.deepcopy(network)
-        note = turn(made, half, good, other, tolerance=0.1)
+        note = rotate(made, half, good, other, tolerance=0.1)
         before, after = (
             torch.cat([each.halves(batch)[half].square().sum(1) for batch in good])
             for each in (network, made)
@@ -352,7 +352,7 @@ def test_the_stated_error_of_turned_halves_is_the_measured_one(
         assert 0 < note.kept < CHANNELS
         assert note.error <= 0.1
         assert changed(after, before) == pytest.approx(note.error, rel=1e-3)
-    again = turn(copy.deepcopy(network), half, good, other, tolerance=note.error * 0.999)
+    again = rotate(copy.deepcopy(network), half, good, other, tolerance=note.error * 0.999)
     assert again.kept > note.kept
 
 
@@ -362,7 +362,7 @@ def test_the_stated_error_of_a_narrow_layer_is_the_measured_one(
 ) -> None:
     network, batches = efficientad
     made, good = copy.deepcopy(network), batches[:1]
-    note = narrow(made, good, batches[1:], tolerance=0.2)
+    note = insert_bottleneck(made, good, batches[1:], tolerance=0.2)
     assert note == Kept("second", 32, 64, note.error)
     assert note.error <= 0.2
     assert changed(cells(made, good), cells(network, good)) == pytest.approx(note.error, rel=1e-3)

@@ -95,7 +95,7 @@ class Toy(Detector):
 
     frozen = False
     wants_images = True
-    fitted = ("bank",)
+    fitted_buffers = ("bank",)
     bank: Tensor
 
     def __init__(self, config: Config) -> None:

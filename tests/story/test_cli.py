@@ -36,7 +36,7 @@ from blemish.cli import main, terminal
 from blemish.cli.options import Command
 from blemish.cli.terminal import Terminal, shown_warnings, stop_requests
 from blemish.cli.training import request_of
-from blemish.data.check import format as format_check
+from blemish.data.check import format_report as format_check
 from blemish.errors import BlemishError, StoppedError
 from blemish.evaluation import report
 from blemish.evaluation.run import table
@@ -445,7 +445,7 @@ def test_only_the_same_run_can_be_resumed(
             precision="fp32",
             device="cpu",
             report=events.append,
-            stop=lambda: events[-1].step == 2,
+            stop=lambda: (events[-1].phase, events[-1].step) == ("training", 2),
         )
     changed = training(tiny, out, "--steps", 5, "--set", "batch_size=4")
     said = refused([*changed, "--resume"], tmp_path, capsys, after_words=True)

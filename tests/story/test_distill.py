@@ -54,19 +54,17 @@ STEPS = 4
 PAGE = Path(__file__).parents[2] / "docs/distill.md"
 COMMON = ["--size", "small", "--source", "efficientnet_lite0", "--precision", "fp32", "--device", "cpu"]
 KILLED = """
-import itertools, json, os, signal, sys
+import json, os, signal, sys
 from blemish.training import loop
 from blemish.training.distillation.run import run
 from blemish.training.request import DistillationRequest
 loop.CHECKPOINT_SECONDS = 0
-steps = itertools.count(1)
 
-def kill():
-    if next(steps) == 3:
+def kill(event):
+    if event.phase == "training" and event.step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return False
 
-run(DistillationRequest.from_json(json.loads(sys.argv[1])), stop=kill)
+run(DistillationRequest.from_json(json.loads(sys.argv[1])), report=kill)
 """
 """A distillation with a checkpoint after each step, killed after its third step."""
 
@@ -214,7 +212,7 @@ def test_a_channel_that_never_changes_is_learned_as_it_is() -> None:
     detector = Distillation(configured())
     mean, variance = torch.full((384,), 2.0), torch.full((384,), 9.0)
     variance[5] = 0
-    detector.settle(mean, variance)
+    detector.set_target_moments(mean, variance)
     target = detector.normalised(torch.full((1, 384, 1, 1), 5.0)).flatten()
     assert target[5] == 3
     assert set(target.tolist()) == {1.0, 3.0}
@@ -232,12 +230,12 @@ def pairs_of(photos: Path, seen: list[Tensor], seed: int = 0, **settings: Any) -
 
     paths = images.list_images(photos, recursive=True)
     small, large = stored(paths, 64), stored(paths, 128)
-    targets = EncodedStore(encode, large, FeatureCache(Memory(0)), "cpu", view=pairs.seen)
+    targets = EncodedStore(encode, large, FeatureCache(Memory(0)), "cpu", view=pairs.apply_view)
     return pairs.Pairs(small, targets, configured(**settings), seed)
 
 
 def stored(paths: list[Path], side: int) -> ImageStore:
-    return ImageStore(paths, Preprocessing((side, side)), Memory(0))
+    return ImageStore(paths, Preprocessing((side, side), 65535.0), Memory(0))
 
 
 @pytest.mark.parametrize(("mirror", "grey"), [(0, 0), (0, 1), (1, 0), (1, 1)])
@@ -378,7 +376,7 @@ def test_a_run_is_watched_and_stopped_and_goes_on(
     with pytest.raises(
         StoppedError, match=r"stopped after step 2 of 4, kept in .*t\.safetensors\.checkpoint"
     ):
-        run(photos, out, report=events.append, stop=iter((False, True)).__next__)
+        run(photos, out, **drawn.stop_after(2, events.append))
     assert not out.exists()
     run(photos, out, report=events.append, resume=True)
     assert equal(out, whole)
@@ -586,7 +584,7 @@ def test_the_paper_preset_is_algorithm_3() -> None:
     optimizer = Distillation(configured(optimiser="adam", learning_rate="1e-4")).optimizer()
     assert type(optimizer) is torch.optim.Adam
     assert optimizer.param_groups[0]["weight_decay"] == 1e-5
-    assert measure.STATISTICS == 10_000
+    assert measure.MAX_STATISTICS_IMAGES == 10_000
 
 
 def test_the_table_of_settings_is_true() -> None:

@@ -26,7 +26,7 @@ from blemish.cli import main
 from blemish.detectors import onnx_graph
 from blemish.errors import ConfigError, DataError, ExportError
 from blemish.exporting import gate, pipeline, quantise
-from blemish.exporting.gate import LIMITS, Agreement, Limits, Trained, Watched
+from blemish.exporting.gate import LIMITS, Agreement, ComparedEngine, DetectorEngine, Limits
 from blemish.exporting.pipeline import Request, export
 from blemish.files import short_digest
 from blemish.inference import bundle
@@ -60,7 +60,7 @@ def traced(tiny: drawn.Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[Chang
 
     def use(change: Change) -> None:
         graph = edited(bundle.read(tiny.file).graph, change)
-        monkeypatch.setattr(onnx_graph, "traced", lambda *_, **__: graph)
+        monkeypatch.setattr(onnx_graph, "export_network", lambda *_, **__: graph)
 
     use(lambda model: None)
     return use
@@ -126,7 +126,7 @@ def makers(graph: bytes) -> tuple[onnx_format.ModelProto, dict[str, str]]:
 
 def test_only_the_sensitive_layer_stays_in_floating_point() -> None:
     torch.manual_seed(0)
-    graph = onnx_graph.traced(Outlier().eval(), (16, 16), ("map", "statistics"))
+    graph = onnx_graph.export_network(Outlier().eval(), (16, 16), ("map", "statistics"))
     batch = np.random.default_rng(0).random((6, 3, 16, 16), np.float32)
     error, inputs = off_by(graph, batch), [image[None] for image in batch]
     events: list[Event] = []
@@ -156,7 +156,9 @@ def test_integers_run_close_to_the_network(backend: str, integers: bytes, tiny: 
     if backend == "openvino":
         pytest.importorskip("openvino")
     detector = restored(bundle.read(tiny.file))
-    watched = Watched(open_graph(integers, detector.outputs, Choice(backend, "int8")), Trained(detector))
+    watched = ComparedEngine(
+        open_graph(integers, detector.outputs, Choice(backend, "int8")), DetectorEngine(detector)
+    )
     for inputs in good_inputs(tiny):
         watched.run(inputs)
     assert 1e-3 < watched.map_error < 0.3
@@ -251,10 +253,10 @@ class Fixed:
         return {"map": found, "statistics": found.max((1, 2))[:, None]}
 
 
-def watch(found: list[FloatArray], expected: list[FloatArray]) -> Watched:
+def watch(found: list[FloatArray], expected: list[FloatArray]) -> ComparedEngine:
     one, other = Fixed(found), Fixed(expected)
     engines: tuple[Engine, Engine] = one, other
-    watched = Watched(*engines)
+    watched = ComparedEngine(*engines)
     for maps in found:
         assert np.array_equal(watched.run(maps)["map"], maps)
     return watched
@@ -583,7 +585,7 @@ def test_reduced_channels_in_integers(
     efficientad: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, root = efficientad
-    monkeypatch.setattr(pipeline, "LOOKED_AT", 2)
+    monkeypatch.setattr(pipeline, "REDUCTION_IMAGES", 2)
     events: list[Event] = []
     found = export(
         file,

@@ -8,7 +8,6 @@ import os
 import shutil
 import statistics
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +107,6 @@ def checkpoint(out: Path) -> Path:
     return out.with_name(out.name + ".checkpoint")
 
 
-def after(steps: int) -> Callable[[], bool]:
-    """Return what asks a run to stop after some steps."""
-    return iter([False] * (steps - 1) + [True]).__next__
-
-
 def test_seeds_are_trained_and_evaluated(series: Series) -> None:
     assert [trial for trial, _ in series.results] == series.trials
     for trial, evaluation in series.results:
@@ -151,7 +145,7 @@ def test_a_trial_has_what_all_have_in_common_and_its_own(tiny: drawn.Tiny, tmp_p
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_weights(series: Series, tmp_path: Path) -> None:
     trials = [dataclasses.replace(trial, out=tmp_path / trial.out.name) for trial in series.trials]
     with pytest.raises(StoppedError, match="stopped after step 2 of 4"):
-        run(trials, series.base, stop=after(2))
+        run(trials, series.base, **drawn.stop_after(2))
     assert list(tmp_path.iterdir()) == [checkpoint(trials[0].out)]
     events: list[Event] = []
     (result,) = run(trials[:1], series.base, report=events.append)
@@ -233,7 +227,7 @@ def test_parallel_trials_report_and_stop_on_request(tiny: drawn.Tiny, tmp_path: 
         assert found["run"]["seed"] == trial.seed
     messages: list[str] = []
     with pytest.raises(StoppedError, match="stopped after step "):
-        run(trials[1:], base, report=lambda event: messages.append(event.message), stop=after(2))
+        run(trials[1:], base, **drawn.stop_after(2, lambda event: messages.append(event.message)))
     assert f"going on from step {reached[trials[1].out.stem]} of 100000" in messages
 
 
@@ -331,7 +325,7 @@ def test_nothing_is_trained_before_every_place_is_looked_at(tiny: drawn.Tiny, tm
 @pytest.mark.parametrize(("count", "jobs"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (64, 16)])
 def test_trials_share_the_cores(monkeypatch: pytest.MonkeyPatch, count: int, jobs: int) -> None:
     monkeypatch.setattr(local, "cores", lambda: count)
-    assert local.room("cpu") == jobs
+    assert local.default_jobs("cpu") == jobs
 
 
 def test_cores_are_those_that_may_be_used() -> None:
@@ -341,7 +335,7 @@ def test_cores_are_those_that_may_be_used() -> None:
 def test_a_gpu_runs_one_trial_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(local, "cores", lambda: 64)
-    assert (local.room("auto"), local.room("cuda"), local.room("cpu")) == (1, 1, 16)
+    assert (local.default_jobs("auto"), local.default_jobs("cuda"), local.default_jobs("cpu")) == (1, 1, 16)
 
 
 # --- summing up ---

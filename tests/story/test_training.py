@@ -120,11 +120,6 @@ def train(tiny: Tiny, out: Path, **changes: Any) -> Predictor:
     return run.run(given(tiny, out, **changes), **watched)
 
 
-def after(steps: int) -> Callable[[], bool]:
-    """Return what asks a run to stop after some steps."""
-    return itertools.chain([False] * (steps - 1), itertools.repeat(True)).__next__
-
-
 def checkpoint_of(out: Path) -> Path:
     return out.with_name(out.name + ".checkpoint")
 
@@ -254,13 +249,14 @@ def test_a_run_reports_what_it_does_and_the_library_itself_says_nothing(
 
     monkeypatch.setattr(signal, "signal", refuse)
     events: list[tuple[int, Event]] = []
-    asked: list[int] = []
+    asked: list[tuple[str, int]] = []
 
     def report(event: Event) -> None:
         events.append((threading.get_ident(), event))
 
     def stop() -> bool:
-        asked.append(events[-1][1].step)
+        if events:
+            asked.append((events[-1][1].phase, events[-1][1].step))
         return False
 
     model = train(tiny, tmp_path / "m.blemish", steps=6, report=report, stop=stop)
@@ -275,7 +271,10 @@ def test_a_run_reports_what_it_does_and_the_library_itself_says_nothing(
         ("encoding", [(step, 7) for step in range(8)]),
         ("training", [(step, 6) for step in range(7)]),
     ]
-    assert asked == [1, 2, 3, 4, 5, 6]
+    # Before each image that is read or encoded, and after each step.
+    assert [step for phase, step in asked if phase == "encoding"] == list(range(7))
+    assert [step for phase, step in asked if phase == "training"] == [1, 2, 3, 4, 5, 6]
+    assert [phase for phase, _ in asked].count("") == 7 + 5
     losses = [event.losses for _, event in events if event.phase == "training"][1:]
     for terms in losses:
         parts = [value for name, value in terms.items() if name != "loss"]
@@ -292,7 +291,7 @@ def test_a_run_without_a_report_is_silent(
     tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(StoppedError):
-        train(tiny, tmp_path / "m.blemish", stop=after(2))
+        train(tiny, tmp_path / "m.blemish", **drawn.stop_after(2))
     train(tiny, tmp_path / "m.blemish", resume=True)
     assert capfd.readouterr() == ("", "")
 
@@ -300,7 +299,7 @@ def test_a_run_without_a_report_is_silent(
 def test_a_request_to_stop_at_the_last_step_is_too_late(
     tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
 ) -> None:
-    train(tiny, tmp_path / "m.blemish", steps=3, stop=after(3))
+    train(tiny, tmp_path / "m.blemish", steps=3, **drawn.stop_after(3))
     assert (tmp_path / "m.blemish").is_file()
     assert not checkpoint_of(tmp_path / "m.blemish").exists()
 
@@ -434,7 +433,7 @@ def stopped(tiny: Tiny, tmp_path: Path) -> Path:
     """Return the model file of a run that stopped after its fourth step."""
     out = tmp_path / "m.blemish"
     with pytest.raises(StoppedError, match="stopped after step 4 of 30"):
-        train(tiny, out, stop=after(4))
+        train(tiny, out, **drawn.stop_after(4))
     return out
 
 
@@ -753,7 +752,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny: Tiny, tmp_path: Path) -> 
 # --- stores and batches ---
 
 
-SMALL = Preprocessing((32, 32))
+SMALL = Preprocessing((32, 32), 65535.0)
 
 
 @pytest.fixture
@@ -772,7 +771,7 @@ def encode(batch: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_a_budget_of_memory_changes_no_image(paths: list[Path]) -> None:
-    size, one = Preprocessing((32, 32)), 32 * 32 * 3
+    size, one = Preprocessing((32, 32), 65535.0), 32 * 32 * 3
     everything = torch.cat(list(ImageStore(paths, size, Memory(1 << 30)).fill().batches()))
     assert everything.shape == (7, 3, 32, 32)
     for budget, kept in ((0, 0), (one - 1, 0), (one, 1), (3 * one, 3), (1 << 30, 7)):
@@ -785,7 +784,7 @@ def test_a_budget_of_memory_changes_no_image(paths: list[Path]) -> None:
 
 
 def test_an_image_in_a_store_is_what_prediction_reads(paths: list[Path]) -> None:
-    preprocessing = Preprocessing((48, 32))
+    preprocessing = Preprocessing((48, 32), 65535.0)
     store = ImageStore(paths, preprocessing, Memory(0))
     for index, path in enumerate(paths):
         found = store.batch([index]).numpy()
@@ -809,7 +808,9 @@ def test_deep_images_set_the_white_level(paths: list[Path], tmp_path: Path) -> N
 def test_photographs_are_cropped_from_twice_the_size(tmp_path: Path) -> None:
     image = drawn.part(1, (64, 96))
     images.write_png(tmp_path / "p.png", image)
-    cropped = ImageStore([tmp_path / "p.png"], Preprocessing((32, 48)), Memory(0), crop=True).resized(0)
+    cropped = ImageStore(
+        [tmp_path / "p.png"], Preprocessing((32, 48), 65535.0), Memory(0), crop=True
+    ).resized(0)
     assert np.array_equal(cropped, image[16:48, 24:72])
 
 

@@ -38,7 +38,7 @@ def go_on(data: Path, out: Path, start: Path, **changes: Any) -> Predictor:
 def begin(data: Path, out: Path, start: Path) -> None:
     """Go on for one step, then stop."""
     with pytest.raises(StoppedError, match="stopped after step 1 of 2"):
-        go_on(data, out, start, steps=2, stop=lambda: True)
+        go_on(data, out, start, steps=2, **drawn.stop_after(1))
 
 
 def planned(data: Path, start: Path, **changes: Any) -> Plan:
@@ -115,7 +115,7 @@ def test_the_old_weights_are_where_training_begins(old: drawn.Tiny) -> None:
     drawn_head = {
         key: value.clone() for key, value in detector.state_dict().items() if "classification" in key
     }
-    run.fill(detector, opened, None)
+    run.load_weights(detector, opened, None)
     state, before = detector.state_dict(), load(opened.weights)
     assert drawn_head.keys() == state.keys() - before.keys() != set()
     for key, value in state.items():
@@ -194,7 +194,7 @@ def test_settings_follow_what_is_given_anew(old: drawn.Tiny, tmp_path: Path) -> 
     settings = own_settings("supersimplenet", "default", "none", opened.manifest.config)
     changed = settings | {"noise": 7.0, "blur_sigma": 2.0}
     detector = build("supersimplenet", configure("supersimplenet", "default", changed), 0)
-    run.fill(detector, opened, None)
+    run.load_weights(detector, opened, None)
     assert float(detector.state_dict()["noise_std"]) == 7.0
     assert len(detector.state_dict()["kernel"]) == 13
 

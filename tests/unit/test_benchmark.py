@@ -513,7 +513,7 @@ def test_refusals(words: list[Any], sentence: str, capsys: pytest.CaptureFixture
 
 
 def test_images_are_judged_by_trained_models_only() -> None:
-    for row in (contender(trained=False), contender(network=entries.unchanged)):
+    for row in (contender(trained=False), contender(network=entries.plain_network)):
         with pytest.raises(ConfigError, match="which judges no images; expected a model file"):
             benchmark.run([row], Plan(1), [Path("a.png")])
 
@@ -567,8 +567,8 @@ def test_ours_is_compared_with_the_best_plain_row(inference: ModuleType) -> None
     benchmarked = found()
     slow, fast = benchmarked.rows
     plain = [
-        replace(slow, contender=replace(slow.contender, name="torch", network=entries.unchanged)),
-        replace(fast, contender=replace(fast.contender, name="best", network=entries.unchanged)),
+        replace(slow, contender=replace(slow.contender, name="torch", network=entries.plain_network)),
+        replace(fast, contender=replace(fast.contender, name="best", network=entries.plain_network)),
     ]
     ours = replace(fast, timings=Timings([[0.002], [0.005]]))
     title, line = inference.against_best(replace(benchmarked, rows=(*plain, ours)))

@@ -15,6 +15,7 @@ from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.errors import OutputError, StoppedError
 from blemish.images import Preprocessing
+from blemish.progress import Event
 from blemish.training import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,7 @@ def store(tmp_path: Path) -> ImageStore:
     paths = [tmp_path / f"images/{number}.png" for number in range(5)]
     for number, path in enumerate(paths):
         images.write_png(path, drawn.part(number, (16, 24)))
-    return ImageStore(paths, Preprocessing((16, 24)), Memory(1 << 30)).fill()
+    return ImageStore(paths, Preprocessing((16, 24), 65535.0), Memory(1 << 30)).fill()
 
 
 def opened(store: ImageStore, cache: FeatureCache) -> tuple[EncodedStore, Encoder]:
@@ -249,7 +250,7 @@ def test_a_second_run_on_a_shared_folder_encodes_nothing(store: ImageStore, tmp_
 
 def test_an_entry_goes_by_what_the_image_holds(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "copy.png").write_bytes(store.paths[2].read_bytes())
-    copies = ImageStore([tmp_path / "copy.png", store.paths[2]], Preprocessing((16, 24)), Memory(0))
+    copies = ImageStore([tmp_path / "copy.png", store.paths[2]], Preprocessing((16, 24), 65535.0), Memory(0))
     encoded, encoder = opened(copies, FeatureCache(Memory(1 << 30)))
     encoded.batch([(0, 1), (1, 1), (0, 1)])
     assert encoder.calls == 1
@@ -300,10 +301,18 @@ class Runs:
         self.states: list[dict[str, Tensor]] = []
         self.messages: list[str] = []
 
+    def report(self, event: Event) -> None:
+        self.messages.append(event.message)
+
     def encoded(self, steps: int = 3, **changes: Any) -> int:
         """Train; return how many images were encoded, except the one that tries the settings out."""
         self.calls = 0
-        given: dict[str, Any] = {"settings": SMALL, "weights": self.weights, "memory": 0}
+        given: dict[str, Any] = {
+            "settings": SMALL,
+            "weights": self.weights,
+            "memory": 0,
+            "report": self.report,
+        }
         run.train(
             self.data,
             model="supersimplenet",
@@ -311,7 +320,6 @@ class Runs:
             steps=steps,
             precision="fp32",
             device="cpu",
-            report=lambda event: self.messages.append(event.message),
             **given | changes,
         )
         return self.calls - 1
@@ -363,7 +371,7 @@ def test_an_image_that_changed_is_encoded_anew(runs: Runs, tmp_path: Path) -> No
 
 def test_a_run_that_was_stopped_finds_its_features_again(runs: Runs) -> None:
     with pytest.raises(StoppedError, match="stopped after step 2 of 3"):
-        runs.encoded(stop=iter((False, True)).__next__)
+        runs.encoded(**drawn.stop_after(2, runs.report))
     assert names(runs.out.parent) == {"m.blemish.checkpoint", "m.blemish.features"}
     assert runs.encoded(resume=True) == 0
     assert names(runs.out.parent) == set()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blemish.data.check import Report, check, format
+from blemish.data.check import Report, check, format_report
 from blemish.data.layouts import LAYOUTS, recognise, scan
 from blemish.data.split import choose_test, relative_path, split
 from blemish.errors import ConfigError, DataError
@@ -602,7 +602,7 @@ def test_format_aligns_and_wraps(tmp_path: Path) -> None:
     (tmp_path / "train/good/000.png").write_text("hello")
     (tmp_path / "ground_truth/hole/000_mask.png").unlink()
     draw(tmp_path / "train/good/001.png", size=(12, 16))
-    lines = format(check(tmp_path)).splitlines()
+    lines = format_report(check(tmp_path)).splitlines()
     assert lines[0] == f"{tmp_path}: 19 images, layout mvtec"
     assert lines[2:7] == [
         "split  kind     images  height x width    mode  bits  masks",
@@ -618,7 +618,7 @@ def test_format_aligns_and_wraps(tmp_path: Path) -> None:
 
 
 def test_format_states_that_no_problems_were_found(tmp_path: Path) -> None:
-    assert format(check(loose_images(tmp_path))).endswith("\n\nno problems found")
+    assert format_report(check(loose_images(tmp_path))).endswith("\n\nno problems found")
 
 
 def test_reading_and_checking_data_import_no_torch() -> None:

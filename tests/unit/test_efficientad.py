@@ -152,8 +152,8 @@ def test_quantiles_of_an_earlier_model_do_not_return_where_maps_are_left_raw(tmp
     earlier["teacher_mean"] += 1
     earlier["quantiles"] += 1
     d = detector(map_normalisation=False)
-    manifest = Manifest.untrained("efficientad-s", {}, Preprocessing(SIZE), d.outputs)
-    run.fill(d, bundle.Bundle(tmp_path / "old.blemish", manifest, save(earlier), b""), None)
+    manifest = Manifest.untrained("efficientad-s", {}, Preprocessing(SIZE, 65535.0), d.outputs)
+    run.load_weights(d, bundle.Bundle(tmp_path / "old.blemish", manifest, save(earlier), b""), None)
     assert torch.equal(d.teacher_mean, earlier["teacher_mean"])
     assert d.quantiles.tolist() == pytest.approx([0, 0.1, 0, 0.1])
 
@@ -258,7 +258,7 @@ def test_every_term_of_the_loss_sees_as_scoring_does(
 ) -> None:
     d = detector(edges="reflect" if rim else "blind", **EXACT | {"crop": crop})
     if crop:
-        monkeypatch.setattr(EfficientAD, "draw_places", lambda *arguments: SQUARES)
+        monkeypatch.setattr(EfficientAD, "sample_origins", lambda *arguments: SQUARES)
     found = losses(d, monkeypatch)
 
     def shown(cells: Tensor, number: int) -> Tensor:
@@ -286,11 +286,11 @@ def test_every_term_of_the_loss_sees_as_scoring_does(
 def test_squares_are_drawn_from_all_over_an_image_and_no_further(edges: str) -> None:
     d, draw = detector(edges=edges, crop=64), seeding.generator(0)
     seen = d.surround(torch.zeros(500, 3, *SIZE))
-    places = d.draw_places(seen, draw)
+    places = d.sample_origins(seen, draw)
     for axis, length in enumerate(seen.shape[2:]):
         firsts = {place[axis] for place in places}
         assert (min(firsts), max(firsts)) == (0, (length - 64) // 4)
-    assert detector(edges=edges, crop=0).draw_places(seen, draw) == []
+    assert detector(edges=edges, crop=0).sample_origins(seen, draw) == []
 
 
 def test_the_optimiser_is_the_one_asked_for() -> None:
@@ -341,8 +341,8 @@ def test_a_defect_inside_is_seen_where_it_lies(edges: str, place: tuple[int, int
 
 def test_what_is_encoded_is_named_by_all_that_changes_it() -> None:
     ways: list[dict[str, Any]] = [{}, {"edges": "reflect"}, {"padding": True, "crop": 0}, {"size": "medium"}]
-    assert len({detector(**way).encoding for way in ways}) == len(ways)
-    assert detector(logical_weight=0.1, autoencoder=True).encoding == detector().encoding
+    assert len({detector(**way).encoding_key for way in ways}) == len(ways)
+    assert detector(logical_weight=0.1, autoencoder=True).encoding_key == detector().encoding_key
 
 
 # --- what cannot be ---

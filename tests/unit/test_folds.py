@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from blemish.data import folds
-from blemish.data.folds import Fold, FoldRecord, assign
+from blemish.data.folds import Fold, FoldRecord, assign_fold
 from blemish.data.split import split
 from blemish.errors import ConfigError, DataError
-from blemish.files import plain
+from blemish.files import to_json_types
 from blemish.types import Sample, SplitName
 
 ROOT = Path("parts")
@@ -34,7 +34,7 @@ def samples(kinds: dict[str, int]) -> list[Sample]:
 
 def in_fold(listed: Sequence[Sample], fold: Fold) -> set[str]:
     """Return the images that a fold tests."""
-    assigned = assign(listed, ROOT, fold)
+    assigned = assign_fold(listed, ROOT, fold)
     return {sample.path.relative_to(ROOT).as_posix() for sample in assigned if sample.split == "test"}
 
 
@@ -72,7 +72,7 @@ def test_folds_are_a_fair_partition(kinds: dict[str, int], count: int) -> None:
 
 def test_a_fold_sets_the_split_of_every_sample_and_changes_nothing_else() -> None:
     listed = samples({"good": 9, "dent": 3})
-    assigned = assign(listed, ROOT, Fold(1, 3))
+    assigned = assign_fold(listed, ROOT, Fold(1, 3))
     assert {sample.split for sample in assigned} == {"train", "test"}
     assert [replace(sample, split="") for sample in assigned] == [
         replace(sample, split="") for sample in listed
@@ -94,8 +94,8 @@ def test_folds_depend_on_the_seed_but_not_on_where_the_data_set_lies() -> None:
     assert all(parts.count(each) == 1 for each in parts)
     elsewhere = [replace(sample, path=Path("else/where") / sample.path) for sample in listed]
     for index in range(3):
-        here = assign(listed, ROOT, Fold(index, 3, 4))
-        there = assign(elsewhere, Path("else/where") / ROOT, Fold(index, 3, 4))
+        here = assign_fold(listed, ROOT, Fold(index, 3, 4))
+        there = assign_fold(elsewhere, Path("else/where") / ROOT, Fold(index, 3, 4))
         assert [sample.split for sample in here] == [sample.split for sample in there]
 
 
@@ -106,7 +106,7 @@ def test_folds_are_the_same_on_every_machine() -> None:
 
 def test_the_split_follows_the_fold() -> None:
     listed = samples({"good": 12, "dent": 6})
-    parts = split(assign(listed, ROOT, Fold(2, 3)), ROOT)
+    parts = split(assign_fold(listed, ROOT, Fold(2, 3)), ROOT)
     assert {sample.path.relative_to(ROOT).as_posix() for sample in parts.test} == in_fold(listed, Fold(2, 3))
     assert len(parts.train) + len(parts.held_out) == 8
     assert len(parts.train_defects) == 4
@@ -115,7 +115,7 @@ def test_the_split_follows_the_fold() -> None:
 @pytest.mark.parametrize("fold", [Fold(0, 1), Fold(0, 0), Fold(3, 3), Fold(-1, 3), Fold(0, 3, -1)])
 def test_an_impossible_fold_is_refused(fold: Fold) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        assign(samples({"good": 9}), ROOT, fold)
+        assign_fold(samples({"good": 9}), ROOT, fold)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_an_impossible_fold_is_refused(fold: Fold) -> None:
 def test_folds_that_lack_good_or_defective_images_are_refused(kinds: dict[str, int], text: str) -> None:
     for index in range(3):
         with pytest.raises(DataError, match=text):
-            assign(samples(kinds), ROOT, Fold(index, 3))
+            assign_fold(samples(kinds), ROOT, Fold(index, 3))
 
 
 # --- a file of folds ---
@@ -184,7 +184,7 @@ def test_a_file_that_does_not_fit_is_refused(
 ) -> None:
     file = write(tmp_path / "folds.csv", rows)
     with pytest.raises(DataError, match=text):
-        assign(samples(FEW), ROOT, Fold(0, 2, file=file))
+        assign_fold(samples(FEW), ROOT, Fold(0, 2, file=file))
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes, tex
     file = tmp_path / "folds.csv"
     file.write_bytes(content)
     with pytest.raises(DataError, match=text):
-        assign(samples(FEW), ROOT, Fold(0, 2, file=file))
+        assign_fold(samples(FEW), ROOT, Fold(0, 2, file=file))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.csv cannot be read"):
-        assign(samples(FEW), ROOT, Fold(0, 2, file=tmp_path / "none.csv"))
+        assign_fold(samples(FEW), ROOT, Fold(0, 2, file=tmp_path / "none.csv"))
 
 
 # --- what a model file remembers ---
@@ -215,9 +215,9 @@ def test_a_fold_comes_back_from_its_record(tmp_path: Path) -> None:
     listed, file = samples(FEW), write(tmp_path / "folds.csv", ROWS)
     for fold in (Fold(1, 2), Fold(0, 2, 5), Fold(1, 2, 0, file)):
         recorded = folds.record(fold, listed, ROOT)
-        text = json.dumps(plain(recorded))  # as a model file has it
+        text = json.dumps(to_json_types(recorded))  # as a model file has it
         assert msgspec.json.decode(text, type=FoldRecord) == recorded
-        assert folds.recall(recorded, listed[::-1], ROOT) == fold
+        assert folds.fold_from_record(recorded, listed[::-1], ROOT) == fold
 
 
 def test_a_recorded_fold_of_other_images_is_refused(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_recorded_fold_of_other_images_is_refused(tmp_path: Path) -> None:
     another_kind = [*listed[:-1], replace(listed[-1], kind="hole")]
     for other in (listed[1:], renamed, another_kind):
         with pytest.raises(DataError, match="fold 1 of 2 was dealt from other images or kinds"):
-            folds.recall(recorded, other, ROOT)
+            folds.fold_from_record(recorded, other, ROOT)
 
 
 def test_a_file_of_folds_must_not_change(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_file_of_folds_must_not_change(tmp_path: Path) -> None:
     recorded = folds.record(Fold(0, 2, file=file), samples(FEW), ROOT)
     write(file, [(image, 1 - fold) for image, fold in ROWS])
     with pytest.raises(DataError, match=r"folds\.csv has changed since fold 1 of 2 was taken from it"):
-        folds.recall(recorded, samples(FEW), ROOT)
+        folds.fold_from_record(recorded, samples(FEW), ROOT)
     file.unlink()
     with pytest.raises(DataError, match=r"folds\.csv cannot be read"):
-        folds.recall(recorded, samples(FEW), ROOT)
+        folds.fold_from_record(recorded, samples(FEW), ROOT)

@@ -586,7 +586,7 @@ def test_a_value_above_white_is_not_clipped() -> None:
 def test_an_8_and_a_16_bit_copy_prepare_alike() -> None:
     small = noise(30, 30, 3, "uint8")
     deep = small.astype(np.uint16) * 257
-    preprocessing = Preprocessing((10, 12))
+    preprocessing = Preprocessing((10, 12), 65535.0)
     inputs = preprocessing.inputs(small)
     assert inputs.shape == (1, 3, 10, 12)
     np.testing.assert_allclose(inputs, preprocessing.inputs(deep), atol=1.1 / 255)

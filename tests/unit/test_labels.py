@@ -473,7 +473,7 @@ def planted(folder: Path, *, defects: int = 2, unmasked: int = 1, weighted: bool
         images.write_png(path, np.repeat(255 * mask[..., None], 3, 2).astype(np.uint8))
         images.write_png(folder / f"{number}_mask.png", (255 * mask).astype(np.uint8))
         samples.append(Sample(path, 1, "L", masks=(folder / f"{number}_mask.png",) * (number < defects)))
-    store = ImageStore([one.path for one in samples], Preprocessing((32, 32)), Memory(1 << 30))
+    store = ImageStore([one.path for one in samples], Preprocessing((32, 32), 65535.0), Memory(1 << 30))
     encoded = EncodedStore(lambda x: (x,), store, FeatureCache(Memory(1 << 30)), "cpu")
     masks = read_masks(samples, (32, 32), LabelRules(weighted=weighted))
     return Batches(samples, store, encoded, batch_size=5, seed=0, with_images=False, masks=masks)

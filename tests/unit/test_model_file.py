@@ -40,7 +40,7 @@ from drawn import Tiny
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CALIBRATION = fit(np.array([[1.0], [2.0], [4.0]]), np.array([3.0, 5.0, 6.0]), ("maximum",))
-LEAST = Manifest.untrained("none", {}, Preprocessing((4, 4)), ("map", "statistics"))
+LEAST = Manifest.untrained("none", {}, Preprocessing((4, 4), 65535.0), ("map", "statistics"))
 LEAST = replace(LEAST, calibration=CALIBRATION, training=replace(LEAST.training, notes=("ä",)))
 """What a model file must say, and no more."""
 FULL = replace(
@@ -149,7 +149,7 @@ def test_a_graph_is_exported_to_the_same_bytes_and_tells_nothing_of_this_machine
     detector = build("supersimplenet", configure("supersimplenet", settings=drawn.TINY), 7)
     detector.load_state_dict(load(opened.weights))
     detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
-    assert onnx_graph.graph(detector) == opened.graph
+    assert onnx_graph.export_detector(detector) == opened.graph
     stored = tiny.file.read_bytes()
     for path in (Path(blemish.__file__).parent, tiny.data.parent, Path.home(), Path(sys.prefix)):
         assert str(path).encode() not in stored
@@ -159,7 +159,7 @@ def test_a_detector_is_exported_before_it_has_seen_an_image(tiny: Tiny) -> None:
     """What is computed while torch traces must not be kept: it has no values."""
     settings = drawn.TINY | {"image_size": (64, 88)}  # a size that no other test has
     detector = build("supersimplenet", configure("supersimplenet", settings=settings), 0).eval()
-    graph = open_graph(onnx_graph.graph(detector), detector.outputs, Choice())
+    graph = open_graph(onnx_graph.export_detector(detector), detector.outputs, Choice())
     batch = torch.from_numpy(to_input(drawn.part(1, (64, 88))))[None]
     assert finalise.compare(detector, graph, [batch]) <= finalise.TOLERANCE
 
@@ -530,17 +530,17 @@ def test_a_graph_that_is_none(tmp_path: Path, graph: bytes) -> None:
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "f.txt"
-    files.write_whole(path, "old")
+    files.write_atomically(path, "old")
 
     def fail(temporary: Path) -> None:
         temporary.write_text("half of the n")
         assert temporary.parent == path.parent
         raise InterruptedError
 
-    with pytest.raises(InterruptedError), files.whole_file(path) as temporary:
+    with pytest.raises(InterruptedError), files.atomic_file(path) as temporary:
         fail(temporary)
     assert drawn.snapshot(tmp_path) == {"f.txt": b"old"}
-    files.write_whole(path, b"new")
+    files.write_atomically(path, b"new")
     assert drawn.snapshot(tmp_path) == {"f.txt": b"new"}
     assert path.stat().st_mode & 0o777 == 0o644
 
@@ -549,8 +549,8 @@ def test_a_process_that_dies_while_writing_leaves_the_old_file(tmp_path: Path) -
     path = tmp_path / "m.blemish"
     path.write_bytes(b"old")
     script = (
-        "import os, sys; from pathlib import Path; from blemish.files import whole_file\n"
-        "with whole_file(Path(sys.argv[1])) as temporary:\n"
+        "import os, sys; from pathlib import Path; from blemish.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", script, path], check=False).returncode == 9
@@ -560,5 +560,5 @@ def test_a_process_that_dies_while_writing_leaves_the_old_file(tmp_path: Path) -
 
 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
-    files.write_whole(tmp_path / "a/b/c.txt", "ä")
+    files.write_atomically(tmp_path / "a/b/c.txt", "ä")
     assert (tmp_path / "a/b/c.txt").read_text(encoding="utf-8") == "ä"

@@ -246,7 +246,7 @@ class FaultyEngine:
 
 def test_a_bug_is_no_unreadable_image(model: Predictor) -> None:
     opened = bundle.read(MODEL)
-    faulty = replace(opened.manifest, preprocessing=Faulty((64, 64)))
+    faulty = replace(opened.manifest, preprocessing=Faulty((64, 64), 65535.0))
     for broken in (
         Predictor(replace(opened, manifest=faulty), engine=model.engine),
         Predictor(opened, engine=FaultyEngine()),

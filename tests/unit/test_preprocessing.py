@@ -26,7 +26,7 @@ def test_inputs_have_the_networks_shape_and_lie_between_0_and_1(size: Size, dtyp
 
 def test_an_image_of_the_networks_size_is_only_scaled() -> None:
     image = drawn.spotted(1, (40, 56))[0]
-    inputs = Preprocessing((40, 56)).inputs(image)
+    inputs = Preprocessing((40, 56), 65535.0).inputs(image)
     np.testing.assert_allclose(inputs[0], image.transpose(2, 0, 1) / 255, rtol=1e-6)
 
 
@@ -64,7 +64,7 @@ def covered(box: Box, map_size: Size, size: Size) -> AnyArray:
 @pytest.mark.parametrize("size", [(16, 12), (1, 1), (37, 100), (8, 6), (5, 13), (160, 119)])
 def test_a_box_covers_every_pixel_that_it_touches_and_no_other(size: Size) -> None:
     rng = np.random.default_rng(5)
-    preprocessing, map_size = Preprocessing((16, 12)), (16, 12)
+    preprocessing, map_size = Preprocessing((16, 12), 65535.0), (16, 12)
     for _ in range(40):
         (y0, y1), (x0, x1) = (
             sorted(rng.choice(length + 1, 2, replace=False).tolist()) for length in map_size
@@ -76,14 +76,14 @@ def test_a_box_covers_every_pixel_that_it_touches_and_no_other(size: Size) -> No
 
 
 def test_boxes_stay_where_they_are_on_a_map_of_the_images_size() -> None:
-    preprocessing = Preprocessing((16, 12))
+    preprocessing = Preprocessing((16, 12), 65535.0)
     assert preprocessing.to_image((3, 2, 7, 11), (16, 12), (16, 12)) == (3, 2, 7, 11)
     assert preprocessing.to_image((0, 0, 12, 16), (16, 12), (77, 31)) == (0, 0, 31, 77)
 
 
 def test_a_map_is_enlarged_to_its_image() -> None:
     rng = np.random.default_rng(5)
-    preprocessing = Preprocessing((16, 12))
+    preprocessing = Preprocessing((16, 12), 65535.0)
     small = rng.standard_normal((16, 12)).astype(np.float32)
     assert np.array_equal(preprocessing.map_to_image(small, (16, 12)), small)
     large = preprocessing.map_to_image(small, (160, 119))
@@ -130,7 +130,7 @@ class Halves(Preprocessing):
 
 
 def test_the_inputs_of_an_image_are_merged_into_one_map() -> None:
-    halves, images = Halves((8, 16)), [drawn.part(n, (16, 16)) for n in range(3)]
+    halves, images = Halves((8, 16), 65535.0), [drawn.part(n, (16, 16)) for n in range(3)]
     engine = Mean()
     found = run(engine, halves, [halves.inputs(image) for image in images])
     assert engine.batches == [6]
@@ -142,7 +142,7 @@ def test_the_inputs_of_an_image_are_merged_into_one_map() -> None:
 
 
 def test_measuring_is_running_one_image_after_the_other() -> None:
-    halves, images = Halves((8, 16)), [drawn.part(n, (16, 16)) for n in range(3)]
+    halves, images = Halves((8, 16), 65535.0), [drawn.part(n, (16, 16)) for n in range(3)]
     engine = Mean()
     statistics, maxima = measure(engine, halves, map(halves.inputs, images))
     assert engine.batches == [2, 2, 2]

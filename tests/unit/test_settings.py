@@ -279,10 +279,10 @@ def test_constants_of_a_config_are_no_settings() -> None:
 
 
 def test_methods_are_listed_by_a_setting_that_they_have() -> None:
-    assert registry.with_setting("logical_weight") == ["efficientad-s", "efficientad-m"]
-    assert registry.with_setting("backbone") == ["supersimplenet", "simplenet"]
-    assert registry.with_setting("image_size") == list(METHODS)
-    assert registry.with_setting("image_sizes") == []
+    assert registry.methods_with_setting("logical_weight") == ["efficientad-s", "efficientad-m"]
+    assert registry.methods_with_setting("backbone") == ["supersimplenet", "simplenet"]
+    assert registry.methods_with_setting("image_size") == list(METHODS)
+    assert registry.methods_with_setting("image_sizes") == []
 
 
 def test_a_method_is_listed_as_itself_or_by_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -596,14 +596,14 @@ def test_methods_that_know_no_labels_say_so(tmp_path: Path) -> None:
     for model in ("efficientad-s", "efficientad-m"):
         found = planned(root, model)
         assert (found.supervision, found.parts.train_defects) == ("none", ())
-        assert f"; {model} makes no use of 3 defective images" in found.sentence
+        assert f"; {model} makes no use of 3 defective images" in found.description
         for asked in ("weak", "mixed", "full"):
             with pytest.raises(ConfigError, match=f"{model} learns with supervision none, not {asked}"):
                 planned(root, model, supervision=asked)
     assert planned(root, "simplenet").supervision == "full"
     found = planned(root, "simplenet", train_masks=0)
     assert found.supervision == "none"
-    assert "; simplenet makes no use of 3 defective images" in found.sentence
+    assert "; simplenet makes no use of 3 defective images" in found.description
     with pytest.raises(
         ConfigError, match="simplenet learns with supervision none or mixed or full, not weak"
     ):

@@ -160,7 +160,7 @@ def test_a_size_that_is_too_small_is_refused() -> None:
 
 
 def batches_of(paths: list[Path], seed: int = 0) -> Batches:
-    store = ImageStore(paths, Preprocessing((64, 64)), Memory(1 << 30))
+    store = ImageStore(paths, Preprocessing((64, 64), 65535.0), Memory(1 << 30))
     encoded = EncodedStore(lambda x: (x.mean(1),), store, FeatureCache(Memory(1 << 30)), "cpu")
     samples = [Sample(path, 0, "good") for path in paths]
     return Batches(samples, store, encoded, batch_size=3, seed=seed, natural=Textures((64, 64), seed))
@@ -252,8 +252,7 @@ def test_training_draws_unless_told_otherwise(tmp_path: Path) -> None:
             settings={"autoencoder": False, "crop": 40},
             precision="fp32",
             device="cpu",
-            report=lambda event: messages.append(event.message),
-            stop=lambda: True,
+            **drawn.stop_after(1, lambda event: messages.append(event.message)),
             **more,
         )
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blemish.errors import WeightsError
-from blemish.files import whole_file
+from blemish.files import atomic_file
 
 VARIABLE = "BLEMISH_WEIGHTS"
 HEADS = ("fc.", "_fc.", "_conv_head.", "_bn1.")
@@ -103,7 +103,7 @@ def candidates(name: str) -> list[Path]:
     return paths
 
 
-def available(name: str) -> Path | None:
+def find_local(name: str) -> Path | None:
     """Return the file that `find` would return without a path, or None."""
     return next((path for path in candidates(name) if path.is_file()), None)
 
@@ -114,7 +114,7 @@ def find(name: str, path: Path | None = None) -> Path:
         if not path.is_file():
             raise WeightsError(f"no weights file {path}")
         return path
-    if found := available(name):
+    if found := find_local(name):
         return found
     source = SOURCES[name]
     ways = [f"give a file with --weights FILE, or keep one with `blemish weights add {name} FILE`"]
@@ -126,7 +126,7 @@ def find(name: str, path: Path | None = None) -> Path:
     raise WeightsError(f"the weights of {name} are not on this machine: {', '.join(ways)}")
 
 
-def facts(path: Path) -> dict[str, Any]:
+def metadata(path: Path) -> dict[str, Any]:
     """Return the metadata of a teacher's file on how it was distilled; empty for other weights."""
     try:
         with safe_open(path, "pt") as file:
@@ -160,11 +160,13 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def fill(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> None:
     """Load a file's parameters into a network; raise WeightsError for the first that does not fit."""
-    state = fitting(network, path, whole=whole)
+    state = matching_parameters(network, path, whole=whole)
     network.load_state_dict({key: state.get(key, value) for key, value in network.state_dict().items()})
 
 
-def fitting(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -> dict[str, Tensor]:
+def matching_parameters(
+    network: nn.Module, path: Path, *, whole: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Return those of a file's parameters that a network has; raise WeightsError for the first misfit.
 
     whole: the complete network, if `network` lacks the last stages. Parameters that only the complete network
@@ -187,14 +189,14 @@ def fitting(network: nn.Module, path: Path, *, whole: nn.Module | None = None) -
     return {key: value for key, value in state.items() if key in wanted}
 
 
-def keep(name: str, path: Path, network: nn.Module) -> Path:
+def store_in_cache(name: str, path: Path, network: nn.Module) -> Path:
     """Copy weights into the user's cache after checking that they fit `network`; return the new path.
 
     The metadata of a teacher's file is preserved.
     """
-    state, made = fitting(network, path), facts(path)
+    state, made = matching_parameters(network, path), metadata(path)
     target = cache_folder() / f"{name}.safetensors"
-    with whole_file(target) as temporary:
+    with atomic_file(target) as temporary:
         save_file(
             {key: value.contiguous() for key, value in state.items()},
             temporary,
@@ -213,7 +215,7 @@ def fetch(name: str, network: nn.Module) -> Path:
         raise WeightsError(f"{name} has no publisher's address; use `blemish weights add {name} FILE`")
     download = cache_folder() / f"{name}.download.pth"
     try:
-        with whole_file(download) as temporary:
+        with atomic_file(download) as temporary:
             with urllib.request.urlopen(source.address, timeout=60) as response, temporary.open("wb") as file:
                 shutil.copyfileobj(response, file)
             with temporary.open("rb") as file:
@@ -222,7 +224,7 @@ def fetch(name: str, network: nn.Module) -> Path:
                 raise WeightsError(
                     f"{source.address} gave a file with SHA-256 {digest}, expected {source.digest}..."
                 )
-        return keep(name, download, network)
+        return store_in_cache(name, download, network)
     except (urllib.error.URLError, TimeoutError) as error:
         raise WeightsError(f"could not download {source.address}: {error}") from error
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blemish.errors import ConfigError, ModelFileError
-from blemish.images import Preprocessing
+from blemish.images import FULL_SCALE, Preprocessing
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
 from blemish.inference.choice import BACKENDS, PRECISIONS, Choice, refuse_precision
@@ -115,9 +115,9 @@ def prepare(
         )
     opened = bundle.read(Path(entry.source)) if entry.is_file else untrained(entry.source, settings or {})
     choice = choose(entry, device, opened)
-    network = unchanged if entry.plain else None
+    network = plain_network if entry.plain else None
     name = f"{'plain:' * entry.plain}{Path(entry.source).name}:{choice.backend}:{choice.precision}"
-    return complete(Contender(name, opened, choice, network, trained=entry.is_file), report)
+    return with_work_and_graph(Contender(name, opened, choice, network, trained=entry.is_file), report)
 
 
 def choose(entry: Entry, device: str, opened: Bundle) -> Choice:
@@ -148,18 +148,21 @@ def untrained(name: str, settings: Mapping[str, Any]) -> Bundle:
 
     detector = registry.build(name, registry.configure(name, settings=settings), seed=0)
     manifest = Manifest.untrained(
-        name, as_json(detector.config), Preprocessing(detector.config.image_size), detector.outputs
+        name,
+        as_json(detector.config),
+        Preprocessing(detector.config.image_size, FULL_SCALE),
+        detector.outputs,
     )
     state = {key: value.contiguous() for key, value in detector.state_dict().items()}
     return Bundle(Path(name), manifest, save(state), b"")
 
 
-def unchanged(detector: Detector) -> nn.Module:
+def plain_network(detector: Detector) -> nn.Module:
     """Return the detector itself, which is its own network."""
     return detector
 
 
-def complete(contender: Contender, report: Report) -> Contender:
+def with_work_and_graph(contender: Contender, report: Report) -> Contender:
     """Count a contender's work, and trace its graph if the model file has none that fits."""
     traced = contender.choice.backend != "torch" and (contender.network or not contender.trained)
     if not traced and find_spec("torch") is None:
@@ -184,7 +187,7 @@ def complete(contender: Contender, report: Report) -> Contender:
     work = Work(sum(each.numel() for each in detector.parameters()), count, plain or count)
     opened = contender.opened
     if traced:
-        opened = replace(opened, graph=onnx_graph.traced(network, size, detector.outputs))
+        opened = replace(opened, graph=onnx_graph.export_network(network, size, detector.outputs))
     return replace(contender, opened=opened, work=work)
 
 

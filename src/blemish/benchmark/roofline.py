@@ -73,11 +73,11 @@ def of_torch(choice: Choice, threads: int) -> Iterator[Product]:
         torch.set_num_threads(threads)
     if choice.precision == "int8":
         numbers = torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device)
-        yield "PyTorch's matrix product", 2 * side**3, lambda: waited(torch._int_mm(numbers, numbers.T))
+        yield "PyTorch's matrix product", 2 * side**3, lambda: synchronised(torch._int_mm(numbers, numbers.T))
         return
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice.precision]
     matrix = torch.rand(side, side, device=device).to(dtype)
-    yield "PyTorch's matrix product", 2 * side**3, lambda: waited(matrix @ matrix)
+    yield "PyTorch's matrix product", 2 * side**3, lambda: synchronised(matrix @ matrix)
     if device == "cpu":
         x = torch.rand(1, CHANNELS, CELLS, CELLS).to(dtype).to(memory_format=torch.channels_last)
         kernel = torch.rand(CHANNELS, CHANNELS, WINDOW, WINDOW).to(dtype)
@@ -86,7 +86,7 @@ def of_torch(choice: Choice, threads: int) -> Iterator[Product]:
         yield "PyTorch's convolution", count, lambda: functional.conv2d(x, kernel, padding=WINDOW // 2)
 
 
-def waited(tensor: Any) -> Any:
+def synchronised(tensor: Any) -> Any:
     """Wait until a GPU has computed a tensor, and return it."""
     if tensor.is_cuda:
         import torch

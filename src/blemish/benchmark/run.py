@@ -44,7 +44,7 @@ WARM_UP_SHARE = 0.1
 LATENCY_SHARE = 0.6
 """Share of a row's time for the latency; the rest is for the throughput."""
 
-ROOMS = {"torch": "pytorch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+ENGINE_MODULES = {"torch": "pytorch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 """Module of each backend's engine."""
 
 KILLED = -9
@@ -143,7 +143,7 @@ def run(
             tell(report, f"opening {contender.name}")
             ask, one.memory = stack.enter_context(worker(contender, plan, paths))
             asks.append(ask)
-        pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), deaf))
+        pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), ignore_interrupts))
         for number in range(plan.rounds):
             tell(report, f"round {number + 1} of {plan.rounds}")
             take_turns(number, asks, timings, plan)
@@ -151,7 +151,7 @@ def run(
         for ask, one in zip(asks, timings, strict=True) if paths else ():
             one.stream = ask(Stream(plan.seconds))
     rows = [
-        Row(contender, one, highest([each[key(contender.choice)] for each in rates]))
+        Row(contender, one, highest([each[rate_key(contender.choice)] for each in rates]))
         for contender, one in zip(contenders, timings, strict=True)
     ]
     source = f"{len(paths)} files" if paths else "random numbers"
@@ -235,7 +235,7 @@ def worker(contender: Contender, plan: Plan, paths: Sequence[Path]) -> Iterator[
             found = here.recv()
         except (EOFError, ConnectionError) as error:
             process.join()
-            raise ended(contender.name, process.exitcode) from error
+            raise exit_error(contender.name, process.exitcode) from error
         if isinstance(found, BlemishError):
             raise found
         return found
@@ -249,7 +249,7 @@ def worker(contender: Contender, plan: Plan, paths: Sequence[Path]) -> Iterator[
         process.join()
 
 
-def ended(name: str, status: int | None) -> Exception:
+def exit_error(name: str, status: int | None) -> Exception:
     """Return the exception that explains why a row's process has ended."""
     if status != KILLED:
         return RuntimeError(f"the process of {name} ended with status {status}")
@@ -260,9 +260,9 @@ def ended(name: str, status: int | None) -> Exception:
 
 def serve(connection: Connection, contender: Contender, plan: Plan, paths: Sequence[Path]) -> None:
     """Open one contender in this process and run it on request, until the parent closes the connection."""
-    deaf()
+    ignore_interrupts()
     try:
-        importlib.import_module(f"blemish.inference.engines.{ROOMS[contender.choice.backend]}")
+        importlib.import_module(f"blemish.inference.engines.{ENGINE_MODULES[contender.choice.backend]}")
         before = machine.resident()
         model = Predictor(contender.opened, contender.choice, plan.threads) if paths else None
         engine = model.engine if model else open_contender(contender, plan.threads)
@@ -280,7 +280,7 @@ def serve(connection: Connection, contender: Contender, plan: Plan, paths: Seque
         return
 
 
-def deaf() -> None:
+def ignore_interrupts() -> None:
     """Ignore Ctrl-C, which the parent handles by ending this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -318,14 +318,14 @@ Rates = dict[tuple[str, str], Rate | None]
 """The fastest products by precision and device."""
 
 
-def key(choice: Choice) -> tuple[str, str]:
+def rate_key(choice: Choice) -> tuple[str, str]:
     """Return the parts of a choice that the speed of a matrix product depends on."""
     return choice.precision, choice.device
 
 
 def measure_rates(pool: Executor, choices: Sequence[Choice], threads: int) -> Rates:
     """Measure the fastest matrix product for each precision and device, in another process."""
-    each = {key(choice): choice for choice in choices}
+    each = {rate_key(choice): choice for choice in choices}
     return {name: pool.submit(roofline.fastest, choice, threads).result() for name, choice in each.items()}
 
 

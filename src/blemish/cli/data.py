@@ -18,10 +18,10 @@ def check_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_check(options: argparse.Namespace) -> int:
     """Print the contents and problems of a data set; return 1 if there are problems."""
-    from blemish.data.check import check, format
+    from blemish.data.check import check, format_report
 
     report = check(options.data, options.layout)
-    print(format(report))
+    print(format_report(report))
     return int(not report.passed)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blemish.cli.options import refuse_outputs, settings
+from blemish.cli.options import check_outputs, settings
 from blemish.detectors.registry import METHODS
 from blemish.errors import ConfigError, DataError
 
@@ -125,10 +125,10 @@ def run_benchmark(options: argparse.Namespace) -> int:
     from blemish.benchmark.entries import prepare
     from blemish.cli.terminal import Terminal
 
-    refuse_outputs(options.json)
-    entries = asked(options)
-    plan = planned(options)
-    paths = listed(options.images)
+    check_outputs(options.json)
+    entries = requested_entries(options)
+    plan = benchmark_plan(options)
+    paths = image_files(options.images)
     chosen: dict[str, Any] = settings(options.set)
     if options.image_size:
         chosen["image_size"] = options.image_size
@@ -141,7 +141,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def asked(options: argparse.Namespace) -> list[Any]:
+def requested_entries(options: argparse.Namespace) -> list[Any]:
     """Return the requested entries, with unspecified fields filled in from the other options."""
     from dataclasses import replace
 
@@ -162,7 +162,7 @@ def asked(options: argparse.Namespace) -> list[Any]:
     ]
 
 
-def planned(options: argparse.Namespace) -> Any:
+def benchmark_plan(options: argparse.Namespace) -> Any:
     """Return the plan of threads, rounds, seconds and batch size; raise ConfigError for invalid numbers."""
     from blemish.benchmark.run import Plan
     from blemish.devices import cores
@@ -178,7 +178,7 @@ def planned(options: argparse.Namespace) -> Any:
     return Plan(options.threads or cores(), rounds=options.rounds, seconds=limit, batch=options.batch)
 
 
-def listed(folder: Path | None) -> list[Path]:
+def image_files(folder: Path | None) -> list[Path]:
     """Return the images of a folder and its subfolders; raise DataError if there are none."""
     if folder is None:
         return []

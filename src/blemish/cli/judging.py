@@ -10,8 +10,8 @@ from pathlib import Path
 from blemish.cli.options import (
     RATE_HELP,
     add_layout,
+    check_outputs,
     gigabytes,
-    refuse_outputs,
 )
 
 
@@ -33,7 +33,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from blemish.evaluation.run import evaluate, table
     from blemish.inference.predictor import load
 
-    refuse_outputs(options.json, options.csv, options.report)
+    check_outputs(options.json, options.csv, options.report)
     found = evaluate(
         load(options.model),
         options.data,
@@ -83,7 +83,7 @@ def run_predict(options: argparse.Namespace) -> int:
     from blemish.inference import bulk
     from blemish.inference.predictor import load
 
-    refuse_outputs(options.jsonl, folders=(options.maps, options.overlays))
+    check_outputs(options.jsonl, folders=(options.maps, options.overlays))
     outputs = bulk.Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
     files = bulk.gather(options.images)
     report = Terminal(progress=options.jsonl is not None)

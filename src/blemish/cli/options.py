@@ -30,7 +30,7 @@ def gigabytes(count: float) -> int:
     return int(count * 2**30)
 
 
-def refuse_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> None:
+def check_outputs(*files: Path | None, folders: Sequence[Path | None] = ()) -> None:
     """Check before any work starts that outputs can be written; raise OutputError."""
     from blemish.files import check_folder, check_writable
 

@@ -11,8 +11,8 @@ from blemish.cli.options import (
     add_layout,
     add_length,
     add_machine,
+    check_outputs,
     gigabytes,
-    refuse_outputs,
     settings,
 )
 from blemish.detectors.registry import METHODS
@@ -165,7 +165,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         given = getattr(options, name)
         if given is None or given is False:
             continue
-        able = registry.with_setting(setting)
+        able = registry.methods_with_setting(setting)
         if options.model in METHODS and options.model not in able:
             raise ConfigError(
                 f"{option}: {options.model} has no logical map; expected --model {' or '.join(able)}"
@@ -181,10 +181,10 @@ def run_sweep(options: argparse.Namespace, request: TrainingRequest) -> int:
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.sweeps import local, repeats, summary
 
-    refuse_outputs(options.json)
+    check_outputs(options.json)
     seeds = 1 if options.seeds is None else options.seeds
     trials = repeats.plan(options.out, options.seed, seeds, options.folds, options.folds_file)
-    jobs = local.room(options.device) if options.jobs is None else options.jobs
+    jobs = local.default_jobs(options.device) if options.jobs is None else options.jobs
     with stop_requests() as stop:
         results = repeats.run(trials, request, jobs=jobs, report=Terminal(), stop=stop)
     found = summary.summarise(results)
@@ -211,8 +211,8 @@ def run_weights(options: argparse.Namespace) -> int:
 
     if options.action == "list":
         for name in weights.SOURCES:
-            path = weights.available(name)
-            made = weights.facts(path) if path else {}
+            path = weights.find_local(name)
+            made = weights.metadata(path) if path else {}
             origin = (
                 f" (from {made['source']}, explains {made['explained_variance']:.0%})"
                 if "source" in made
@@ -223,7 +223,11 @@ def run_weights(options: argparse.Namespace) -> int:
     if options.name not in weights.SOURCES:
         raise ConfigError(f"unknown weights {options.name!r}; there are {', '.join(weights.SOURCES)}")
     if options.action == "add":
-        print(weights.keep(options.name, weights.find(options.name, options.file), skeleton(options.name)))
+        print(
+            weights.store_in_cache(
+                options.name, weights.find(options.name, options.file), skeleton(options.name)
+            )
+        )
     else:
         print(weights.fetch(options.name, skeleton(options.name)))
     return 0

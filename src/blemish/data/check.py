@@ -112,7 +112,7 @@ def check(data: str | Path, layout: str = "auto") -> Report:
     return Report(root, layout, tuple(_rows(inspected)), tuple(problems))
 
 
-def format(report: Report) -> str:
+def format_report(report: Report) -> str:
     """Format a report for a terminal: a table, then the problems and the notes, each as a list item."""
     total = sum(row.count for row in report.rows)
     lines = [f"{report.root}: {total} images, layout {report.layout}", "", *_table(report.rows)]

@@ -31,7 +31,7 @@ class Fold:
     """CSV file with the columns image and fold."""
 
 
-def assign(samples: Sequence[Sample], root: Path, fold: Fold) -> list[Sample]:
+def assign_fold(samples: Sequence[Sample], root: Path, fold: Fold) -> list[Sample]:
     """Return the samples with the split "test" if they are in the fold, otherwise "train".
 
     Their own split is overridden. root: folder or manifest of the data set. Folds are assigned at random from
@@ -74,7 +74,7 @@ def record(fold: Fold, samples: Sequence[Sample], root: Path) -> FoldRecord:
     return FoldRecord(fold.index, fold.count, fold.seed, images, file)
 
 
-def recall(recorded: FoldRecord, samples: Sequence[Sample], root: Path) -> Fold:
+def fold_from_record(recorded: FoldRecord, samples: Sequence[Sample], root: Path) -> Fold:
     """Return the recorded fold.
 
     Raises DataError if the samples differ from the recorded ones, or if the fold file is missing or has

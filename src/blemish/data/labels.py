@@ -37,7 +37,9 @@ def amount(text: str | float, of: int, name: str) -> int:
     return count
 
 
-def draw(samples: Sequence[Sample], root: Path, count: int, seed: int, purpose: str) -> tuple[Sample, ...]:
+def sample_at_random(
+    samples: Sequence[Sample], root: Path, count: int, seed: int, purpose: str
+) -> tuple[Sample, ...]:
     """Sample `count` items at random from the seed; a larger count includes those of a smaller one."""
     by_path = sorted(samples, key=lambda sample: relative_path(sample.path, root))
     order = torch.randperm(len(by_path), generator=seeding.generator(seed, purpose))[:count]
@@ -53,7 +55,7 @@ def choose_defects(parts: Split, root: Path, wanted: str | float | None, seed: i
     if wanted is None:
         return parts
     given = parts.train_defects or tuple(sample for sample in parts.test if sample.label == 1)
-    drawn = draw(given, root, amount(wanted, len(given), "train defects"), seed, "defects")
+    drawn = sample_at_random(given, root, amount(wanted, len(given), "train defects"), seed, "defects")
     test = tuple(sample for sample in parts.test if sample not in drawn)
     return dataclasses.replace(parts, train_defects=drawn, test=test)
 
@@ -63,7 +65,7 @@ def keep_masks(parts: Split, root: Path, wanted: str | float | None, seed: int) 
     if wanted is None:
         return parts
     masked = [sample for sample in parts.train_defects if sample.masks]
-    kept = set(draw(masked, root, amount(wanted, len(masked), "train masks"), seed, "masks"))
+    kept = set(sample_at_random(masked, root, amount(wanted, len(masked), "train masks"), seed, "masks"))
     defects = (
         sample if sample in kept else dataclasses.replace(sample, masks=()) for sample in parts.train_defects
     )

@@ -33,7 +33,7 @@ class Detector(nn.Module):
     """Whether the detector has a frozen part, which `load_pretrained` fills and `encode` runs."""
     wants_images: bool = False
     """Whether a training step needs the images as well as their encodings."""
-    fitted: tuple[str, ...] = ()
+    fitted_buffers: tuple[str, ...] = ()
     """Names of the buffers whose size is determined by fitting."""
 
     config: Config
@@ -44,12 +44,12 @@ class Detector(nn.Module):
         return ""
 
     @property
-    def encoding(self) -> tuple[str, ...]:
+    def encoding_key(self) -> tuple[str, ...]:
         """What the result of `encode` depends on, apart from the pretrained weights."""
         return (self.pretrained_name,)
 
     @property
-    def configured(self) -> set[str]:
+    def config_buffers(self) -> set[str]:
         """Names of the buffers set by the config, which a warm start must not overwrite."""
         return set()
 

@@ -52,7 +52,7 @@ def flops(network: nn.Module, image_size: tuple[int, int]) -> int:
 # --- the final map as two matrix products: padding, resizing and blurring are linear along each axis ---
 
 
-def enlarging(cells: int, length: int, margin: int = 0, kernel: Tensor | None = None) -> Tensor:
+def enlarging_matrix(cells: int, length: int, margin: int = 0, kernel: Tensor | None = None) -> Tensor:
     """Return the (length, cells) matrix that resizes one axis of a map from cells to pixels.
 
     It pads with `margin` zeros on both sides, resizes linearly (align_corners=False) and blurs with an odd

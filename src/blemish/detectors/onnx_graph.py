@@ -17,12 +17,12 @@ from blemish.errors import ExportError
 OPSET = 20
 
 
-def graph(detector: Detector) -> bytes:
+def export_detector(detector: Detector) -> bytes:
     """Export a detector's fused network at its image size, for any batch size; the input is `images`."""
-    return traced(detector.fused(), detector.config.image_size, detector.outputs)
+    return export_network(detector.fused(), detector.config.image_size, detector.outputs)
 
 
-def traced(
+def export_network(
     network: nn.Module, image_size: tuple[int, int], outputs: Sequence[str], *, half: bool = False
 ) -> bytes:
     """Export a network in evaluation mode; half: compute in float16, with inputs and outputs in float32."""
@@ -30,7 +30,7 @@ def traced(
     example = torch.rand(2, 3, height, width)
     if half:
         network = Lowered(network, torch.float16)
-    with silence():
+    with suppress_messages():
         program = torch.onnx.export(
             network,
             (example,),
@@ -55,7 +55,7 @@ def traced(
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
+def suppress_messages() -> Iterator[None]:
     """Suppress the exporter's and the quantiser's messages; a wrong graph fails its comparison."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

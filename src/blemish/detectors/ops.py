@@ -124,7 +124,7 @@ def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[st
     return found
 
 
-def squares(x: Tensor, places: Sequence[tuple[int, int]], side: int, step: int = 1) -> Tensor:
+def crops(x: Tensor, places: Sequence[tuple[int, int]], side: int, step: int = 1) -> Tensor:
     """Crop a square from each (C, H, W) tensor of a batch; without places, return the batch whole.
 
     places: top and left of each square, in multiples of `step`.

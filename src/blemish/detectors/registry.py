@@ -54,7 +54,7 @@ def preset(name: str, wanted: str) -> Preset:
     return presets[wanted]
 
 
-def with_setting(setting: str) -> list[str]:
+def methods_with_setting(setting: str) -> list[str]:
     """Return the names of the methods that have this setting."""
     return [name for name in METHODS if setting in field_types(method(name).config)]
 
@@ -125,7 +125,7 @@ def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -
     from safetensors.torch import load
 
     detector, stored = build(name, configure(name, settings=config), seed=0), load(weights)
-    take_sizes(detector, stored)
+    resize_fitted_buffers(detector, stored)
     started = dict(detector.named_buffers())
     try:
         detector.load_state_dict(started | stored)
@@ -136,8 +136,8 @@ def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -
     return detector.eval()
 
 
-def take_sizes(detector: Detector, stored: Mapping[str, Any]) -> None:
+def resize_fitted_buffers(detector: Detector, stored: Mapping[str, Any]) -> None:
     """Resize the buffers whose size is determined by fitting to the sizes of the stored tensors."""
-    for name in detector.fitted:
+    for name in detector.fitted_buffers:
         if name in stored:
             detector.register_buffer(name, detector.get_buffer(name).new_empty(stored[name].shape))

@@ -9,10 +9,10 @@ from typing import Any
 
 from blemish import images
 from blemish.data import scan
-from blemish.data.folds import assign, recall
+from blemish.data.folds import assign_fold, fold_from_record
 from blemish.data.layouts.saturation import regions
 from blemish.data.split import choose_test, relative_path
-from blemish.errors import DataError, ImageError, StoppedError
+from blemish.errors import DataError, ImageError
 from blemish.evaluation import metrics
 from blemish.evaluation.exhibits import Gallery
 from blemish.evaluation.groups import Truth, empty_groups
@@ -46,15 +46,16 @@ def evaluate(
     StoppedError when asked to stop.
     """
     root = Path(data)
-    test = unseen(choose_test(dealt(scan(root, layout), root, model, report), root), model, report)
+    samples = with_recorded_fold(scan(root, layout), root, model, report)
+    test = without_training_images(choose_test(samples, root), model, report)
     if not test:
         raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
     good, overall, groups = empty_groups(test, memory)
     gallery = Gallery(exhibits, model.preprocessing.white)
     results: list[ImageResult] = []
     skipped: list[str] = []
-    for sample, outcome in judged(model, test, report, stop):
-        truth = truth_of(sample, outcome)
+    for sample, outcome in judge_all(model, test, report, stop):
+        truth = read_truth(sample, outcome)
         failure = outcome.error or (truth if isinstance(truth, ImageError | DataError) else None)
         if failure is not None:
             skipped.append(str(failure))
@@ -88,19 +89,19 @@ def evaluate(
     )
 
 
-def dealt(samples: list[Sample], root: Path, model: Predictor, report: Report) -> list[Sample]:
+def with_recorded_fold(samples: list[Sample], root: Path, model: Predictor, report: Report) -> list[Sample]:
     """Assign the samples to the model's cross-validation fold, if it was trained in one on these images."""
     recorded = model.manifest.training.fold
     if recorded is None:
         return samples
     try:
-        return assign(samples, root, recall(recorded, samples, root))
+        return assign_fold(samples, root, fold_from_record(recorded, samples, root))
     except DataError as error:
         tell(report, f"testing on what {root} itself gives for it: {error}")
         return samples
 
 
-def unseen(test: Sequence[Sample], model: Predictor, report: Report) -> list[Sample]:
+def without_training_images(test: Sequence[Sample], model: Predictor, report: Report) -> list[Sample]:
     """Return the samples that the model was not trained or calibrated on, judging by file content."""
     used = model.manifest.used
     kept = [sample for sample in test if not used or short_digest(sample.path) not in used]
@@ -110,18 +111,16 @@ def unseen(test: Sequence[Sample], model: Predictor, report: Report) -> list[Sam
     return kept
 
 
-def judged(
+def judge_all(
     model: Predictor, test: Sequence[Sample], report: Report, stop: Stop
 ) -> Iterator[tuple[Sample, Outcome]]:
-    """Yield samples and outcomes in order, reporting progress; raise StoppedError when asked to stop."""
+    """Judge samples in order, reporting progress; raises StoppedError when asked to stop."""
     outcomes = model.stream((sample.path for sample in test), full_size=True)
-    for sample, outcome in zip(test, tracked(outcomes, len(test), report, "evaluating"), strict=True):
-        if stop():
-            raise StoppedError("stopped while evaluating; the same command starts that anew")
-        yield sample, outcome
+    tracked_outcomes = tracked(outcomes, len(test), report, "evaluating", stop=stop)
+    return zip(test, tracked_outcomes, strict=True)
 
 
-def truth_of(sample: Sample, outcome: Outcome) -> Truth | ImageError | DataError | None:
+def read_truth(sample: Sample, outcome: Outcome) -> Truth | ImageError | DataError | None:
     """Read the masks of a judged sample; return None if it has none, or the error if they are unusable."""
     if not sample.masks or outcome.image is None:
         return None
@@ -142,7 +141,7 @@ def provenance(model: Predictor) -> dict[str, Any]:
         "method": manifest.method,
         "pretrained network": training.pretrained,
         "image size": f"{height} x {width}",
-        "trained on": f"{training.data}, {training.good_images} good images{labelled(training)}",
+        "trained on": f"{training.data}, {training.good_images} good images{defects_phrase(training)}",
         "calibrated on": f"{len(model.calibration.scores)} good images",
         "steps": training.steps,
         "seed": training.run.seed,
@@ -155,7 +154,7 @@ def provenance(model: Predictor) -> dict[str, Any]:
     }
 
 
-def labelled(training: TrainingRecord) -> str:
+def defects_phrase(training: TrainingRecord) -> str:
     """Return the number of training defects as the end of a phrase, or "" if there were none."""
     count, masked = training.defective_images, training.masked_images
     return f" and {count} defective ones, {masked} with masks" if count else ""

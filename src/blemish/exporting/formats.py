@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from blemish.files import write_whole
+from blemish.files import write_atomically
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
 
-TOLD = ("method", "preprocessing", "outputs", "calibration", "engine", "export", "versions")
+METADATA_FIELDS = ("method", "preprocessing", "outputs", "calibration", "engine", "export", "versions")
 """Fields of the manifest that a bare graph repeats, under the key "blemish"."""
 
 
@@ -37,10 +37,10 @@ def write(path: Path, made: Bundle, name: str) -> None:
         FORMATS[name].write(path, made)
 
 
-def told(made: Bundle) -> str:
+def metadata(made: Bundle) -> str:
     """Return, as JSON, the part of the manifest that a bare graph repeats."""
     record = made.manifest.to_json()
-    return json.dumps({key: record[key] for key in TOLD if key in record})
+    return json.dumps({key: record[key] for key in METADATA_FIELDS if key in record})
 
 
 def write_onnx(path: Path, made: Bundle) -> None:
@@ -48,8 +48,8 @@ def write_onnx(path: Path, made: Bundle) -> None:
     import onnx
 
     model = onnx.load_model_from_string(made.graph)
-    onnx.helper.set_model_props(model, {"blemish": told(made)})
-    write_whole(path, model.SerializeToString())
+    onnx.helper.set_model_props(model, {"blemish": metadata(made)})
+    write_atomically(path, model.SerializeToString())
 
 
 def write_openvino(path: Path, made: Bundle) -> None:
@@ -61,14 +61,14 @@ def write_openvino(path: Path, made: Bundle) -> None:
     import openvino
 
     model = openvino.Core().read_model(made.graph)
-    model.set_rt_info(told(made), "blemish")
+    model.set_rt_info(metadata(made), "blemish")
     halved = made.manifest.engine.precision == "fp16"
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / path.name
         openvino.save_model(model, written, compress_to_fp16=halved)
         path.unlink(missing_ok=True)
-        write_whole(path.with_suffix(".bin"), written.with_suffix(".bin").read_bytes())
-        write_whole(path, written.read_bytes())
+        write_atomically(path.with_suffix(".bin"), written.with_suffix(".bin").read_bytes())
+        write_atomically(path, written.read_bytes())
 
 
 FORMATS = {

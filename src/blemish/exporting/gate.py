@@ -59,7 +59,7 @@ class Agreement:
     aupro: tuple[float, float] | None = None
 
 
-class Trained:
+class DetectorEngine:
     """The trained detector itself as an engine, in float32 and not fused."""
 
     def __init__(self, detector: Detector) -> None:
@@ -73,7 +73,7 @@ class Trained:
         return {name: x.numpy() for name, x in zip(self.outputs, found, strict=True)}
 
 
-class Replay:
+class RecordedOutputs:
     """An engine that returns recorded outputs and computes nothing."""
 
     def __init__(self, known: Mapping[bytes, dict[str, FloatArray]], outputs: tuple[str, ...]) -> None:
@@ -84,7 +84,7 @@ class Replay:
         return self.known[inputs.tobytes()]
 
 
-class Watched:
+class ComparedEngine:
     """An engine that runs a reference alongside, and measures how much their maps differ."""
 
     def __init__(self, engine: Engine, reference: Engine) -> None:
@@ -119,7 +119,7 @@ class Watched:
 
 
 def agreement(
-    watched: Watched,
+    watched: ComparedEngine,
     scores: Sequence[Sequence[float]],
     labels: Sequence[Sequence[str]],
 ) -> Agreement:

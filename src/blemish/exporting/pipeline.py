@@ -22,7 +22,7 @@ from blemish.errors import ConfigError, DataError, ExportError
 from blemish.evaluation import run as evaluation
 from blemish.exporting import formats, gate, quantise
 from blemish.exporting.formats import FORMATS
-from blemish.files import SHORT, check_writable, plain
+from blemish.files import SHORT_DIGEST, check_writable, to_json_types
 from blemish.inference import bundle, calibration
 from blemish.inference.bundle import Bundle
 from blemish.inference.choice import Choice
@@ -36,7 +36,7 @@ from blemish.types import Calibration, FloatArray
 
 LOG = logging.getLogger(__name__)
 
-LOOKED_AT = 12
+REDUCTION_IMAGES = 12
 """Good images, and rendered ones, on which reduced channels are determined."""
 
 
@@ -84,7 +84,7 @@ class Draft:
     kept: list[Kept]
     flops: int
     """FLOPs for one image, counted as in `benchmark`."""
-    left: list[str]
+    float_layers: list[str]
     """Layers that stayed in floating point."""
 
 
@@ -122,26 +122,28 @@ def run(
         raise ConfigError(f"{opened.path} is an export itself; expected the model file that it was made from")
     good = held_out(opened, root)
     detector = restored(opened)
-    trained = gate.Trained(detector)
-    draft = drafted(detector, trained, good, request, report)
+    trained = gate.DetectorEngine(detector)
+    draft = make_graph(detector, trained, good, request, report)
     engine = open_graph(draft.graph, detector.outputs, request.choice)
     before = opened.manifest.calibration
-    after, found = compared(gate.Watched(engine, trained), good, opened.manifest)
+    after, found = compare_on_good(gate.ComparedEngine(engine, trained), good, opened.manifest)
     agreements = {"held-out good images": found}
     manifest = dataclasses.replace(opened.manifest, engine=request.choice, calibration=after)
     if labelled is not None:
         made = Bundle(opened.path, manifest, opened.weights, draft.graph)
-        agreements["labelled images"] = judged(opened, made, gate.Watched(engine, trained), labelled, report)
+        agreements["labelled images"] = compare_on_labelled(
+            opened, made, gate.ComparedEngine(engine, trained), labelled, report
+        )
     for name, each in agreements.items():
         tell(report, gate.describe(name, each))
     for name, each in agreements.items():
         gate.refuse(name, each, request.bounds)
     record = ExportRecord(
         limits=asdict(request.bounds),
-        agreement={name: plain(each) for name, each in agreements.items()},
+        agreement={name: to_json_types(each) for name, each in agreements.items()},
         flops=draft.flops,
         reduced=tuple(asdict(each) for each in draft.kept),
-        in_floating_point=tuple(draft.left),
+        in_floating_point=tuple(draft.float_layers),
         thresholds="as trained" if after == before else "set anew on the same images",
     )
     manifest = dataclasses.replace(manifest, export=record)
@@ -149,9 +151,9 @@ def run(
     return agreements
 
 
-def drafted(
+def make_graph(
     detector: Detector,
-    trained: gate.Trained,
+    trained: gate.DetectorEngine,
     good: Sequence[FloatArray],
     request: Request,
     report: Report,
@@ -160,10 +162,10 @@ def drafted(
     network, kept = rewritten(detector, good, request, report)
     size, half = detector.config.image_size, request.precision == "fp16"
     count = flops(network, size)
-    graph = onnx_graph.traced(network, size, detector.outputs, half=half)
+    graph = onnx_graph.export_network(network, size, detector.outputs, half=half)
     if request.precision != "int8":
         return Draft(graph, kept, count, [])
-    error = map_error(trained, good[:LOOKED_AT], request.choice)
+    error = map_error(trained, good[:REDUCTION_IMAGES], request.choice)
     graph, left = quantise.quantise(graph, good, error, request.bounds.map_error, report)
     tell(report, f"in floating point: {', '.join(left) or 'no layer'}")
     return Draft(graph, kept, count, left)
@@ -182,7 +184,7 @@ def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
     for sample in data_sets.scan(root):
         if sample.label == 0:
             content = sample.path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()[:SHORT]
+            digest = hashlib.sha256(content).hexdigest()[:SHORT_DIGEST]
             if digest in known:
                 inputs[digest] = opened.manifest.preprocessing.inputs(images.read(sample.path, content))
     if not inputs:
@@ -208,25 +210,29 @@ def rewritten(
         height, width = detector.config.image_size
         rendered = [
             torch.from_numpy(images.to_input(textures.draw((height, width), seed))[None])
-            for seed in range(LOOKED_AT)
+            for seed in range(REDUCTION_IMAGES)
         ]
-        network, kept = detector.with_fewer_channels(network, batches[:LOOKED_AT], rendered, request.reduced)
+        network, kept = detector.with_fewer_channels(
+            network, batches[:REDUCTION_IMAGES], rendered, request.reduced
+        )
         for each in kept:
             tell(
                 report,
                 f"{each.layer}: {each.kept} of {each.of} channels, map error {each.error:.3f}",
             )
     if request.precision == "int8":
-        network = detector.for_integers(network, batches[: quantise.MOST_RANGED])
+        network = detector.for_integers(network, batches[: quantise.MAX_RANGE_IMAGES])
     return network, kept
 
 
-def map_error(trained: gate.Trained, good: Sequence[FloatArray], choice: Choice) -> Callable[[bytes], float]:
+def map_error(
+    trained: gate.DetectorEngine, good: Sequence[FloatArray], choice: Choice
+) -> Callable[[bytes], float]:
     """Return a function that measures a graph's map error on images; the trained model runs on them once."""
-    replay = gate.Replay({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
+    replay = gate.RecordedOutputs({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
 
     def error(graph: bytes) -> float:
-        watched = gate.Watched(open_graph(graph, trained.outputs, choice), replay)
+        watched = gate.ComparedEngine(open_graph(graph, trained.outputs, choice), replay)
         for inputs in good:
             watched.run(inputs)
         return watched.map_error
@@ -234,8 +240,8 @@ def map_error(trained: gate.Trained, good: Sequence[FloatArray], choice: Choice)
     return error
 
 
-def compared(
-    watched: gate.Watched, good: Sequence[FloatArray], manifest: Manifest
+def compare_on_good(
+    watched: gate.ComparedEngine, good: Sequence[FloatArray], manifest: Manifest
 ) -> tuple[Calibration, gate.Agreement]:
     """Run export and model on good images; set new thresholds if the old ones came from these images.
 
@@ -246,7 +252,7 @@ def compared(
     exported = measure(watched, preprocessing, good)
     if not watched.finite:
         raise ExportError("the export gives numbers that are not finite")
-    replay = gate.Replay(
+    replay = gate.RecordedOutputs(
         {inputs.tobytes(): known for inputs, known in zip(good, watched.expected, strict=True)},
         watched.outputs,
     )
@@ -276,7 +282,9 @@ def refitted(statistics: FloatArray, maxima: FloatArray, before: Calibration) ->
     )
 
 
-def judged(opened: Bundle, made: Bundle, watched: gate.Watched, root: Path, report: Report) -> gate.Agreement:
+def compare_on_labelled(
+    opened: Bundle, made: Bundle, watched: gate.ComparedEngine, root: Path, report: Report
+) -> gate.Agreement:
     """Compare model and export on the test images of a labelled data set."""
     model, exported = Predictor(opened), Predictor(made, engine=watched)
     results = [

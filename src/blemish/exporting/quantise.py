@@ -20,7 +20,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
 
-from blemish.detectors.onnx_graph import silence
+from blemish.detectors.onnx_graph import suppress_messages
 from blemish.progress import Report, silent, tracked
 from blemish.types import FloatArray
 
@@ -32,7 +32,7 @@ BETWEEN: tuple[str, ...] = (
 )
 """Operations that 8-bit integers can pass through."""
 
-MOST_RANGED = 64
+MAX_RANGE_IMAGES = 64
 """Largest number of good images used to measure ranges: more of them change little."""
 
 Error = Callable[[bytes], float]
@@ -60,15 +60,15 @@ def quantise(
     floating point. The sensitivity of a layer is the error if it alone is quantised.
     """
     prepared = preprocessed(graph)
-    ranges = measured(prepared, images[:MOST_RANGED])
-    layers = weighted(prepared)
-    made = written(prepared, ranges, layers)
+    ranges = measured(prepared, images[:MAX_RANGE_IMAGES])
+    layers = quantisable_layers(prepared)
+    made = quantised_graph(prepared, ranges, layers)
     if error(made) <= limit:
         return made, []
     left: list[str] = []
     for name in by_sensitivity(prepared, ranges, layers, error, report):
         left.append(name)
-        made = written(prepared, ranges, [layer for layer in layers if layer not in left])
+        made = quantised_graph(prepared, ranges, [layer for layer in layers if layer not in left])
         if error(made) <= limit:
             break
     return made, left
@@ -79,7 +79,7 @@ def by_sensitivity(
 ) -> list[str]:
     """Sort layers by the error that each causes if it alone is quantised, the most sensitive first."""
     found = {
-        name: error(written(prepared, ranges, [name]))
+        name: error(quantised_graph(prepared, ranges, [name]))
         for name in tracked(layers, len(layers), report, "sensitivity of layers", unit="layer")
     }
     return sorted(layers, key=found.__getitem__, reverse=True)
@@ -90,7 +90,7 @@ def preprocessed(graph: bytes) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         before.write_bytes(graph)
-        with silence():
+        with suppress_messages():
             quant_pre_process(before, after, skip_symbolic_shape=True)
         model: onnx.ModelProto = onnx.load(after)
     for number, node in enumerate(model.graph.node):
@@ -100,7 +100,7 @@ def preprocessed(graph: bytes) -> onnx.ModelProto:
 
 def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsData:
     """Measure the range of every tensor on images."""
-    with tempfile.TemporaryDirectory() as folder, silence():
+    with tempfile.TemporaryDirectory() as folder, suppress_messages():
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         calibrator = create_calibrator(
@@ -114,7 +114,7 @@ def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsDat
         return calibrator.compute_data()
 
 
-def weighted(model: onnx.ModelProto) -> list[str]:
+def quantisable_layers(model: onnx.ModelProto) -> list[str]:
     """Return the names of the layers: products with constant weights, to more than one output channel.
 
     The blur that computes a statistic has one output channel, and is not quantised.
@@ -129,7 +129,7 @@ def weighted(model: onnx.ModelProto) -> list[str]:
     return found
 
 
-def written(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) -> bytes:
+def quantised_graph(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) -> bytes:
     """Return the graph with these layers, and the operations between them, quantised."""
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
@@ -140,18 +140,18 @@ def written(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) 
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
         tensors_range=ranges,
-        nodes_to_quantize=between(model, layers),
+        nodes_to_quantize=nodes_between(model, layers),
         nodes_to_exclude=[],
         op_types_to_quantize=[*LAYERS, *BETWEEN],
         extra_options={"ForceQuantizeNoInputCheck": True},
     )
-    with silence():
+    with suppress_messages():
         quantiser.quantize_model()
     data: bytes = quantiser.model.model.SerializeToString()
     return data
 
 
-def between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
+def nodes_between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
     """Return the names of the layers and of every operation between one of them and the next."""
     makers = {output: node for node in model.graph.node for output in node.output}
     nodes = {node.name: node for node in model.graph.node}

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from blemish.images.resizing import FULL_SCALE, resize, resize_map, to_input
+from blemish.images.resizing import resize, resize_map, to_input
 from blemish.types import AnyArray, FloatArray
 
 Box = tuple[int, int, int, int]
@@ -24,7 +24,7 @@ class Preprocessing:
 
     image_size: Size
     """Height h and width w of the network's input."""
-    white: float = FULL_SCALE
+    white: float
     """White level of 16-bit data, which becomes 1; 8-bit images are divided by 255."""
     color: Literal["RGB"] = "RGB"
     """Channel order."""

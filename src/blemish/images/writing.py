@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from blemish.files import write_whole
+from blemish.files import write_atomically
 from blemish.types import AnyArray, FloatArray
 
 
@@ -23,12 +23,12 @@ def jpeg_bytes(array: AnyArray, quality: int) -> bytes:
 
 def write_png(path: Path, array: AnyArray) -> None:
     """Write a uint8 (H, W) or (H, W, 3) array to `path` as PNG, atomically."""
-    write_whole(path, png_bytes(array))
+    write_atomically(path, png_bytes(array))
 
 
 def write_tiff(path: Path, array: FloatArray) -> None:
     """Write a float32 (H, W) array to `path` losslessly as a 32-bit TIFF, atomically."""
-    write_whole(path, _encoded(array, "TIFF"))
+    write_atomically(path, _encoded(array, "TIFF"))
 
 
 def _encoded(array: AnyArray, format_name: str, quality: int = 75) -> bytes:

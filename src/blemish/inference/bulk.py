@@ -14,7 +14,7 @@ import numpy as np
 
 from blemish import images
 from blemish.errors import DataError
-from blemish.files import whole_file
+from blemish.files import atomic_file
 from blemish.images import overlays
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, silent, tracked
@@ -102,7 +102,7 @@ def lines(path: Path | None, write: Callable[[str], None]) -> Iterator[Callable[
     if path is None:
         yield write
         return
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         yield lambda line: print(line, file=stream)
 
 
@@ -124,7 +124,7 @@ def write_pictures(model: Predictor, file: File, image: AnyArray, verdict: Verdi
         if outputs.map_format == "tiff":
             images.write_tiff(target, verdict.map)
         else:
-            with whole_file(target) as temporary, temporary.open("wb") as stream:
+            with atomic_file(target) as temporary, temporary.open("wb") as stream:
                 np.save(stream, verdict.map, allow_pickle=False)
     if outputs.overlays is not None:
         shown = overlays.to_display(image, model.preprocessing.white)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from blemish.errors import ModelFileError
-from blemish.files import whole_file
+from blemish.files import atomic_file
 from blemish.inference.manifest import Manifest
 
 FORMAT = 1
@@ -43,7 +43,7 @@ def write(path: Path, manifest: Manifest, weights: bytes, graph: bytes) -> None:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
     record = {"format": FORMAT} | manifest.to_json() | {"members": digests}
     text = json.dumps(record, indent=1, allow_nan=False)
-    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, data in {MANIFEST: text.encode(), **members}.items():
             # A fixed date, so that the same model gives the same bytes.
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)

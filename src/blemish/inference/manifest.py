@@ -160,17 +160,26 @@ class Manifest:
 
         Raises ModelFileError, which names the first field that is missing or does not fit.
         """
-        stored: Any = record
         try:
-            made = msgspec.convert(stored, cls)
+            made = msgspec.convert(record, cls)
         except msgspec.ValidationError as error:
             raise ModelFileError(f"{name} is damaged: {sentence(str(error))}") from error
         except ConfigError as error:
             raise ModelFileError(f"{name} asks for an engine that is not known here: {error}") from error
-        if "white" not in stored["preprocessing"]:  # code may leave it out, a file must not
-            missing = sentence("Object missing required field `white` - at `$.preprocessing`")
-            raise ModelFileError(f"{name} is damaged: {missing}")
+        if complaint := made.inconsistency():
+            raise ModelFileError(f"{name} is damaged: {complaint}")
         return made
+
+    def inconsistency(self) -> str:
+        """Describe the first fields that fit by themselves but not together; "" where all do."""
+        calibration, count = self.calibration, len(self.calibration.statistics)
+        for field_name in ("centers", "scales"):
+            found = len(getattr(calibration, field_name))
+            if found != count:
+                return f"calibration.{field_name} in its manifest has {found} numbers, expected {count}"
+        if min(self.preprocessing.image_size) < 1:
+            return f"preprocessing.image_size in its manifest is {self.preprocessing.image_size}"
+        return ""
 
 
 def sentence(complaint: str) -> str:

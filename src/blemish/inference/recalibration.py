@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blemish import images as files
 from blemish.errors import ConfigError
-from blemish.files import SHORT, check_writable
+from blemish.files import SHORT_DIGEST, check_writable
 from blemish.inference import bundle, calibration, manifest
 from blemish.inference.measure import measure
 from blemish.inference.predictor import Predictor
@@ -42,7 +42,7 @@ def calibrate(
 
     def inputs(path: Path) -> FloatArray:
         image, digest = files.read_digested(path)
-        used.append(digest[:SHORT])
+        used.append(digest[:SHORT_DIGEST])
         return preprocessing.inputs(image)
 
     with Predictor(opened) as predictor:

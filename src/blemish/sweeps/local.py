@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from blemish.devices import choose_device, cores
 from blemish.errors import StoppedError
 from blemish.progress import Event, Report, Stop
-from blemish.sweeps.trial import Trial, one
+from blemish.sweeps.trial import Trial, run_trial
 from blemish.types import Evaluation
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ KILLED = (
 )
 
 
-def room(device: str) -> int:
+def default_jobs(device: str) -> int:
     """Return the default number of trials in parallel: one on a GPU, else one for every four cores."""
     return 1 if choose_device(device) == "cuda" else max(1, cores() // CORES_EACH)
 
@@ -57,7 +57,7 @@ def in_parallel(
         while len(ended) < len(trials) and failure is None and not stop():
             # Only as many are submitted as can run: what waits inside the pool cannot be cancelled.
             for trial in trials[len(futures) : len(ended) + jobs]:
-                futures.append(pool.submit(apart, trial, base))
+                futures.append(pool.submit(run_in_worker, trial, base))
             wait([future for future in futures if not future.done()], POLL_SECONDS, FIRST_COMPLETED)
             pass_on(said, report)
             ended = [future for future in futures if future.done()]
@@ -127,7 +127,7 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def apart(trial: Trial, base: TrainingRequest) -> Evaluation:
+def run_in_worker(trial: Trial, base: TrainingRequest) -> Evaluation:
     """Run one trial in this worker's process, until it ends or is asked to stop."""
     (worker,) = _workers
     name = trial.out.stem
@@ -135,16 +135,16 @@ def apart(trial: Trial, base: TrainingRequest) -> Evaluation:
     def report(event: Event) -> None:
         worker.said.put(replace(event, source=name))
 
-    handler = Named(worker.said, name)
+    handler = PrefixedQueueHandler(worker.said, name)
     logger = logging.getLogger("blemish")
     logger.addHandler(handler)
     try:
-        return one(trial, base, threads=worker.threads, report=report, stop=worker.stopping.is_set)
+        return run_trial(trial, base, threads=worker.threads, report=report, stop=worker.stopping.is_set)
     finally:
         logger.removeHandler(handler)
 
 
-class Named(logging.handlers.QueueHandler):
+class PrefixedQueueHandler(logging.handlers.QueueHandler):
     """Puts log records into a queue, each message prefixed with a trial's name."""
 
     def __init__(self, queue: Any, name: str) -> None:

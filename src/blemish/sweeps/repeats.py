@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blemish import data
-from blemish.data.folds import Fold, assign
+from blemish.data.folds import Fold, assign_fold
 from blemish.data.split import choose_test
 from blemish.errors import ConfigError, DataError
 from blemish.files import check_writable
 from blemish.progress import Report, Stop, never, silent, tell
 from blemish.sweeps.local import in_parallel
-from blemish.sweeps.trial import Trial, one, refuse_other
+from blemish.sweeps.trial import Trial, refuse_other, run_trial
 from blemish.types import Evaluation
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(
     samples = data.scan(root, base.layout)
     for trial in trials:
         check_writable(trial.out)
-        dealt = samples if trial.fold is None else assign(samples, root, trial.fold)
+        dealt = samples if trial.fold is None else assign_fold(samples, root, trial.fold)
         if not choose_test(dealt, root):
             raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
         if trial.out.exists():
@@ -80,5 +80,5 @@ def run(
     results = []
     for number, trial in enumerate(trials):
         tell(report, f"trial {number + 1} of {len(trials)}: {trial.out.name}")
-        results.append((trial, one(trial, base, report=report, stop=stop)))
+        results.append((trial, run_trial(trial, base, report=report, stop=stop)))
     return results

@@ -34,7 +34,7 @@ class Trial:
         return replace(base, seed=self.seed, fold=self.fold, out=self.out)
 
 
-def one(
+def run_trial(
     trial: Trial, base: TrainingRequest, *, threads: int = 0, report: Report = silent, stop: Stop = never
 ) -> Evaluation:
     """Train and evaluate one trial; threads: those of the evaluation, 0 lets ONNX Runtime choose.
@@ -68,10 +68,10 @@ def expected(request: TrainingRequest) -> dict[str, Any]:
     from blemish.files import digest
     from blemish.training import fingerprint
     from blemish.training.length import Length
-    from blemish.training.plan import copies, plan, without
+    from blemish.training.plan import drop_copies, find_copies, plan
 
     planned = plan(request)
-    planned = without(planned, copies(planned.parts))
+    planned = drop_copies(planned, find_copies(planned.parts))
     config = planned.config
     made: dict[str, Any] = {
         "model": planned.model,

@@ -65,7 +65,7 @@ class Subject:
     def detector(self, seed: int = 0) -> Detector:
         """Return the detector untrained, with its pretrained part."""
         built = registry.build(self.name, self.config, seed)
-        run.fill(built, None, self.request.weights)
+        run.load_weights(built, None, self.request.weights)
         return built
 
     def trained(self) -> Detector:

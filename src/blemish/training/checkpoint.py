@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from blemish.errors import ModelFileError
-from blemish.files import whole_file
+from blemish.files import atomic_file
 
 
 def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, header: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, heade
     tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         # not save_file: it reports a full disk as an error of its own, without a number
         plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
         temporary.write_bytes(save_tensors(plain, {"blemish": json.dumps(header)}))

@@ -40,7 +40,7 @@ def joined(device: str) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
-def first_speaks(report: Report) -> Report:
+def report_from_first(report: Report) -> Report:
     """Return `report` in the first of several processes, and a silent report in the others."""
     return report if rank() == 0 else silent
 
@@ -60,7 +60,7 @@ def join(device: str) -> None:
     distributed.init_process_group("nccl", device_id=own)
 
 
-def share(total: int) -> range:
+def own_indices(total: int) -> range:
     """Return the indices of this process's share of `total` items."""
     return range(rank(), total, count())
 

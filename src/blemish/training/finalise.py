@@ -48,7 +48,7 @@ def finalise(
     detector.eval().to("cpu")  # where float32 has its full precision, as in the runtime
     with torch.no_grad():
         detector.finish(held_out.batches())
-    exported = onnx_graph.graph(detector)
+    exported = onnx_graph.export_detector(detector)
     graph = open_graph(exported, detector.outputs, Choice())
     difference = compare(detector, graph, held_out.batches())
     inputs = map(held_out.inputs, range(len(held_out.paths)))

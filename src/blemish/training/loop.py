@@ -37,7 +37,7 @@ PROBE_SECONDS = 10.0
 SETTLED = 100
 """Steps before which a detector's state on held-out images is not yet meaningful."""
 
-CARRIED = ("step", "steps", "seconds", "history", "pending", "notes")
+CHECKPOINT_FIELDS = ("step", "steps", "seconds", "history", "pending", "notes")
 """Fields of a run that a checkpoint stores besides the parameters and the optimiser's state."""
 
 
@@ -83,12 +83,12 @@ class Run:
         self.seconds, self.clock = self.seconds + time.monotonic() - self.clock, time.monotonic()
         if distributed.rank() > 0:
             return
-        header = {name: getattr(self, name) for name in CARRIED} | {"run": self.fingerprint}
+        header = {name: getattr(self, name) for name in CHECKPOINT_FIELDS} | {"run": self.fingerprint}
         checkpoint.save(self.path, self.detector, self.optimizer, header)
 
     def restore(self, header: Mapping[str, Any]) -> None:
         """Restore the run from its checkpoint, whose header has been read."""
-        for name in CARRIED:
+        for name in CHECKPOINT_FIELDS:
             setattr(self, name, header[name])
         checkpoint.load(self.path, self.detector, self.optimizer)
 
@@ -187,7 +187,7 @@ def loop(run: Run) -> None:
     run.detector.eval()
 
 
-def go_on(run: Run, length: Length) -> None:
+def resume(run: Run, length: Length) -> None:
     """Resume a run from its checkpoint; raise ModelFileError if that belongs to another run."""
     header = checkpoint.header(run.path)
     for key, value in run.fingerprint.items():

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from blemish import data, images
-from blemish.data.folds import assign
+from blemish.data.folds import assign_fold
 from blemish.data.labels import choose_defects, describe, keep_masks, supervise
 from blemish.data.split import Split, split
 from blemish.detectors import registry
 from blemish.detectors.settings import Config, Method, read_settings
 from blemish.errors import ConfigError, DataError
-from blemish.files import SHORT, digest, short_digest
+from blemish.files import SHORT_DIGEST, digest, short_digest
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
 from blemish.training.length import Length
@@ -39,7 +39,7 @@ class Plan:
     method: Method
     config: Config
     supervision: Supervision
-    unused: str
+    unused_labels: str
     """For the user: what the method does not learn from; empty if nothing."""
     parts: Split
     length: Length
@@ -52,9 +52,9 @@ class Plan:
         return [*self.parts.train, *self.parts.train_defects]
 
     @property
-    def sentence(self) -> str:
+    def description(self) -> str:
         """For the user: what the run learns from."""
-        return describe(self.parts, self.supervision) + self.unused
+        return describe(self.parts, self.supervision) + self.unused_labels
 
 
 def plan(request: TrainingRequest) -> Plan:
@@ -67,7 +67,7 @@ def plan(request: TrainingRequest) -> Plan:
     method = registry.method(model)
     refuse_length(request, model, method)
     registry.configure(model, preset, given)  # refuses wrong settings before the data set is read
-    parts = without_empty_masks(choose_images(request, learned_from(start)))
+    parts = without_empty_masks(choose_images(request, seen_images(start)))
     parts = choose_defects(parts, request.data, request.train_defects, request.seed)
     parts = keep_masks(parts, request.data, request.train_masks, request.seed)
     able = tuple(registry.preset(model, preset).regimes)
@@ -130,7 +130,7 @@ def warm_length(config: Config) -> Length:
     return Length(**{name: math.ceil(WARM_SHARE * count) for name, count in whole.items() if count})
 
 
-def learned_from(start: Bundle | None) -> frozenset[str]:
+def seen_images(start: Bundle | None) -> frozenset[str]:
     """Return short digests of the images that an earlier model was trained on, and of those before it."""
     if start is None:
         return frozenset()
@@ -143,7 +143,7 @@ def learned_from(start: Bundle | None) -> frozenset[str]:
 
 def warn_of_missing(start: Bundle, digests: Collection[str]) -> None:
     """Warn if images that an earlier model learned from are missing from these digests."""
-    here = {each[:SHORT] for each in digests}
+    here = {each[:SHORT_DIGEST] for each in digests}
     trained = start.manifest.training.files.train if start.manifest.training.files else ()
     missing = sum(name not in here for name in trained)
     if missing:
@@ -154,7 +154,7 @@ def warn_of_missing(start: Bundle, digests: Collection[str]) -> None:
         )
 
 
-def copies(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[int]:
+def find_copies(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[int]:
     """Return the indices of good training images that are byte-for-byte copies of held-out ones.
 
     of: returns the digest of an image file.
@@ -163,7 +163,7 @@ def copies(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[int]:
     return frozenset(number for number, sample in enumerate(parts.train) if of(sample.path) in held_out)
 
 
-def without(planned: Plan, left_out: frozenset[int]) -> Plan:
+def drop_copies(planned: Plan, left_out: frozenset[int]) -> Plan:
     """Return a plan without the good training images at these indices, and warn that they are copies.
 
     Raises DataError where that leaves none.
@@ -203,7 +203,7 @@ def choose_images(request: TrainingRequest, trained: Collection[str]) -> Split:
     root = request.data
     samples: Sequence[Sample] = data.scan(root, request.layout)
     if request.fold is not None:
-        samples = assign(samples, root, request.fold)
+        samples = assign_fold(samples, root, request.fold)
     seen = {sample.path for sample in samples if trained and short_digest(sample.path) in trained}
     parts = split(samples, root, trained=seen)
     if len(parts.held_out) < 2:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from blemish.data.folds import Fold
 from blemish.detectors.settings import nearest
 from blemish.errors import ConfigError
-from blemish.files import plain
+from blemish.files import to_json_types
 from blemish.inference.calibration import check_shares
 from blemish.training.length import Length, seconds
 
@@ -75,7 +75,7 @@ class RunRequest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as JSON values."""
-        record: dict[str, Any] = plain(self)
+        record: dict[str, Any] = to_json_types(self)
         return record
 
     @classmethod

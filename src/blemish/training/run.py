@@ -28,7 +28,7 @@ from blemish.detectors.base import Detector
 from blemish.detectors.settings import as_json
 from blemish.devices import choose_device, choose_precision, keep_freed_memory
 from blemish.errors import ConfigError, ModelFileError
-from blemish.files import SHORT, check_writable, digest, plain
+from blemish.files import SHORT_DIGEST, check_writable, digest, to_json_types
 from blemish.images import Preprocessing
 from blemish.inference.bundle import Bundle
 from blemish.inference.predictor import Predictor
@@ -36,9 +36,9 @@ from blemish.progress import Report, Stop, never, silent, tell, tracked
 from blemish.training import fingerprint, loop
 from blemish.training.finalise import finalise
 from blemish.training.loop import Run
-from blemish.training.plan import Plan, copies, learned_from, plan, warn_of_missing, without
+from blemish.training.plan import Plan, drop_copies, find_copies, plan, seen_images, warn_of_missing
 from blemish.training.request import TrainingRequest
-from blemish.training.session import begin, checkpoint_path
+from blemish.training.session import checkpoint_path, start_or_resume
 
 
 def train(
@@ -78,12 +78,12 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
     keep_freed_memory()
     planned = plan(request)
     detector = registry.build(planned.model, planned.config, request.seed)
-    pretrained = fill(detector, planned.start, request.weights)
+    pretrained = load_weights(detector, planned.start, request.weights)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    forward_seconds = try_out(detector, device)
+    forward_seconds = time_one_image(detector, device)
     memory = Memory(request.memory)
     natural = open_natural(request, detector, memory, report)
-    planned, store, held = read_images(planned, memory, report)
+    planned, store, held = read_images(planned, memory, report, stop)
     material = assemble(request, planned, detector, store, held, natural, pretrained, device)
     identity = fingerprint_of(planned, material, natural) | {
         "seed": request.seed,
@@ -111,7 +111,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
         # the rest is for the export.
         reserve = 15.0 + 6 * forward_seconds * len(held.paths)
-        begin(
+        start_or_resume(
             session,
             planned.length,
             request.resume,
@@ -122,7 +122,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         learned = loop.provenance(session)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
-    facts = learned | facts_of(request, planned, material)
+    facts = learned | training_facts(request, planned, material)
     opened = finalise(request.out, detector, held, facts, request.false_reject_rate, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
@@ -136,21 +136,23 @@ def training_precision(request: TrainingRequest, device: str) -> torch.dtype:
     return choose_precision("fp32" if faithful else request.precision, device)
 
 
-def read_images(planned: Plan, memory: Memory, report: Report) -> tuple[Plan, ImageStore, ImageStore]:
+def read_images(
+    planned: Plan, memory: Memory, report: Report, stop: Stop = never
+) -> tuple[Plan, ImageStore, ImageStore]:
     """Read every training and held-out image once, to decode and digest it at the same time.
 
     Returns the plan without training images that are copies of held-out ones, and the stores of training and
     held-out images.
     """
     samples, held_out = planned.samples, planned.parts.held_out
-    preprocessing = Preprocessing(planned.config.image_size)
+    preprocessing = Preprocessing(planned.config.image_size, images.FULL_SCALE)
     tell(report, f"reading {len(samples)} training and {len(held_out)} held-out good images")
-    store = ImageStore([sample.path for sample in samples], preprocessing, memory).fill()
-    held = ImageStore([sample.path for sample in held_out], preprocessing, memory).fill()
+    store = ImageStore([sample.path for sample in samples], preprocessing, memory).fill(stop)
+    held = ImageStore([sample.path for sample in held_out], preprocessing, memory).fill(stop)
     digests = digests_of(store) | digests_of(held)
-    left_out = copies(planned.parts, digests.__getitem__)
-    planned, store = without(planned, left_out), store.without(left_out) if left_out else store
-    tell(report, planned.sentence)
+    left_out = find_copies(planned.parts, digests.__getitem__)
+    planned, store = drop_copies(planned, left_out), store.without(left_out) if left_out else store
+    tell(report, planned.description)
     if planned.start is not None:
         warn_of_missing(planned.start, digests_of(store).values())
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
@@ -176,7 +178,7 @@ def assemble(
 ) -> Material:
     """Assemble what the run learns from; pretrained: the digest of the frozen part's weights."""
     config, rules = planned.config, detector.label_rules
-    made_of = [str(torch.__version__), __version__, pretrained, *detector.encoding, *config.image_size]
+    made_of = [str(torch.__version__), __version__, pretrained, *detector.encoding_key, *config.image_size]
     features = open_cache(
         request.cache, request.out, request.memory, [*made_of, held.preprocessing.white, device]
     )
@@ -211,7 +213,7 @@ def fingerprint_of(planned: Plan, material: Material, natural: NaturalImages | N
     }
 
 
-def facts_of(request: TrainingRequest, planned: Plan, material: Material) -> dict[str, Any]:
+def training_facts(request: TrainingRequest, planned: Plan, material: Material) -> dict[str, Any]:
     """Return what the model file records about the images that it was trained on."""
     fold, labels = request.fold, material.batches.labels
     dealt = None if fold is None else record(fold, data.scan(request.data, request.layout), request.data)
@@ -221,16 +223,16 @@ def facts_of(request: TrainingRequest, planned: Plan, material: Material) -> dic
         "defective_images": labels.count(1),
         "masked_images": len(material.batches.masks),
         "held_out_images": len(material.held.paths),
-        "fold": plain(dealt),
+        "fold": to_json_types(dealt),
         "files": {
-            "train": [each[:SHORT] for each in digests_of(material.store).values()],
-            "held_out": [each[:SHORT] for each in digests_of(material.held).values()],
-            "before": sorted(learned_from(planned.start)),
+            "train": [each[:SHORT_DIGEST] for each in digests_of(material.store).values()],
+            "held_out": [each[:SHORT_DIGEST] for each in digests_of(material.held).values()],
+            "before": sorted(seen_images(planned.start)),
         },
     }
 
 
-def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
+def load_weights(detector: Detector, start: Bundle | None, given: Path | None) -> str:
     """Load a detector's pretrained weights or, for a warm start, all that an earlier model shares with it.
 
     What the earlier model lacks, such as a classification head, keeps its initial weights. Returns the digest
@@ -256,9 +258,9 @@ def fill(detector: Detector, start: Bundle | None, given: Path | None) -> str:
 def take_earlier(detector: Detector, start: Bundle) -> None:
     """Load all that a detector shares with an earlier model; raise ModelFileError if it does not fit."""
     stored = load_tensors(start.weights)
-    registry.take_sizes(detector, stored)
+    registry.resize_fitted_buffers(detector, stored)
     state = detector.state_dict()
-    earlier = {name: stored[name] for name in stored.keys() & state.keys() - detector.configured}
+    earlier = {name: stored[name] for name in stored.keys() & state.keys() - detector.config_buffers}
     for name, value in earlier.items():
         if state[name].shape != value.shape:
             raise ModelFileError(
@@ -268,7 +270,7 @@ def take_earlier(detector: Detector, start: Bundle) -> None:
     detector.load_state_dict({name: earlier.get(name, value) for name, value in state.items()})
 
 
-def try_out(detector: Detector, device: str) -> float:
+def time_one_image(detector: Detector, device: str) -> float:
     """Score one empty image and return the seconds taken; raise ConfigError for incompatible settings."""
     height, width = detector.config.image_size
     begun = time.monotonic()
@@ -306,11 +308,11 @@ def open_natural(
     paths = images.list_images(folder, recursive=True)
     if not paths:
         raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
-    store = ImageStore(paths, Preprocessing(size), memory, crop=True)
+    store = ImageStore(paths, Preprocessing(size, images.FULL_SCALE), memory, crop=True)
     return Photographs(store, request.seed, fingerprint.digest_names(paths))
 
 
-def encode_all(material: Material, report: Report) -> Iterator[tuple[Tensor, ...]]:
+def encode_all(material: Material, report: Report, stop: Stop) -> Iterator[tuple[Tensor, ...]]:
     """Run the frozen part over every entry of an epoch; yield those of good images, as batches of one."""
     batches = material.batches
     chosen = [
@@ -318,7 +320,7 @@ def encode_all(material: Material, report: Report) -> Iterator[tuple[Tensor, ...
         for index, label in enumerate(batches.labels)
         for flip in range(batches.flips if label else 1)
     ]
-    for index, flip in tracked(chosen, len(chosen), report, "encoding"):
+    for index, flip in tracked(chosen, len(chosen), report, "encoding", stop=stop):
         entry = batches.encoded.batch([(index, flip)])
         if not batches.labels[index]:
             yield entry
@@ -332,7 +334,7 @@ def prepare(run: Run, material: Material, warm: bool) -> None:
     """
     if not run.detector.frozen:
         return
-    entries = encode_all(material, run.report)
+    entries = encode_all(material, run.report, run.stop)
     if warm:
         collections.deque(entries, 0)  # only to fill the cache
     elif note := run.detector.prepare(entries):

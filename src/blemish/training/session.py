@@ -23,7 +23,7 @@ def checkpoint_path(out: Path, resume: bool) -> Path:
     return path
 
 
-def begin(
+def start_or_resume(
     run: Run,
     length: Length,
     resume: bool,
@@ -38,7 +38,7 @@ def begin(
     for group in run.optimizer.param_groups:
         group["base_lr"] = group["lr"]
     if resume and run.path.is_file():
-        loop.go_on(run, length)
+        loop.resume(run, length)
     else:
         if resume:
             tell(run.report, f"nothing to resume at {run.path}: starting anew")

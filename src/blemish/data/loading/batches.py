@@ -14,7 +14,7 @@ from blemish import seeding
 from blemish.data.loading.masks import Mask
 from blemish.data.loading.sampling import FLIPS, Entry, epoch_entries, epoch_length, flipped
 from blemish.data.loading.stores import EncodedStore, ImageStore
-from blemish.errors import DataError, ImageError, StoppedError
+from blemish.errors import DataError, ImageError
 from blemish.progress import Report, Stop, never, silent, tracked
 from blemish.types import Batch, Sample
 
@@ -58,11 +58,7 @@ class Epoch:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""
         steps = range(self.batches.per_epoch)
-        for step in tracked(steps, len(steps), self.report, "fitting", unit="batch"):
-            if self.stop():
-                raise StoppedError(
-                    f"stopped after batch {step} of {len(steps)}; the same command starts anew"
-                )
+        for step in tracked(steps, len(steps), self.report, "fitting", unit="batch", stop=self.stop):
             yield self.batches.at(step)
 
 

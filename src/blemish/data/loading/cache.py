@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from blemish.files import check_folder, whole_file
+from blemish.files import atomic_file, check_folder
 
 Encoded = tuple[Tensor, ...]
 
@@ -65,7 +65,7 @@ class FeatureCache:
     def put(self, name: str, entry: Encoded) -> None:
         """Store an entry; raise OutputError if its file cannot be written."""
         if (not self.remember(name, entry) or self.shared) and self.folder is not None:
-            with whole_file(self.folder / name) as temporary:
+            with atomic_file(self.folder / name) as temporary:
                 # not save_file, which reports a full disk as an error of its own, without errno
                 temporary.write_bytes(save({str(number): part for number, part in enumerate(entry)}))
             self.bytes_on_disk += sum(part.nbytes for part in entry)

@@ -16,6 +16,7 @@ from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.loading.sampling import Entry, flipped
 from blemish.files import digest
 from blemish.images import Preprocessing
+from blemish.progress import Stop, never, silent, tracked
 from blemish.types import AnyArray
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
@@ -43,11 +44,17 @@ class ImageStore:
         """Height and width of the images."""
         return self.preprocessing.image_size
 
-    def fill(self) -> ImageStore:
-        """Read all images in parallel and return the store; raise ImageError for the first unreadable one."""
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(self.resized, range(len(self.paths))):
+    def fill(self, stop: Stop = never) -> ImageStore:
+        """Read all images in parallel and return the store.
+
+        Raises ImageError for the first unreadable one, StoppedError when asked to stop.
+        """
+        indices, pool = range(len(self.paths)), ThreadPoolExecutor()
+        try:
+            for _ in tracked(pool.map(self.resized, indices), len(indices), silent, "reading", stop=stop):
                 pass
+        finally:
+            pool.shutdown(cancel_futures=True)
         return self
 
     def set_white(self, white: float) -> None:

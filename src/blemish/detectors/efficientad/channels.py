@@ -37,17 +37,17 @@ def reduce(
     """
     made = copy.deepcopy(cast(FusedEfficientAD, network))
     with torch.no_grad():
-        notes = [turn(made, number, good, other, tolerance) for number in range(len(made.halves(good[0])))]
-        notes.append(narrow(made, good, other, tolerance))
+        notes = [rotate(made, number, good, other, tolerance) for number in range(len(made.halves(good[0])))]
+        notes.append(insert_bottleneck(made, good, other, tolerance))
     return made, notes
 
 
-def turn(
+def rotate(
     network: FusedEfficientAD, half: int, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
 ) -> Kept:
     """Rotate the vectors of one half of the map to their principal axes, and drop the last components."""
     vectors = [
-        torch.cat([rows(network.halves(batch)[half]) for batch in batches]) for batches in (good, other)
+        torch.cat([as_vectors(network.halves(batch)[half]) for batch in batches]) for batches in (good, other)
     ]
     axes = principal(vectors)
     lengths = (vectors[0] @ axes).square().cumsum(1)
@@ -67,7 +67,7 @@ def turn(
     return Kept(("structural", "logical")[half], kept, len(axes), error)
 
 
-def narrow(
+def insert_bottleneck(
     network: FusedEfficientAD, good: Sequence[Tensor], other: Sequence[Tensor], tolerance: float
 ) -> Kept:
     """Insert a narrow layer before the second convolutions of teacher and student."""
@@ -78,14 +78,14 @@ def narrow(
     kept, error = channels, 0.0
     for fewer in range(channels - STEP, 0, -STEP):
         network.teacher, network.student = (
-            squeezed(trunk, into, fewer) for trunk, into in zip(plain, bases, strict=True)
+            with_bottleneck(trunk, into, fewer) for trunk, into in zip(plain, bases, strict=True)
         )
         found = float((maps(network, good) - whole).square().mean().sqrt() / whole.std())
         if not found <= tolerance:
             break
         kept, error = fewer, found
     network.teacher, network.student = (
-        trunk if kept == channels else squeezed(trunk, into, kept)
+        trunk if kept == channels else with_bottleneck(trunk, into, kept)
         for trunk, into in zip(plain, bases, strict=True)
     )
     return Kept("second", kept, channels, error)
@@ -97,7 +97,7 @@ def basis(network: FusedEfficientAD, part: int, batches: Sequence[Tensor]) -> tu
     The principal axes come first: those of the inputs, with each channel weighted by its effect on the
     output.
     """
-    seen = [rows(network.shallow(batch).chunk(2, 1)[part]) for batch in batches]
+    seen = [as_vectors(network.shallow(batch).chunk(2, 1)[part]) for batch in batches]
     weight = second(network.trunks[part]).weight.double()
     weigh = root(torch.einsum("oixy,ojxy->ij", weight, weight))
     axes = torch.linalg.svd(weigh @ root(summed(seen)))[0]
@@ -107,7 +107,7 @@ def basis(network: FusedEfficientAD, part: int, batches: Sequence[Tensor]) -> tu
     return into / largest[:, None], back * largest
 
 
-def squeezed(trunk: nn.Sequential, matrices: tuple[Tensor, Tensor], kept: int) -> nn.Sequential:
+def with_bottleneck(trunk: nn.Sequential, matrices: tuple[Tensor, Tensor], kept: int) -> nn.Sequential:
     """Return a trunk whose first convolution reads its input through `kept` channels."""
     into, back = (matrix.float() for matrix in matrices)
     wide, rest = second(trunk), list(trunk)[1:]
@@ -127,7 +127,7 @@ def maps(network: FusedEfficientAD, batches: Sequence[Tensor]) -> Tensor:
     return torch.cat(halves).double()
 
 
-def rows(x: Tensor) -> Tensor:
+def as_vectors(x: Tensor) -> Tensor:
     """Rearrange (B, C, h, w) to (B h w, C), in float64."""
     return x.permute(0, 2, 3, 1).flatten(0, 2).double()
 

@@ -20,7 +20,7 @@ from blemish.detectors.base import Detector
 from blemish.detectors.efficientad.config import EfficientADConfig
 from blemish.detectors.fusing import Kept
 from blemish.detectors.muon import Muon
-from blemish.detectors.ops import squares
+from blemish.detectors.ops import crops
 from blemish.errors import ConfigError
 from blemish.types import Batch
 
@@ -108,12 +108,12 @@ class EfficientAD(Detector):
 
     @property
     @override
-    def encoding(self) -> tuple[str, ...]:
+    def encoding_key(self) -> tuple[str, ...]:
         return (self.pretrained_name, f"padding {self.config.padding}", f"edges {self.config.edges}")
 
     @property
     @override
-    def configured(self) -> set[str]:
+    def config_buffers(self) -> set[str]:
         return set() if self.config.map_normalisation else {"quantiles"}
 
     @override
@@ -163,13 +163,13 @@ class EfficientAD(Detector):
             augmented = self.normalise(jitter(batch.images, generator))
             images.append(augmented)
         seen = self.surround(torch.cat(images))
-        places = self.draw_places(seen, generator)
-        seen = squares(seen, places, self.config.crop, CELL)
+        places = self.sample_origins(seen, generator)
+        seen = crops(seen, places, self.config.crop, CELL)
         cells = self.config.crop // CELL - 2 * MARGIN
         features = self.student.features(seen)
         imitate, rebuild = self.student_heads()
         first = functional.conv2d(features[:imitating], *imitate).float()
-        wanted = squares(described, places[:count], cells)
+        wanted = crops(described, places[:count], cells)
         terms = {"hard": self.hard_loss((wanted - first[:count]).square())}
         if imitating > count:
             terms["penalty"] = first[count:].square().mean()
@@ -177,7 +177,7 @@ class EfficientAD(Detector):
             second = functional.conv2d(features[imitating:], *rebuild)
             with torch.no_grad():
                 target = self.describe(self.teacher(seen[imitating:]).float())
-            rebuilt = squares(self.autoencoder(augmented, generator).float(), places[imitating:], cells)
+            rebuilt = crops(self.autoencoder(augmented, generator).float(), places[imitating:], cells)
             terms["autoencoder"] = (target - rebuilt).square().mean()
             terms["student_autoencoder"] = (rebuilt - second.float()).square().mean()
         return terms
@@ -191,7 +191,7 @@ class EfficientAD(Detector):
         biases = (None, None) if last.bias is None else (last.bias[:CHANNELS], last.bias[CHANNELS:])
         return (last.weight[:CHANNELS], biases[0]), (last.weight[CHANNELS:], biases[1])
 
-    def draw_places(self, seen: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
+    def sample_origins(self, seen: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
         """Sample the first cell, down and across, of each image's crop; empty if images are used whole."""
         if not self.config.crop:
             return []

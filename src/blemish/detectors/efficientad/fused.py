@@ -25,7 +25,7 @@ from blemish.backbones import Normalise
 from blemish.backbones.pdn import CELL, CHANNELS
 from blemish.detectors import ops
 from blemish.detectors.efficientad.detector import Autoencoder, EfficientAD
-from blemish.detectors.fusing import Fused, enlarge, enlarging
+from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 
 
 class FusedEfficientAD(Fused):
@@ -41,7 +41,7 @@ class FusedEfficientAD(Fused):
         super().__init__()
         self.config, self.surround = detector.config, detector.surround
         height, width = (
-            enlarging(length // CELL - 2 * detector.margin, length, detector.margin)
+            enlarging_matrix(length // CELL - 2 * detector.margin, length, detector.margin)
             for length in detector.config.image_size
         )
         self.register_buffer("down", height)

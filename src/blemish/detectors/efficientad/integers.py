@@ -44,13 +44,13 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
     last = [layer for layer in (network.structural, network.logical) if layer is not None]
     seen = largest(network, [layer for trunk in trunks for layer in trunk] + last, batches)
     with torch.no_grad():
-        divide(network.first, torch.cat([seen[trunk[0]] for trunk in trunks]))
+        divide_outputs(network.first, torch.cat([seen[trunk[0]] for trunk in trunks]))
         for trunk in trunks:
             for before, after in pairwise(trunk):
-                divide(before, seen[after])
+                divide_outputs(before, seen[after])
         widths = [trunk[-1].out_channels for trunk in trunks]
         for trunk, ranges in zip(trunks, torch.split(seen[network.structural], widths), strict=True):
-            divide(trunk[-1], ranges)
+            divide_outputs(trunk[-1], ranges)
         for layer, ranges in seen.items():
             layer.weight *= ranges[:, None, None]
 
@@ -73,7 +73,7 @@ def largest(
     return {layer: torch.where(ranges > 0, ranges, 1.0).clone() for layer, ranges in found.items()}
 
 
-def divide(layer: nn.Conv2d, ranges: Tensor) -> None:
+def divide_outputs(layer: nn.Conv2d, ranges: Tensor) -> None:
     """Divide each output channel of a convolution by its range, in place."""
     layer.weight /= ranges[:, None, None, None]
     if layer.bias is not None:

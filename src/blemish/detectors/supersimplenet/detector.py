@@ -20,7 +20,7 @@ from blemish.detectors.supersimplenet.heads import (
     SegmentationHead,
     focal,
     layer_columns,
-    places,
+    noisy_indices,
     round_up,
     scatter_rows,
     segmentation_losses,
@@ -74,12 +74,12 @@ class SuperSimpleNet(Detector):
 
     @property
     @override
-    def encoding(self) -> tuple[str, ...]:
+    def encoding_key(self) -> tuple[str, ...]:
         return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
 
     @property
     @override
-    def configured(self) -> set[str]:
+    def config_buffers(self) -> set[str]:
         return {"kernel", "noise_std"} if self.given_noise else {"kernel"}
 
     @property
@@ -272,7 +272,9 @@ class SuperSimpleNet(Detector):
         if noisy is not None and noise is not None:
             seen = seen.repeat(len(noisy) // len(seen), 1, 1, 1)
             rows = functional.linear(noise, kernel.flatten(0, 2)).view(-1, *kernel.shape[:3])
-            seen = seen + scatter_rows(rows.to(seen.dtype), places(noisy, len(noise)), (len(noisy), *size))
+            seen = seen + scatter_rows(
+                rows.to(seen.dtype), noisy_indices(noisy, len(noise)), (len(noisy), *size)
+            )
         score: Tensor = head(seen, self.adaptor.bias if adapt else None, segmentation)
         return score
 

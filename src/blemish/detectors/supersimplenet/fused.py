@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from blemish.backbones import Backbone
 from blemish.detectors import ops
-from blemish.detectors.fusing import Fused, enlarge, enlarging
+from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet, by_cells
 from blemish.detectors.supersimplenet.heads import SLOPE, spread, spread_shifted
 
@@ -44,7 +44,7 @@ class FusedSuperSimpleNet(Fused):
         kernel = detector.kernel if self.config.blur_sigma else None
         parts = cell_parts(detector)
         sizes = zip(self.feature_size(parts), self.config.image_size, strict=True)
-        down, across = (enlarging(cells, length, kernel=kernel) for cells, length in sizes)
+        down, across = (enlarging_matrix(cells, length, kernel=kernel) for cells, length in sizes)
         self.register_buffer("down", down)
         self.register_buffer("across", across)
         head, norm = detector.segmentation, detector.segmentation.norm

@@ -247,7 +247,7 @@ def scatter_rows(rows: Tensor, places: Tensor, shape: tuple[int, int, int]) -> T
     return grid.view(count, tall, wide, channels)[:, margin:-margin, margin:-margin]
 
 
-def places(noisy: Tensor, count: int) -> Tensor:
+def noisy_indices(noisy: Tensor, count: int) -> Tensor:
     """Return the indices of the noisy cells in an (N, h, w) grid in order, padded to `count` with zeros."""
     found = noisy.flatten().nonzero()[:, 0]
     return functional.pad(found, (0, count - len(found)))

@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 from blemish.data.loading.stores import EncodedStore
 from blemish.detectors import ops
-from blemish.progress import Report, tell, tracked
+from blemish.progress import Report, Stop, never, tell, tracked
 from blemish.training import distributed
 from blemish.training.distillation.pairs import Pairs
 from blemish.training.distillation.teacher import Distillation
 
-STATISTICS = 10_000
+MAX_STATISTICS_IMAGES = 10_000
 """Largest number of images from which the target's channel moments are computed (algorithm 3)."""
 
 
-def measure_target(detector: Distillation, targets: EncodedStore, report: Report) -> None:
+def measure_target(detector: Distillation, targets: EncodedStore, report: Report, stop: Stop = never) -> None:
     """Compute the target's channel moments on the training images, each process on its share of them."""
-    chosen = distributed.share(min(STATISTICS, len(targets.store.paths)))
+    chosen = distributed.own_indices(min(MAX_STATISTICS_IMAGES, len(targets.store.paths)))
     parts = (
         targets.batch([(index, 0)])[0]
-        for index in tracked(chosen, len(chosen), report, "measuring the target")
+        for index in tracked(chosen, len(chosen), report, "measuring the target", stop=stop)
     )
-    detector.settle(*moments_of_all(parts, targets.device))
+    detector.set_target_moments(*moments_of_all(parts, targets.device))
     tell(report, f"features kept: {targets.cache.describe()}")
 
 
@@ -51,7 +51,7 @@ def explained(detector: Distillation, network: nn.Module, pairs: Pairs, report: 
 
     Each process measures its share of the images, whose targets all have the same size.
     """
-    chosen, device = distributed.share(len(pairs.paths)), pairs.targets.device
+    chosen, device = distributed.own_indices(len(pairs.paths)), pairs.targets.device
     errors: list[float] = []
     network.to(device)
 
@@ -80,4 +80,4 @@ def seconds_at_the_end(detector: Distillation, held_out: Pairs) -> float:
     for index in range(2):
         started = time.monotonic()
         compare(detector, detector.network, held_out, index)
-    return 10.0 + (time.monotonic() - started) * len(distributed.share(len(held_out.paths)))
+    return 10.0 + (time.monotonic() - started) * len(distributed.own_indices(len(held_out.paths)))

@@ -34,7 +34,7 @@ MIRRORED, GREY = 1, 2
 """Bits of a view, which is how an image is shown."""
 
 
-def seen(array: AnyArray, view: int) -> AnyArray:
+def apply_view(array: AnyArray, view: int) -> AnyArray:
     """Return a view of (..., 3, H, W) RGB images."""
     array = flipped(array, view & MIRRORED)
     if view & GREY:
@@ -67,7 +67,7 @@ class Pairs:
     def at(self, step: int) -> Batch:
         """Return this process's share of a step's batch, on the device."""
         entries = self.entries(step)[distributed.rank() :: distributed.count()]
-        arrays = [seen(self.small.inputs(index)[0], view) for index, view in entries]
+        arrays = [apply_view(self.small.inputs(index)[0], view) for index, view in entries]
         device, none = self.targets.device, torch.zeros(len(entries))
         return Batch(
             torch.from_numpy(np.stack(arrays)).to(device), self.targets.batch(entries), none, none > 0
@@ -127,8 +127,13 @@ def open_pairs(
             return detector.encode(large.to(memory_format=torch.channels_last))
 
     def paired(paths: Sequence[Path]) -> Pairs:
-        large = ImageStore(paths, Preprocessing((2 * height, 2 * width)), Memory(0))
-        targets = EncodedStore(encode, large, features, device, view=seen)
-        return Pairs(ImageStore(paths, Preprocessing(config.image_size), decoded), targets, config, seed)
+        large = ImageStore(paths, Preprocessing((2 * height, 2 * width), images.FULL_SCALE), Memory(0))
+        targets = EncodedStore(encode, large, features, device, view=apply_view)
+        return Pairs(
+            ImageStore(paths, Preprocessing(config.image_size, images.FULL_SCALE), decoded),
+            targets,
+            config,
+            seed,
+        )
 
     return paired(train), paired(held_out)

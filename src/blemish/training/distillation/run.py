@@ -22,7 +22,7 @@ from blemish.data.loading.cache import Memory, open_cache
 from blemish.detectors.settings import as_json, check, read_settings
 from blemish.devices import PRECISIONS, choose_device, choose_precision, keep_freed_memory
 from blemish.errors import ConfigError
-from blemish.files import check_writable, digest, whole_file
+from blemish.files import atomic_file, check_writable, digest
 from blemish.progress import Report, Stop, never, silent
 from blemish.training import distributed, loop
 from blemish.training.distillation.measure import explained, measure_target, seconds_at_the_end
@@ -31,7 +31,7 @@ from blemish.training.distillation.teacher import PAPER, Distillation, Distillat
 from blemish.training.fingerprint import digest_all, digest_names
 from blemish.training.loop import Run
 from blemish.training.request import DistillationRequest
-from blemish.training.session import begin, checkpoint_path
+from blemish.training.session import checkpoint_path, start_or_resume
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
 
@@ -62,16 +62,16 @@ def run(request: DistillationRequest, *, report: Report = silent, stop: Stop = n
     dtype = choose_precision("fp32" if faithful else request.precision, device)
     keep_freed_memory()
     with distributed.joined(device):
-        report = distributed.first_speaks(report)
+        report = distributed.report_from_first(report)
         check_shares(config)
         pretrained = weights.find(config.source, request.weights)
         detector, whose = make(config, pretrained, seed, device), digest_all([digest(pretrained)])
-        made_of = [str(torch.__version__), __version__, whose, *detector.encoding, *config.image_size]
+        made_of = [str(torch.__version__), __version__, whose, *detector.encoding_key, *config.image_size]
         features = open_cache(request.cache, request.out, request.memory, [*made_of, str(dtype), device])
         decoded = Memory(request.memory)
         pairs, held_out = open_pairs(request.images, detector, features, seed, device, dtype, decoded, report)
         if distributed.count() > 1:
-            detector.share()
+            detector.average_gradients()
         session = Run(
             detector=detector,
             optimizer=detector.optimizer(),
@@ -87,12 +87,14 @@ def run(request: DistillationRequest, *, report: Report = silent, stop: Stop = n
             report=report,
             stop=stop,
         )
-        begin(
+        start_or_resume(
             session,
             request.length,
             request.resume,
             partial(seconds_at_the_end, detector, held_out),
-            partial(measure_target, detector, pairs.targets, report),
+            partial(
+                measure_target, detector, pairs.targets, report, stop if distributed.count() == 1 else never
+            ),
         )
         loop.loop(session)
         facts = conclude(session, detector, pairs, held_out, request)
@@ -180,7 +182,7 @@ def conclude(
         "history": run.history,
         "run": run.fingerprint,
     }
-    with whole_file(request.out) as temporary:
+    with atomic_file(request.out) as temporary:
         temporary.write_bytes(save_tensors(state, {"blemish": json.dumps(facts)}))
     run.path.unlink(missing_ok=True)
     distributed.wait()

@@ -25,7 +25,7 @@ from blemish.backbones import IMAGENET, Backbone, Normalise, choose_layers, fill
 from blemish.backbones.pdn import CELL, CHANNELS, MARGIN, PDNS
 from blemish.detectors.base import Detector
 from blemish.detectors.muon import Muon
-from blemish.detectors.ops import squares
+from blemish.detectors.ops import crops
 from blemish.detectors.settings import Config, refuse_numbers
 from blemish.errors import ConfigError
 from blemish.training import distributed
@@ -174,7 +174,7 @@ class Distillation(Detector):
 
     @property
     @override
-    def encoding(self) -> tuple[str, ...]:
+    def encoding_key(self) -> tuple[str, ...]:
         layers = choose_layers(self.config.source, self.config.layers)
         return (self.config.source, "distilled", *layers, f"padding {self.config.padding}")
 
@@ -182,7 +182,7 @@ class Distillation(Detector):
     def load_pretrained(self, path: Path) -> None:
         fill_backbone(self.source[0].backbone, self.config.source, path)
 
-    def share(self) -> None:
+    def average_gradients(self) -> None:
         """Average gradients over all processes from now on."""
         self.shared = [DistributedDataParallel(self.network)]
 
@@ -193,7 +193,7 @@ class Distillation(Detector):
             described = described[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
         return (described,)
 
-    def settle(self, mean: Tensor, variance: Tensor) -> None:
+    def set_target_moments(self, mean: Tensor, variance: Tensor) -> None:
         """Set the target's channel moments; a channel that never changes is not scaled."""
         self.mean.copy_(mean[:, None, None])
         self.std.copy_(torch.where(variance > 0, variance.sqrt(), 1.0)[:, None, None])
@@ -229,7 +229,7 @@ class Distillation(Detector):
         count = len(images) * distributed.count()
         draw = torch.rand((count, 2), generator=generator, device=generator.device)
         places = (draw * room).long().tolist()[distributed.rank() :: distributed.count()]
-        return squares(images, places, self.config.crop, CELL), squares(target, places, cells)
+        return crops(images, places, self.config.crop, CELL), crops(target, places, cells)
 
     def normalised(self, target: Tensor) -> Tensor:
         """Normalise a target by its moments over the training images."""
