@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_returns_the_layers_that_it_is_asked_for(name: str) -> None:
     entry = BACKBONES[name]
-    strides = (2, 4, 8, 16, 16, 32, 32) if name == "efficientnet_lite0" else (4, 8, 16, 32)
+    strides = (2, 4, 8, 16, 16, 32, 32) if name.startswith("efficientnet_lite") else (4, 8, 16, 32)
     backbone = Backbone(name, entry.layers)
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_a_backbone_is_frozen_and_always_in_evaluation_mode(name: str) -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_normalises_its_input(name: str) -> None:
     backbone = Backbone(name, BACKBONES[name].layers[:1])
-    lite = name == "efficientnet_lite0"
+    lite = name.startswith("efficientnet_lite")
     mean = torch.tensor([127 / 255] * 3 if lite else [0.485, 0.456, 0.406])[:, None, None]
     std = torch.tensor([128 / 255] * 3 if lite else [0.229, 0.224, 0.225])[:, None, None]
     state = backbone.state_dict()
@@ -64,6 +64,14 @@ def test_a_backbone_normalises_its_input(name: str) -> None:
     assert torch.equal(state["normalise.std"], std)
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(backbone(images)[0], backbone.network((images - mean) / std)[0])
+
+
+def test_the_forms_of_efficientnet_lite_have_their_published_sizes() -> None:
+    for number, published in enumerate((4.7, 5.4, 6.1)):  # million parameters, with the classification head
+        backbone = Backbone(f"efficientnet_lite{number}", ("stage7",))
+        head = (backbone.channels[0] + 2) * 1280 + 1281 * 1000
+        count = sum(value.numel() for value in backbone.parameters())
+        assert round((count + head) / 1e6, 1) == published
 
 
 def test_the_forms_of_resnet50_differ_in_strides_alone() -> None:
@@ -87,7 +95,8 @@ def test_the_forms_of_resnet50_differ_in_strides_alone() -> None:
 
 def test_unknown_backbones_and_layers_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match="unknown backbone 'resnet19'; there are efficientnet_lite0, resnet18"
+        ConfigError,
+        match="unknown backbone 'resnet19'; (there are|expected one of) efficientnet_lite0, efficientnet_lite1",
     ):
         choose_layers("resnet19", ())
     with pytest.raises(ConfigError, match="resnet18 has no layer 'layer5'; it has layer1, layer2"):

@@ -40,10 +40,13 @@ def _resnet(name: str, published_noise: float | None = None) -> Entry:
     return Entry(build, resnet.LAYERS, ("layer2", "layer3"), IMAGENET, published_noise)
 
 
+def _lite(name: str) -> Entry:
+    build = partial(efficientnet_lite.EfficientNetLite, efficientnet_lite.FORMS[name])
+    return Entry(build, efficientnet_lite.LAYERS, ("stage3", "stage4", "stage5"), LITE)
+
+
 BACKBONES = {
-    "efficientnet_lite0": Entry(
-        efficientnet_lite.EfficientNetLite0, efficientnet_lite.LAYERS, ("stage3", "stage4", "stage5"), LITE
-    ),
+    **{name: _lite(name) for name in efficientnet_lite.FORMS},
     "resnet18": _resnet("resnet18"),
     "resnet50": _resnet("resnet50"),
     "resnet50_v1": _resnet("resnet50_v1"),

