@@ -530,15 +530,19 @@ def test_a_bare_openvino_graph_has_its_metadata(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     openvino = pytest.importorskip("openvino")
+    if precision == "fp16":
+        drawn.need_half_in_openvino()
     monkeypatch.setitem(LIMITS, "fp16", Limits(0.5, 0.1))  # five scores, of which two are near
     words = ("--format", "openvino", "--precision", precision, "--out", tmp_path / "a.xml")
     assert command(tiny.file, *words, "--data", tiny.data) == 0
     assert sorted(drawn.snapshot(tmp_path)) == ["a.bin", "a.xml"]
     model = openvino.Core().read_model(tmp_path / "a.xml")
     check_told(json.loads(model.get_rt_info(["blemish"]).astype(str)), tiny, "openvino", precision)
-    found = openvino.compile_model(model, "CPU")(good_inputs(tiny)[0])["map"]
+    # Left alone it computes in bfloat16 where the processor has it.
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = openvino.compile_model(model, "CPU", settings)(good_inputs(tiny)[0])["map"]
     wanted = tiny.model.engine.run(good_inputs(tiny)[0])["map"]
-    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() < {"fp32": 1e-4, "fp16": 0.05}[precision] * np.abs(wanted).max()
     whole = sum(value.nbytes for value in restored(bundle.read(tiny.file)).state_dict().values())
     assert ((tmp_path / "a.bin").stat().st_size < 0.75 * whole) == (precision == "fp16")
 

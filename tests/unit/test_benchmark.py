@@ -292,6 +292,8 @@ def test_the_fastest_product_sets_the_roofline(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp16"])
 def test_every_product_runs(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if precision == "bf16":
+        drawn.need_half_in_openvino()
     monkeypatch.setattr(roofline, "SIDE", {"cpu": 64})
     monkeypatch.setattr(roofline, "CHANNELS", 32)
     choice = Choice("torch" if precision == "fp16" else "openvino", precision)
@@ -427,6 +429,7 @@ def run(*words: Any) -> int:
 def test_the_command_compares_in_processes_of_their_own(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    drawn.need_half_in_openvino()
     path, rows = tmp_path / "b.json", [tiny.file, f"plain:{tiny.file}:torch", f"{tiny.file}:openvino:bf16"]
     words = ["--threads", 1, "--seconds", 0.2, "--rounds", 2, "--batch", 3, "--json", path]
     assert run("--compare", *rows, *words) == 0
