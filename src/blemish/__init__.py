@@ -11,9 +11,12 @@ Names are imported on first use, so that a PC without torch can judge images and
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a host program decides what is shown
 
 if TYPE_CHECKING:
     from blemish.data.check import check

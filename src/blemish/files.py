@@ -112,7 +112,7 @@ def short_digest(path: Path) -> str:
 def check_writable(path: Path) -> None:
     """Check before any work starts that a file can be written; raise OutputError, and create nothing."""
     if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder, expected the name of a file")
+        raise OutputError(f"cannot write {path}: it is a folder; expected the name of a file")
     check_folder(path.parent)
 
 
@@ -122,6 +122,6 @@ def check_folder(folder: Path) -> None:
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise OutputError(f"cannot write into {folder}: {nearest} is a file, expected a folder")
+        raise OutputError(f"cannot write to {folder}: {nearest} is a file; expected a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write into {folder}: {nearest} does not allow it")
+        raise OutputError(f"cannot write to {folder}: no permission for {nearest}")

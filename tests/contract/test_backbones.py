@@ -96,10 +96,10 @@ def test_the_forms_of_resnet50_differ_in_strides_alone() -> None:
 def test_unknown_backbones_and_layers_are_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match="unknown backbone 'resnet19'; (there are|expected one of) efficientnet_lite0, efficientnet_lite1",
+        match="unknown backbone 'resnet19'; expected one of efficientnet_lite0, efficientnet_lite1",
     ):
         choose_layers("resnet19", ())
-    with pytest.raises(ConfigError, match="resnet18 has no layer 'layer5'; it has layer1, layer2"):
+    with pytest.raises(ConfigError, match="resnet18 has no layer 'layer5'; expected one of layer1, layer2"):
         choose_layers("resnet18", ("layer5",))
     assert choose_layers("resnet18", ()) == ("layer2", "layer3")
 
@@ -131,7 +131,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(tmp_path:
     assert torch.equal(backbone.network.state_dict()["conv1.weight"], load_file(good)["conv1.weight"])
     network.bn1 = nn.BatchNorm2d(63)
     other = drawn.weights(tmp_path / "other.safetensors", network)
-    with pytest.raises(WeightsError, match=r"bn1.weight is \(63,\), expected \(64,\)"):
+    with pytest.raises(WeightsError, match=r"bn1.weight is \(63,\); expected \(64,\)"):
         fill_backbone(backbone, "resnet18", other)
     network.bn1 = nn.Identity()
     with pytest.raises(WeightsError, match=r"lacks the parameter bn1.weight \(64,\)"):
@@ -152,10 +152,10 @@ def test_weights_are_read_from_torch_files_without_running_code(tmp_path: Path) 
     torch.save({"weight": torch.ones(2, dtype=torch.float16)}, path)
     assert torch.equal(weights.read(path)["weight"], torch.ones(2))
     torch.save({"weight": torch.ones(2), "name": Path("x")}, path)
-    with pytest.raises(WeightsError, match="holds no readable weights"):
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
         weights.read(path)
     torch.save([torch.ones(2)], path)
-    with pytest.raises(WeightsError, match="no plain table of parameters"):
+    with pytest.raises(WeightsError, match="does not contain a flat dictionary of tensors"):
         weights.read(path)
 
 
@@ -166,7 +166,7 @@ def test_weights_are_read_from_torch_files_without_running_code(tmp_path: Path) 
 def test_files_of_something_else_are_no_weights(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    with pytest.raises(WeightsError, match="holds no readable weights") as raised:
+    with pytest.raises(WeightsError, match="cannot be read as weights") as raised:
         weights.read(path)
     assert "\n" not in str(raised.value)
 
@@ -187,7 +187,7 @@ def test_weights_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     named = drawn.weights(tmp_path / "named" / "pdn_small.safetensors", pdn_small())
     assert weights.find("pdn_small") == named
     assert weights.find("pdn_small", tmp_path / "mine.safetensors") == tmp_path / "mine.safetensors"
-    with pytest.raises(WeightsError, match="no weights file"):
+    with pytest.raises(WeightsError, match="found no weights file at"):
         weights.find("pdn_small", tmp_path / "missing.safetensors")
 
 

@@ -93,7 +93,9 @@ def test_a_foreign_graph_is_refused(backend: str, tiny: drawn.Tiny) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
     graph = bundle.read(tiny.file).graph
-    with pytest.raises(ModelFileError, match="the graph gives map, statistics; expected map, score"):
+    with pytest.raises(
+        ModelFileError, match="the graph has the outputs map, statistics; expected map, score"
+    ):
         open_graph(graph, ("map", "score"), Choice(backend))
     with pytest.raises(ModelFileError, match=r"cannot (run|read) the graph"):
         open_graph(b"no graph", ("map", "statistics"), Choice(backend))
@@ -111,7 +113,7 @@ def test_a_foreign_graph_is_refused(backend: str, tiny: drawn.Tiny) -> None:
         ({"backend": "openvino", "device": "cuda"}, "device cuda with openvino: expected cpu"),
         ({"backend": "torch", "device": "tensorrt"}, "device tensorrt with torch: expected cpu or cuda"),
         ({"backend": "torch", "precision": "int8"}, "precision int8 with torch: expected fp32, fp16 or bf16"),
-        ({"precision": "bf16"}, "precision bf16 with onnxruntime: it has no such convolutions"),
+        ({"precision": "bf16"}, "precision bf16 with onnxruntime: it has no bf16 convolutions"),
         ({"compiled": True}, "compiled with onnxruntime: expected backend torch"),
     ],
 )
@@ -163,7 +165,7 @@ def test_weights_that_lack_a_parameter_or_do_not_fit_are_refused(tiny: drawn.Tin
         (weights | {"more": torch.ones(1)}, r'Unexpected key\(s\) in state_dict: "more"'),
         (weights | {"kernel": torch.ones(3)}, "size mismatch for kernel"),
     ):
-        with pytest.raises(ModelFileError, match=f"do not fit its method: {said}"):
+        with pytest.raises(ModelFileError, match=f"do not match its method: {said}"):
             restored(replace(opened, weights=save(changed)))
 
 

@@ -301,7 +301,7 @@ def test_a_method_without_rewrites_of_its_own_rounds_the_first_convolution_only(
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     plain = nn.Linear(2, 2)
     assert torch.equal(Detector().for_integers(plain, []).get_parameter("weight"), plain.weight)
-    with pytest.raises(ConfigError, match="this method has none to reduce; expected no --reduced"):
+    with pytest.raises(ConfigError, match="--reduced: this method does not support reduced channels"):
         Detector().with_fewer_channels(plain, [], [], 0.1)
 
 

@@ -91,7 +91,7 @@ def test_check_notes_or_refuses_a_missing_mask(root: Path, name: str) -> None:
 def test_check_finds_a_stray_mask(root: Path, name: str) -> None:
     stray = root / MINIATURES[name].stray
     render_mask(stray, 0 if name == "ksdd2" else 255)  # an empty mask without an image is stray, too
-    assert problems(root) == [f"the mask {stray} fits no image by its name; expected one of that kind"]
+    assert problems(root) == [f"no image matches the name of the mask {stray}; expected one of the same kind"]
 
 
 def test_check_finds_a_mask_of_another_size(root: Path, name: str) -> None:
@@ -119,7 +119,7 @@ def test_another_layout_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_of_several_is_refused_with_a_hint(root: Path) -> None:
-    with pytest.raises(DataError, match=r"\((part|other) in it is a data set\)"):
+    with pytest.raises(DataError, match=r"\((part|other) inside it is a data set\)"):
         scan(root.parent)
 
 
@@ -253,7 +253,7 @@ MASK = "part/Data/Masks/Anomaly/001.png"
 @pytest.mark.parametrize(
     ("line", "changed", "found"),
     [
-        (f"part,train,normal,{NORMAL},", "", "leaves out 1 of the 18 images of part, first " + NORMAL),
+        (f"part,train,normal,{NORMAL},", "", "leaves out 1 of the 18 images of part, such as " + NORMAL),
         (f"part,train,normal,{NORMAL},", f"part,val,normal,{NORMAL},", "line 5: found the split 'val'"),
         (f"part,train,normal,{NORMAL},", f"part,train,good,{NORMAL},", "line 5: found the label 'good'"),
         (f"part,train,normal,{NORMAL},", f"part,train,anomaly,{NORMAL},", "the image's folder says normal"),
@@ -264,7 +264,7 @@ MASK = "part/Data/Masks/Anomaly/001.png"
         (
             f"part,train,normal,{NORMAL},",
             f"part,train,normal,{NORMAL.replace('3', '2')},",
-            "in line 4 already",
+            "already listed in line 4; expected it once",
         ),
         (f"{ANOMALY},{MASK}", f"{ANOMALY},", f"line 18: found the mask ''; expected {MASK}"),
         (f"{ANOMALY},{MASK}", f"{ANOMALY},{MASK.replace('1.', '2.')}", f"expected {MASK}"),

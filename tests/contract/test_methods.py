@@ -223,7 +223,7 @@ def test_a_fitted_method_goes_on_from_an_earlier_model(tmp_path: Path) -> None:
         ({"schedule": "paper"}, "schedule: toy is fitted in one pass"),
         ({"resume": True}, "resume: toy is fitted in one pass"),
         ({"weights": Path("w.safetensors")}, "for a method without pretrained weights"),
-        ({"natural_images": "none"}, "without a pretraining penalty"),
+        ({"natural_images": "none"}, "none: this run has no pretraining penalty"),
     ],
 )
 def test_what_a_fitted_method_has_no_use_for_is_refused(

@@ -101,7 +101,7 @@ def test_the_commands_of_a_first_day(
     assert run(training(tiny, file, "--steps", drawn.STEPS, data=data)) == 0
     said = capsys.readouterr()
     assert said.out == f"{file}\n"
-    assert "may be called defect" in said.err
+    assert "may be labelled defect" in said.err
     assert [path.name for path in file.parent.iterdir()] == ["mine.blemish"]
     manifest = bundle.read(file).manifest
     assert manifest.config["hidden_channels"] == 16
@@ -143,7 +143,7 @@ def test_the_commands_of_a_first_day(
 
     again = tmp_path / "again.blemish"
     assert run(["calibrate", file, data / "train/good", "--false-reject-rate", 0.2, "--out", again]) == 0
-    assert "At most 20 % of good parts may be called defect" in capsys.readouterr().out
+    assert "At most 20 % of good parts may be labelled defect" in capsys.readouterr().out
     assert len(blemish.load(again).calibration.scores) == 20
     assert bundle.read(again).weights == bundle.read(file).weights
     before, after = (bundle.read(path).manifest.training.files for path in (file, again))
@@ -156,7 +156,7 @@ def test_the_commands_of_a_first_day(
     listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert set(listed) == set(weights.SOURCES)
     assert listed["resnet50_v1"] == "not on this machine"
-    assert re.search(r"pdn_small.safetensors \(from .+, explains \d\d%\)$", listed["pdn_small"])
+    assert re.search(r"pdn_small.safetensors \(from .+, \d\d% of variance explained\)$", listed["pdn_small"])
     teacher = drawn.weights(tmp_path / "teacher.safetensors", pdn_small())
     assert run(["weights", "add", "pdn_small", teacher]) == 0
     kept = own_cache / "pdn_small.safetensors"
@@ -270,7 +270,7 @@ TRAINING: dict[str, tuple[Words, str]] = {
         ["--model", "supersimplnet"],
         "unknown model 'supersimplnet'; did you mean 'supersimplenet'?",
     ),
-    "no such model": (["--model", "?"], "there are efficientad-s, efficientad-m, supersimplenet"),
+    "no such model": (["--model", "?"], "expected one of efficientad-s, efficientad-m, supersimplenet"),
     "unknown setting": (
         ["--set", "noise_ration=1"],
         "'noise_ration'; did you mean 'noise_ratio'?",
@@ -282,10 +282,10 @@ TRAINING: dict[str, tuple[Words, str]] = {
     ),
     "setting that is no integer": (["--set", "batch_size=1.5"], "batch_size=1.5 does not fit; expected int"),
     "setting that is no truth": (["--set", "upscale=maybe"], "upscale=maybe does not fit; expected bool"),
-    "unknown backbone": (["--set", "backbone=resnet19"], "unknown backbone 'resnet19'; there are "),
+    "unknown backbone": (["--set", "backbone=resnet19"], "unknown backbone 'resnet19'; expected one of "),
     "unknown layer": (
         ["--set", "layers=stage9"],
-        "has no layer 'stage9'; it has stage1, ",
+        "has no layer 'stage9'; expected one of stage1, ",
     ),
     "unknown statistic": (["--set", "statistics=max"], "unknown statistic 'max'; "),
     "head that is not built": (["--set", "statistics=head"], "needs --set classification_head=true"),
@@ -302,17 +302,17 @@ TRAINING: dict[str, tuple[Words, str]] = {
     "budget without a unit": (["--budget", "10"], "budget '10': expected a duration such as 90s, 10m or 2h"),
     "false-reject rate of 0": (
         ["--false-reject-rate", 0],
-        "false reject rate is 0.0, expected above 0 and below 1",
+        "false reject rate is 0.0; expected above 0 and below 1",
     ),
     "false-reject rate of 2": (
         ["--false-reject-rate", 2],
-        "false reject rate is 2.0, expected above 0 and below 1",
+        "false reject rate is 2.0; expected above 0 and below 1",
     ),
     "unknown device": (["--device", "tpu"], "unknown device 'tpu'; expected auto, cpu or cuda"),
     "device that is absent": (["--device", "cuda"], "this torch sees no CUDA device; use --device cpu"),
     "unknown precision": (["--precision", "fp8"], "unknown precision 'fp8'; expected auto, fp32 or bf16"),
-    "unknown layout": (["--layout", "mvtce"], "there is no layout 'mvtce' (did you mean 'mvtec'?)"),
-    "missing weights": (["--weights", "none.safetensors"], "no weights file none.safetensors"),
+    "unknown layout": (["--layout", "mvtce"], "unknown layout 'mvtce' (did you mean 'mvtec'?)"),
+    "missing weights": (["--weights", "none.safetensors"], "found no weights file at none.safetensors"),
     "memory that is no number": (["--memory", "nan"], "memory nan: expected gigabytes, 0 or more"),
     "negative memory": (["--memory", "-1"], "memory -1: expected gigabytes, 0 or more"),
 }
@@ -394,23 +394,26 @@ def test_weights_that_do_not_fit_are_refused(
     assert f"{file} does not fit: it lacks the parameter _conv_stem.weight (32, 3, 3, 3)" in said
     file.write_bytes(b"no weights")
     said = refused(training(tiny, tmp_path / "m.blemish", "--weights", file), tmp_path, capsys)
-    assert f"{file} holds no readable weights" in said
+    assert f"{file} cannot be read as weights" in said
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--image-size", "128x256"], "image size 128x256: EfficientAD needs at least 256 in both axes"),
+        (
+            ["--image-size", "128x256"],
+            "image size 128x256: EfficientAD needs at least 256 pixels in each direction",
+        ),
         (["--image-size", "256x258"], "image size 256x258: EfficientAD needs multiples of 4"),
         (["--set", "size=large"], "size=large does not fit; expected 'small' or 'medium'"),
         (["--set", "dropout=1"], "dropout=1.0 does not fit; expected at least 0 and less than 1"),
         (["--set", "high_quantile=0.8"], "low_quantile=0.9 does not fit; expected less than high_quantile"),
-        (["--natural-images", "missing"], "no folder missing; expected photographs"),
-        (["--natural-images", "empty"], "no images in empty, the folder of photographs"),
-        (["--natural-images", "./drawn"], "no folder drawn; expected photographs"),
+        (["--natural-images", "missing"], "found no folder at missing; expected a folder of photographs"),
+        (["--natural-images", "empty"], "no images in empty; expected photographs"),
+        (["--natural-images", "./drawn"], "found no folder at drawn; expected a folder of photographs"),
         (
             ["--natural-images", "none", "--set", "penalty=false"],
-            "natural images none for a run without a pretraining penalty; expected no choice",
+            "natural images none: this run has no pretraining penalty; leave it out",
         ),
     ],
 )
@@ -449,11 +452,11 @@ def test_only_the_same_run_can_be_resumed(
         )
     changed = training(tiny, out, "--steps", 5, "--set", "batch_size=4")
     said = refused([*changed, "--resume"], tmp_path, capsys, after_words=True)
-    assert "m.blemish.checkpoint was made by another run: its config is {" in said
+    assert "m.blemish.checkpoint belongs to another run: its config is {" in said
     said = refused([*training(tiny, out, "--steps", 6), "--resume"], tmp_path, capsys, after_words=True)
-    assert "is of a run of 5 steps, not 6" in said
+    assert "belongs to a run of 5 steps; 6 were asked for" in said
     said = refused(training(tiny, out, "--steps", 5), tmp_path, capsys, after_words=True)
-    assert "go on with --resume, or delete it" in said
+    assert "continue it with --resume, or delete the file" in said
     assert run([*training(tiny, out, "--steps", 5), "--resume"]) == 0
 
 
@@ -479,10 +482,10 @@ def make_foreign(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing": (lambda path: None, "no model file "),
-    "a folder": (Path.mkdir, "no model file "),
-    "something else": (write_no_bundle, "is no model file, or a damaged one"),
-    "truncated": (truncate, "is no model file, or a damaged one"),
+    "missing": (lambda path: None, "found no model file at "),
+    "a folder": (Path.mkdir, "found no model file at "),
+    "something else": (write_no_bundle, "is not a model file, or is damaged"),
+    "truncated": (truncate, "is not a model file, or is damaged"),
     "damaged": (flip, "damaged"),
     "foreign": (make_foreign, "has format 99; this version of Blemish reads format 1"),
 }
@@ -513,7 +516,7 @@ def test_missing_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         ([tmp_path / "none.png"], f"found nothing at {tmp_path}/none.png; expected an image or a folder"),
         ([tmp_path / "a", tmp_path / "none"], f"found nothing at {tmp_path}/none"),
         ([tmp_path / "empty"], f"no images in {tmp_path}/empty"),
-        ([tmp_path / "a", tmp_path / "b"], "would share the name 1.png of their results"),
+        ([tmp_path / "a", tmp_path / "b"], "/b/1.png would have the same name 1.png"),
     ):
         assert says in refused(["predict", MODEL, *paths], tmp_path, capsys)
 
@@ -558,16 +561,18 @@ def test_an_evaluation_without_test_images_is_refused(
     words = ["evaluate", MODEL, data, "--json", tmp_path / "e.json", "--report", tmp_path / "e.html"]
     assert "holds no test images; expected good and defective ones" in refused(words, tmp_path, capsys)
     assert "found nothing at" in refused(["evaluate", MODEL, tmp_path / "none"], tmp_path, capsys)
-    assert "there is no layout" in refused(["evaluate", MODEL, data, "--layout", "x"], tmp_path, capsys)
+    assert "unknown layout 'x'; expected auto, " in refused(
+        ["evaluate", MODEL, data, "--layout", "x"], tmp_path, capsys
+    )
 
 
 @pytest.mark.parametrize(
     ("count", "more", "says"),
     [
-        (1, [], "there are 1 held-out good images, expected at least 2"),
-        (0, [], "/good; expected one of good images"),
-        (3, ["--false-reject-rate", 0], "false reject rate is 0.0, expected above 0 and below 1"),
-        (3, ["--false-reject-rate", 2], "false reject rate is 2.0, expected above 0 and below 1"),
+        (1, [], "there are 1 held-out good images; expected at least 2"),
+        (0, [], "/good; expected a folder of good images"),
+        (3, ["--false-reject-rate", 0], "false reject rate is 0.0; expected above 0 and below 1"),
+        (3, ["--false-reject-rate", 2], "false reject rate is 2.0; expected above 0 and below 1"),
     ],
 )
 def test_impossible_calibrations_are_refused(
@@ -595,9 +600,9 @@ def test_unwritable_outputs_are_refused(
     file.write_text("in the way")
     folder.mkdir()
     for out, says in (
-        (file / "x", f"cannot write into {file}: {file} is a file, expected a folder"),
-        (file / "x" / "y", f"cannot write into {file}/x: {file} is a file, expected a folder"),
-        (folder, f"cannot write {folder}: it is a folder, expected the name of a file"),
+        (file / "x", f"cannot write to {file}: {file} is a file; expected a folder"),
+        (file / "x" / "y", f"cannot write to {file}/x: {file} is a file; expected a folder"),
+        (folder, f"cannot write {folder}: it is a folder; expected the name of a file"),
     ):
         for words in (
             training(tiny, out),
@@ -610,7 +615,7 @@ def test_unwritable_outputs_are_refused(
             assert says in refused(words, tmp_path, capsys), words
     for option in ("--maps", "--overlays"):
         words = ["predict", MODEL, good, option, file]
-        assert f"cannot write into {file}: {file} is a file" in refused(words, tmp_path, capsys)
+        assert f"cannot write to {file}: {file} is a file" in refused(words, tmp_path, capsys)
 
 
 def test_a_refused_run_creates_no_folder(
@@ -623,10 +628,10 @@ def test_a_refused_run_creates_no_folder(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["add", "resnet19", "w.pth"], "unknown weights 'resnet19'; there are efficientnet_lite0, "),
-        (["add", "pdn_small", "none.pth"], "no weights file none.pth"),
+        (["add", "resnet19", "w.pth"], "unknown weights 'resnet19'; expected one of efficientnet_lite0, "),
+        (["add", "pdn_small", "none.pth"], "found no weights file at none.pth"),
         (["add", "pdn_medium", "small.safetensors"], "small.safetensors does not fit: "),
-        (["add", "pdn_small", "garbage.pth"], "garbage.pth holds no readable weights"),
+        (["add", "pdn_small", "garbage.pth"], "garbage.pth cannot be read as weights"),
         (["fetch", "resnet19"], "unknown weights 'resnet19'"),
         (["fetch", "pdn_small"], "pdn_small has no publisher's address"),
         (["fetch", "resnet18"], "could not download https://download.pytorch.org/models/resnet18-"),
@@ -652,7 +657,7 @@ def test_a_demo_that_would_overwrite_files_is_refused(
 ) -> None:
     images.write_png(tmp_path / "d/parts/mine.png", drawn.part(1))
     said = refused(["demo", "--out", tmp_path / "d"], tmp_path, capsys, after_words=True)
-    assert "holds files that are no demo" in said
+    assert "holds files that do not belong to a demo" in said
 
 
 def test_checking_a_missing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -782,7 +787,7 @@ def test_python_and_the_commands_have_the_same_results(
     said = capsys.readouterr()
     assert said.out == table(found) + "\n"
     assert "evaluating: 100% 15/15" in said.err
-    assert [exhibit.title for exhibit in found.exhibits] == [*["Escape"] * 4, "Best find"]
+    assert [exhibit.title for exhibit in found.exhibits] == [*["Escape"] * 4, "Clearest detection"]
     for write, name in (
         (report.write_json, "e.json"),
         (report.write_csv, "e.csv"),

@@ -140,7 +140,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="no demo"):
+    with pytest.raises(ConfigError, match="do not belong to a demo"):
         drawn(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(ConfigError, match="is a file"):
@@ -182,9 +182,9 @@ def test_the_command_ends_with_a_model_and_a_report(
     ("options", "words"),
     [
         ({"seed": -1}, "seed"),
-        ({"train": 0}, "0 images"),
-        ({"per_kind": -2}, "-2 images"),
-        ({"size": 32}, "32"),
+        ({"train": 0}, "at least 1 image in each folder; found 0"),
+        ({"per_kind": -2}, "at least 1 image in each folder; found -2"),
+        ({"size": 32}, "at least 64 pixels a side; found 32"),
     ],
 )
 def test_impossible_numbers_are_refused(options: dict[str, int], words: str, tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_file(photos: Path, tm
     assert ended(["-c", KILLED, request]) == (-signal.SIGKILL, "", "")
     assert checkpoint.header(path)["step"] == 2
     assert not out.exists()
-    with pytest.raises(ConfigError, match="of a run that has not ended"):
+    with pytest.raises(ConfigError, match="belongs to an unfinished run"):
         run(photos, out, settings=settings)
     with another_run(path, processes=2), pytest.raises(ModelFileError, match="its processes is 2, not 1"):
         run(photos, out, settings=settings, resume=True)
@@ -374,7 +374,7 @@ def test_a_run_is_watched_and_stopped_and_goes_on(
 ) -> None:
     out, events = tmp_path / "t.safetensors", list[Event]()
     with pytest.raises(
-        StoppedError, match=r"stopped after step 2 of 4, kept in .*t\.safetensors\.checkpoint"
+        StoppedError, match=r"stopped after step 2 of 4; checkpoint written to .*t\.safetensors\.checkpoint"
     ):
         run(photos, out, **drawn.stop_after(2, events.append))
     assert not out.exists()
@@ -387,7 +387,7 @@ def test_a_run_is_watched_and_stopped_and_goes_on(
     assert measured == {"measuring the target": 36, "measuring on held-out images": 4}
     messages = [event.message for event in events if event.message]
     assert messages[0] == "distilling efficientnet_lite0 into pdn_small: 36 images, 4 held out"
-    assert "going on from step 2 of 4" in messages
+    assert "resuming from step 2 of 4" in messages
 
 
 def test_a_request_goes_through_json_and_back(photos: Path, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_request_goes_through_json_and_back(photos: Path, tmp_path: Path) -> N
     assert (again.images, again.weights, again.budget) == (photos, Path("w.pth"), 600.0)
     for changes, says in (
         ({"image": "photos"}, "a request has no field 'image'; did you mean 'images'"),
-        ({"data": "parts"}, "a request has no field 'data'; there are "),
+        ({"data": "parts"}, "a request has no field 'data'; expected one of "),
         ({"size": 5}, r"Expected `str`, got `int` - at `\$\.size`"),
     ):
         with pytest.raises(ConfigError, match=says):
@@ -437,7 +437,7 @@ def test_two_processes_do_what_one_does(photos: Path, whole: Path, tmp_path: Pat
     assert two["explained_variance"] == pytest.approx(one["explained_variance"], abs=2e-4)
     for name, value in load_file(whole).items():
         torch.testing.assert_close(load_file(out)[name], value, rtol=2**-9, atol=4e-5)
-    assert printed.count("explains") == said.count("distilling ") == said.count("features kept") == 1
+    assert printed.count("explains") == said.count("distilling ") == said.count("feature cache") == 1
     assert "Error" not in said
     assert list(tmp_path.iterdir()) == [out]
 
@@ -478,7 +478,7 @@ def test_a_budget_equals_the_steps_that_it_reports(
         budget="13.5s",
         report=lambda event: messages.append(event.message),
     )
-    assert any(f"the same run again: --steps {told['steps']}" in message for message in messages)
+    assert any(f"to repeat this run: --steps {told['steps']}" in message for message in messages)
     assert 20 <= told["steps"] < 30
     run(photos, tmp_path / "b.safetensors", steps=told["steps"])
     assert equal(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
@@ -489,7 +489,7 @@ def test_a_budget_keeps_time_for_the_held_out_images(
 ) -> None:
     """An image takes 5 s here, so 30 s are kept for the four held-out ones and the end of the run."""
     slow_clock(5)
-    with pytest.raises(ConfigError, match="a budget of 70 s leaves 5 s to train in"):
+    with pytest.raises(ConfigError, match="a budget of 70 s leaves 5 s for training"):
         run(photos, tmp_path / "a.safetensors", budget=70.0)
 
 
@@ -503,7 +503,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "cut.png").write_bytes(images.list_images(photos, recursive=True)[0].read_bytes()[:200])
     assert len(pairs.list_readable(folder)) == 20
-    assert caplog.messages == ["images that cannot be read, left out: 2 of 22"]
+    assert caplog.messages == ["leaving out 2 of 22 images, which cannot be read"]
     caplog.clear()
     next(folder.glob("[0-9]*.png")).unlink()
     with pytest.raises(DataError, match=r"found 19 readable images in .*; expected at least 20$"):
@@ -611,17 +611,17 @@ def test_the_command_for_torchrun_exists() -> None:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "size": (["--size=large"], "setting size=large does not fit; expected 'small' or 'medium'"),
-    "size twice": (["--set=size=medium"], "size small beside the setting size=medium: expected it once"),
-    "source": (["--source=resnet19"], "unknown backbone 'resnet19'; there are efficientnet_lite0, "),
+    "size twice": (["--set=size=medium"], "size is given twice: small and the setting size=medium"),
+    "source": (["--source=resnet19"], "unknown backbone 'resnet19'; expected one of efficientnet_lite0, "),
     "layer": (["--set=layers=layer2"], "efficientnet_lite0 has no layer 'layer2'"),
     "suffix": (["--out=t.pth"], "--out t.pth: expected a name that ends in .safetensors"),
     "folder": (["--out=."], "cannot write .: it is a folder"),
-    "weights": (["--weights=nowhere.pth"], "no weights file nowhere.pth"),
-    "preset": (["--preset=papper"], "distilling has no preset 'papper'; expected default or paper"),
+    "weights": (["--weights=nowhere.pth"], "found no weights file at nowhere.pth"),
+    "preset": (["--preset=papper"], "distillation has no preset 'papper'; expected default or paper"),
     "setting": (["--set=crops=64"], "did you mean 'crop'"),
     "no setting": (["--set=crop"], "--set crop: expected KEY=VALUE"),
-    "image size": (["--set=image_size=68x64"], "image size 68x64: distilling needs multiples of 8, at "),
-    "small images": (["--set=image_size=56x64"], "image size 56x64: distilling needs multiples of 8, at "),
+    "image size": (["--set=image_size=68x64"], "image size 68x64: distillation needs multiples of 8, at "),
+    "small images": (["--set=image_size=56x64"], "image size 56x64: distillation needs multiples of 8, at "),
     "crop": (["--set=crop=42"], "expected 0, or without padding a multiple of 4 from 36 to 64"),
     "small crop": (["--set=crop=32"], "crop=32 with padding=false: expected 0, or without padding"),
     "large crop": (["--set=crop=68"], "crop=68 with padding=false: expected 0, or without padding"),
@@ -674,11 +674,14 @@ def test_images_and_weights_that_will_not_do_are_refused(
     images.write_png(few / "a.png", drawn.part(1))
     save_file({"one": torch.zeros(1)}, junk)
     for arguments, says in (
-        (words(nowhere, tmp_path / "t.safetensors"), f"no folder {nowhere}; expected one of natural images"),
-        (words(few / "a.png", tmp_path / "t.safetensors"), "a.png; expected one of natural images"),
+        (
+            words(nowhere, tmp_path / "t.safetensors"),
+            f"found no folder at {nowhere}; expected a folder of natural images",
+        ),
+        (words(few / "a.png", tmp_path / "t.safetensors"), "a.png; expected a folder of natural images"),
         (words(few, tmp_path / "t.safetensors"), f"found 1 readable images in {few}; expected at least 20"),
         (words(photos, tmp_path / "t.safetensors", "--weights", str(junk)), f"{junk} does not fit: it lacks"),
-        (words(photos, tmp_path / "t.safetensors", f"--cache={junk}"), f"cannot write into {junk}"),
+        (words(photos, tmp_path / "t.safetensors", f"--cache={junk}"), f"cannot write to {junk}"),
     ):
         refused(arguments, says, tmp_path, monkeypatch, capsys)
 

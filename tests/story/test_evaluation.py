@@ -360,13 +360,13 @@ def chosen_afterwards(results: Sequence[ImageResult], count: int) -> Iterator[tu
     good = [each for each in reversed(by_score) if each.truth == 0]
     rejects = [each for each in good if each.label == "defect"]
     reviews = [each for each in good if each.label == "review"]
-    for title, chosen in (("Escape", escapes), ("False reject", rejects), ("Needless review", reviews)):
+    for title, chosen in (("Escape", escapes), ("False reject", rejects), ("Unnecessary review", reviews)):
         yield from ((title, each) for each in chosen[:count])
     seen: set[str] = set()
     for each in reversed(by_score):
         if each.truth == 1 and each.label != "ok" and each.kind not in seen and len(seen) < 2 * count:
             seen.add(each.kind)
-            yield "Best find", each
+            yield "Clearest detection", each
 
 
 def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
@@ -381,9 +381,9 @@ def test_exhibits_are_the_worst_mistakes_then_the_best_finds() -> None:
         ("Escape", "dent2"),
         ("False reject", "good9"),
         ("False reject", "good8"),
-        ("Needless review", "good5"),
-        ("Best find", "dent30"),
-        ("Best find", "rust6"),
+        ("Unnecessary review", "good5"),
+        ("Clearest detection", "dent30"),
+        ("Clearest detection", "rust6"),
     ]
     assert exhibited(results, 0) == []
 
@@ -494,7 +494,7 @@ def test_images_are_gathered_with_the_names_of_their_results(tmp_path: Path) -> 
     # One image twice is one result; two images of one name are not.
     assert len(gather([tmp_path / "single.png"] * 2)) == 2
     (tmp_path / "d/b.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match="would share the name"):
+    with pytest.raises(DataError, match=r"the results of .* and .* would have the same name"):
         gather([tmp_path / "d"])
 
 

@@ -131,7 +131,7 @@ def test_what_has_ended_is_evaluated_only(series: Series) -> None:
     assert figures(run(series.trials, series.base, report=events.append)) == figures(series.results)
     messages = {event.message for event in events}
     for trial in series.trials:
-        assert f"{trial.out} has ended before: it is evaluated, not trained again" in messages
+        assert f"{trial.out} is already trained: evaluating it" in messages
     assert {event.phase for event in events} == {"", "evaluating"}
 
 
@@ -149,7 +149,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_weights(series: Series, tm
     assert list(tmp_path.iterdir()) == [checkpoint(trials[0].out)]
     events: list[Event] = []
     (result,) = run(trials[:1], series.base, report=events.append)
-    assert "going on from step 2 of 4" in [event.message for event in events]
+    assert "resuming from step 2 of 4" in [event.message for event in events]
     assert figures([(series.trials[0], result[1])]) == figures(series.results[:1])
     assert bundle.read(trials[0].out).weights == bundle.read(series.trials[0].out).weights
     assert list(tmp_path.iterdir()) == [trials[0].out]
@@ -164,7 +164,7 @@ def test_an_error_stops_the_rest_and_what_has_ended_stays(series: Series, tmp_pa
     failing, waiting = plan(tmp_path / "tiny.blemish", 5, 2, None, None)
     checkpoint(failing.out).write_bytes(b"nothing")
     before = drawn.snapshot(series.trials[0].out.parent)
-    with pytest.raises(ModelFileError, match=r"tiny\.seed5\.blemish\.checkpoint is no checkpoint"):
+    with pytest.raises(ModelFileError, match=r"tiny\.seed5\.blemish\.checkpoint is not a checkpoint"):
         run([series.trials[0], failing, waiting], series.base)
     assert list(tmp_path.iterdir()) == [checkpoint(failing.out)]
     assert drawn.snapshot(series.trials[0].out.parent) == before
@@ -217,7 +217,9 @@ def test_parallel_trials_report_and_stop_on_request(tiny: drawn.Tiny, tmp_path: 
         asked.append(len(reached) == 2 and min(reached.values()) >= 3)
         return asked[-1]
 
-    with pytest.raises(StoppedError, match="stopped after 0 of 2 trials; the same command goes on"):
+    with pytest.raises(
+        StoppedError, match="stopped after 0 of 2 trials; run the same command again to continue"
+    ):
         run(trials, base, jobs=2, report=report, stop=stop)
     assert asked.count(True) == 1
     assert sorted(tmp_path.iterdir()) == sorted(checkpoint(trial.out) for trial in trials)
@@ -228,7 +230,7 @@ def test_parallel_trials_report_and_stop_on_request(tiny: drawn.Tiny, tmp_path: 
     messages: list[str] = []
     with pytest.raises(StoppedError, match="stopped after step "):
         run(trials[1:], base, **drawn.stop_after(2, lambda event: messages.append(event.message)))
-    assert f"going on from step {reached[trials[1].out.stem]} of 100000" in messages
+    assert f"resuming from step {reached[trials[1].out.stem]} of 100000" in messages
 
 
 def test_a_request_to_stop_after_the_last_trial_has_ended_is_too_late(series: Series) -> None:
@@ -245,7 +247,7 @@ def test_a_request_to_stop_after_the_last_trial_has_ended_is_too_late(series: Se
 def test_an_error_comes_out_of_its_process_and_stops_the_other(tiny: drawn.Tiny, tmp_path: Path) -> None:
     failing, long = plan(tmp_path / "tiny.blemish", 3, 2, None, None)
     checkpoint(failing.out).write_bytes(b"nothing")
-    with pytest.raises(ModelFileError, match=r"tiny\.seed3\.blemish\.checkpoint is no checkpoint"):
+    with pytest.raises(ModelFileError, match=r"tiny\.seed3\.blemish\.checkpoint is not a checkpoint"):
         run([failing, long], request(tiny, steps=100_000), jobs=2)
     assert not long.out.exists()
 
@@ -281,7 +283,7 @@ def refused(
 )
 def test_a_file_of_another_run_is_in_the_way(series: Series, change: dict[str, Any], text: str) -> None:
     base = dataclasses.replace(series.base, **change)
-    says = rf"tiny\.seed3\.blemish is of another run, {text}.*; delete it"
+    says = rf"tiny\.seed3\.blemish belongs to another run: {text}.*; delete it"
     refused(series.trials, base, ModelFileError, says)
 
 
@@ -289,7 +291,7 @@ def test_a_file_of_another_seed_or_fold_or_data_set_is_in_the_way(series: Series
     out, base = series.trials[0].out, series.base
     refused([Trial(9, None, out)], base, ModelFileError, "its training run seed is 3, not 9")
     # The images that a fold trains on are others; its test is whatever differs first.
-    refused([Trial(3, Fold(0, 2), out)], base, ModelFileError, "is of another run, its training run ")
+    refused([Trial(3, Fold(0, 2), out)], base, ModelFileError, "belongs to another run: its training run ")
     other = dataclasses.replace(base, data=drawn.data_set(tmp_path, train=13))
     refused([Trial(3, None, out)], other, ModelFileError, "its training run images is ")
 
@@ -313,8 +315,8 @@ def test_nothing_is_trained_before_every_place_is_looked_at(tiny: drawn.Tiny, tm
     folder, text = (Trial(1, None, tmp_path / f"{name}.blemish") for name in ("folder", "text"))
     fold = Trial(0, Fold(0, 5), tmp_path / "fold.blemish")
     refused([free, folder], base, OutputError, "it is a folder")
-    refused([free, text], base, ModelFileError, r"text\.blemish is no model file")
-    refused([free, fold], base, DataError, "fold 1 of 5 would test no defective image")
+    refused([free, text], base, ModelFileError, r"text\.blemish is not a model file")
+    refused([free, fold], base, DataError, "fold 1 of 5 would have no defective images")
     refused([free], good_only, DataError, "good holds no test images")
     refused([free], base, ConfigError, "found 0 jobs", jobs=0)
 

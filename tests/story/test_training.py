@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bytes(
     process = start(command(tiny, out, "--steps", str(STEPS), "--resume"))
     said = process.communicate()[1]
     assert process.returncode == 0, said
-    assert "going on from step" in said
+    assert "resuming from step" in said
     resumed = bundle.read(out)
     assert resumed.weights == whole.weights
     assert resumed.manifest.calibration == whole.manifest.calibration
@@ -207,7 +207,9 @@ def test_stopping_within_the_process_leaves_the_signals_as_they_were(
             signal.raise_signal(signal.SIGINT)
 
     train(tiny, tmp_path / "whole.blemish")
-    stopped = pytest.raises(StoppedError, match=r"stopped after step 4 of 30, kept in .*--resume")
+    stopped = pytest.raises(
+        StoppedError, match=r"stopped after step 4 of 30; checkpoint written to .*--resume"
+    )
     with stopped, stop_requests() as stop:
         train(tiny, tmp_path / "m.blemish", report=interrupt, stop=stop)
     assert handlers() == before
@@ -231,7 +233,9 @@ def test_a_run_is_watched_and_stopped_from_another_thread(
         while not future.done():
             with contextlib.suppress(queue.Empty):
                 events.get(timeout=0.05)
-        with pytest.raises(StoppedError, match=r"stopped after step \d+ of 30, kept in .*--resume"):
+        with pytest.raises(
+            StoppedError, match=r"stopped after step \d+ of 30; checkpoint written to .*--resume"
+        ):
             future.result()
     assert 7 <= checkpoint.header(checkpoint_of(out))["step"] <= 10
     assert states == []
@@ -372,10 +376,10 @@ def test_a_request_trains_the_same_weights_after_json(
     ("changes", "says"),
     [
         ({"setings": {}}, "a request has no field 'setings'; did you mean 'settings'"),
-        ({"length": 5}, "a request has no field 'length'; there are out, preset,"),
+        ({"length": 5}, "a request has no field 'length'; expected one of out, preset,"),
         (
             {"fold": {"index": 0, "count": 2, "number": 1}},
-            r"no field 'fold\.number'; there are index, count,",
+            r"no field 'fold\.number'; expected one of index, count,",
         ),
         ({"data": None}, r"at `\$\.data`"),
         ({"data": 5}, r"at `\$\.data`"),
@@ -400,7 +404,7 @@ def test_a_request_that_does_not_fit_is_refused_by_name(changes: dict[str, Any],
 @pytest.mark.parametrize("record", [None, 5, [], "train"])
 def test_what_is_no_record_is_no_request(record: Any) -> None:
     for kind in (TrainingRequest, DistillationRequest):
-        with pytest.raises(ConfigError, match="this is no request for a run: Expected `object`, got"):
+        with pytest.raises(ConfigError, match="this is not a valid request: Expected `object`, got"):
             kind.from_json(record)
 
 
@@ -444,7 +448,7 @@ def stopped(tiny: Tiny, tmp_path: Path) -> Path:
         ({"settings": drawn.TINY | {"hidden_channels": 17}}, r"its config is .*'hidden_channels': 16.*17"),
         ({"precision": "bf16"}, "its precision is float32, not bfloat16"),
         ({"preset": "paper"}, "its preset is default, not paper"),
-        ({"steps": STEPS + 1}, f"is of a run of {STEPS} steps, not {STEPS + 1}"),
+        ({"steps": STEPS + 1}, f"belongs to a run of {STEPS} steps; {STEPS + 1} were asked for"),
     ],
 )
 def test_another_run_is_not_resumed(tiny: Tiny, stopped: Path, changes: dict[str, Any], says: str) -> None:
@@ -480,17 +484,17 @@ def test_images_may_move_between_stop_and_resume(
 def test_a_damaged_checkpoint_is_refused(tiny: Tiny, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.blemish.checkpoint"
     path.write_bytes(content)
-    with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
+    with pytest.raises(ModelFileError, match="is not a checkpoint of a training run"):
         train(tiny, tmp_path / "m.blemish", resume=True)
     path.write_bytes(tiny.weights.read_bytes())  # safetensors, but no checkpoint
-    with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
+    with pytest.raises(ModelFileError, match="is not a checkpoint of a training run"):
         train(tiny, tmp_path / "m.blemish", resume=True)
 
 
 def test_a_truncated_checkpoint_is_refused(tiny: Tiny, stopped: Path) -> None:
     path = checkpoint_of(stopped)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelFileError, match="is no checkpoint of a training run"):
+    with pytest.raises(ModelFileError, match="is not a checkpoint of a training run"):
         train(tiny, stopped, resume=True)
 
 
@@ -505,7 +509,7 @@ def test_resuming_nothing_starts_anew_and_says_so(
         resume=True,
         report=lambda event: messages.append(event.message),
     )
-    assert any("nothing to resume at" in message for message in messages)
+    assert any("no checkpoint at" in message for message in messages)
     train(tiny, tmp_path / "m.blemish", steps=2)
     assert equal(*states)
 
@@ -513,7 +517,9 @@ def test_resuming_nothing_starts_anew_and_says_so(
 def test_without_resume_a_checkpoint_is_not_overwritten(tiny: Tiny, stopped: Path) -> None:
     path = checkpoint_of(stopped)
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="of a run that has not ended: go on with --resume, or delete it"):
+    with pytest.raises(
+        ConfigError, match="belongs to an unfinished run: continue it with --resume, or delete the file"
+    ):
         train(tiny, stopped)
     assert path.read_bytes() == before
 
@@ -585,7 +591,9 @@ def test_epochs_are_counted_in_steps(tiny: Tiny, tmp_path: Path, states: list[di
 
 
 def test_a_budget_that_is_too_short_is_refused_before_training(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a budget of 2 s leaves 0 s to train in.*give at least 1\d s"):
+    with pytest.raises(
+        ConfigError, match=r"a budget of 2 s leaves 0 s for training.*expected a budget of at least 1\d s"
+    ):
         train(tiny, tmp_path / "m.blemish", budget="2s")
     assert list(tmp_path.iterdir()) == []
 
@@ -892,7 +900,7 @@ def test_a_photograph_that_cannot_be_read_gives_its_turn_to_the_next(paths: list
         assert all(any(torch.equal(one, other) for other in others) for one in natural)
     for path in paths:
         path.write_bytes(b"none")
-    with pytest.raises(DataError, match=r"none of the 7 photographs beside .* can be read"):
+    with pytest.raises(DataError, match=r"none of the 7 photographs, such as .*, can be read"):
         readable(chosen.store, 3)
 
 

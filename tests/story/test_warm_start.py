@@ -233,16 +233,20 @@ def test_old_images_that_are_missing_are_warned_of(
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"model": "simplenet"}, ConfigError, "is a model of supersimplenet, not simplenet"),
+        ({"model": "simplenet"}, ConfigError, "is a model of supersimplenet; expected simplenet"),
         ({"settings": {"hidden_channels": 8}}, ModelFileError, r"segmentation\.\w+\.\w+ in .* is"),
-        ({"start": "missing.blemish"}, ModelFileError, "no model file missing.blemish"),
-        ({"weights": "w.safetensors"}, ConfigError, "found --weights w.safetensors beside --from"),
+        ({"start": "missing.blemish"}, ModelFileError, "found no model file at missing.blemish"),
+        ({"weights": "w.safetensors"}, ConfigError, "found --weights w.safetensors with --from"),
         (
             {"settings": {"noise_ratio": 0.25}},
             ConfigError,
-            "noise_ratio=0.25: the weights in .* stand on 1.0",
+            "noise_ratio=0.25: the weights in .* were trained with noise_ratio=1.0",
         ),
-        ({"settings": {"backbone": "resnet18"}}, ConfigError, "stand on efficientnet_lite0"),
+        (
+            {"settings": {"backbone": "resnet18"}},
+            ConfigError,
+            "were trained with backbone=efficientnet_lite0",
+        ),
         ({"start": None}, ConfigError, "no model was named; expected --model, or --from"),
     ],
 )

@@ -194,9 +194,9 @@ def test_a_file_runs_as_it_says_unless_told(tiny: Tiny, tmp_path: Path) -> None:
     assert told.choice == Choice("onnxruntime", "int8")
     assert told.opened.graph == opened.graph
     assert prepare(Entry(str(path), plain=True, backend="torch")).choice == Choice("torch", "fp32")
-    with pytest.raises(ConfigError, match=r"precision fp32 of .*m\.blemish, whose graph is int8"):
+    with pytest.raises(ConfigError, match=r"precision fp32 for .*m\.blemish: its graph is int8"):
         prepare(Entry(str(path), precision="fp32"))
-    with pytest.raises(ConfigError, match=r"precision int8 of .*, whose graph is fp32"):
+    with pytest.raises(ConfigError, match=r"precision int8 for .*: its graph is fp32"):
         prepare(Entry(str(tiny.file), precision="int8"))
 
 
@@ -206,7 +206,7 @@ def test_a_graph_whose_weights_fit_no_detector_runs_uncounted(tmp_path: Path) ->
     events: list[Event] = []
     assert prepare(Entry(str(path)), report=events.append).work is None
     assert [event.message.partition(":")[0] for event in events] == ["not counting FLOPs"]
-    with pytest.raises(ModelFileError, match="do not fit its method"):
+    with pytest.raises(ModelFileError, match="do not match its method"):
         prepare(Entry(str(path), backend="torch"))
 
 
@@ -217,7 +217,7 @@ def test_a_gpu_has_half_precision_unless_told() -> None:
     assert choose(Entry("supersimplenet"), "tensorrt", opened) == Choice("onnxruntime", "fp32", "tensorrt")
     assert choose(Entry("supersimplenet", precision="bf16"), "cuda", opened).precision == "bf16"
     assert choose(Entry("m", backend="onnxruntime"), "cuda", opened) == Choice("onnxruntime", "fp32", "cuda")
-    with pytest.raises(ConfigError, match="precision fp16 of m, whose graph is fp32: for onnxruntime"):
+    with pytest.raises(ConfigError, match="precision fp16 for m: its graph is fp32, which onnxruntime"):
         choose(Entry("m", backend="onnxruntime", precision="fp16"), "cuda", opened)
     assert choose(Entry("supersimplenet"), "", opened) == Choice("onnxruntime", "fp32", "cpu")
 
@@ -350,9 +350,9 @@ def test_the_table_says_on_what_how_and_beside_what() -> None:
     text = tables.table(found())
     lines = text.splitlines()
     assert lines[0] == "A processor: avx2"
-    assert lines[1] == "4 cores, 2 threads used, 8 GB memory, GPU: none"
-    assert "2 rounds, rows taking turns" in text
-    assert "at most 1000 runs to warm up and 1000 timed in each, within 7 s a row" in text
+    assert lines[1] == "4 cores, 2 threads used, 8 GiB memory, GPU: none"
+    assert "The rows take turns, each in its own process." in text
+    assert "2 rounds, up to 1000 warm-up and 1000 timed runs per round, within 7 s per row." in text
     times, streamed, done = (line.split() for line in lines if line.startswith("first "))
     assert times[1:] == [
         "64x64",
@@ -378,8 +378,8 @@ def test_the_table_says_on_what_how_and_beside_what() -> None:
 def test_one_row_has_no_ratio() -> None:
     one = found()
     one = replace(one, rows=one.rows[:1])
-    assert "times as fast" not in tables.table(one)
-    assert "taking turns" not in tables.table(one)
+    assert "speed-up" not in tables.table(one)
+    assert "take turns" not in tables.table(one)
 
 
 def test_the_json_has_every_run(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_the_command_reads_and_judges_files(
     path = tmp_path / "b.json"
     words = ["--threads", 1, "--seconds", 0.1, "--rounds", 1, "--batch", 4, "--json", path]
     assert run(tiny.file, "--images", tmp_path / "images", *words) == 0
-    assert "With decoding, resizing" in capsys.readouterr().out
+    assert "Including decoding, resizing" in capsys.readouterr().out
     record = json.loads(path.read_text())
     assert record["images"] == "3 files"
     assert len(record["rows"][0]["stream_seconds"]) >= 3
@@ -479,7 +479,7 @@ def test_a_process_that_is_killed_is_named() -> None:
         stack.enter_context(benchmark.worker(contender("other"), Plan(1), ()))
         assert len(ask(Burst(1, 1, 2, math.inf))) == 2
         process.kill()
-        with pytest.raises(StoppedError, match="the process of one was killed, often for want of memory"):
+        with pytest.raises(StoppedError, match="the process of one was killed, probably for lack of memory"):
             ask(Burst(1, 1, 2, math.inf))
     assert active_children() == []
 
@@ -491,7 +491,7 @@ def test_a_process_that_is_killed_is_named() -> None:
         (["--model", "supersimplenet", "--backend", "tflite"], "unknown backend 'tflite'"),
         (
             ["--model", "supersimplenet", "--precision", "int8"],
-            "expected fp32, or a file that was exported in int8",
+            "expected fp32, or a file exported in int8",
         ),
         (["--model", "supersimplenet", "--device", "npu"], "unknown device 'npu'"),
         (["--model", "supersimplenet", "--set", "colour=red"], "no setting 'colour'"),
@@ -501,9 +501,9 @@ def test_a_process_that_is_killed_is_named() -> None:
         ([MODEL, "--seconds", "nan"], "--seconds nan: expected more than 0"),
         ([MODEL, "--images", FILES / "nowhere"], "no images in"),
         ([MODEL, "--plain", "--images", FILES], "no images in"),
-        (["--compare", MODEL, "--plain"], "expected plain:ENTRY"),
+        (["--compare", MODEL, "--plain"], "write plain:ENTRY instead"),
         ([MODEL, "--json", FILES], "it is a folder"),
-        (["nowhere.blemish"], "no model file nowhere.blemish"),
+        (["nowhere.blemish"], "found no model file at nowhere.blemish"),
         ([], "required"),
     ],
 )
@@ -517,7 +517,7 @@ def test_refusals(words: list[Any], sentence: str, capsys: pytest.CaptureFixture
 
 def test_images_are_judged_by_trained_models_only() -> None:
     for row in (contender(trained=False), contender(network=entries.plain_network)):
-        with pytest.raises(ConfigError, match="which judges no images; expected a model file"):
+        with pytest.raises(ConfigError, match="which cannot judge images; expected a model file"):
             benchmark.run([row], Plan(1), [Path("a.png")])
 
 

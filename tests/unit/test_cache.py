@@ -126,10 +126,10 @@ def test_a_kept_entry_is_no_view_of_something_larger() -> None:
 
 def test_megabytes_are_reported(tmp_path: Path) -> None:
     cache = FeatureCache(Memory(3 << 20), tmp_path / "c")
-    assert cache.describe() == "0 MB in memory"
+    assert cache.describe() == "0 MiB in memory"
     for number in range(5):
         cache.put(str(number), (torch.zeros(1 << 19).half(),))
-    assert cache.describe() == f"3 MB in memory and 2 MB in {tmp_path / 'c'}"
+    assert cache.describe() == f"3 MiB in memory and 2 MiB in {tmp_path / 'c'}"
 
 
 def test_an_own_folder_goes_with_its_parent_and_a_shared_one_stays(tmp_path: Path) -> None:
@@ -383,10 +383,10 @@ def test_how_much_is_kept_is_reported(runs: Runs, tmp_path: Path) -> None:
     settings = SMALL | {"image_size": (192, 192), "batch_size": 1}
     runs.encoded(memory=1 << 30, steps=1, settings=settings)
     assert round(ENTRIES * 2 * 24 * 48 * 48 / 2**20) == 2  # 24 channels, two bytes each, at a quarter
-    assert "features kept: 2 MB in memory" in runs.messages
+    assert "feature cache: 2 MiB in memory" in runs.messages
     runs.encoded(cache=tmp_path / "cache", steps=1, settings=settings)
     (folder,) = (tmp_path / "cache").iterdir()
-    assert f"features kept: 0 MB in memory and 2 MB in {folder}" in runs.messages
+    assert f"feature cache: 0 MiB in memory and 2 MiB in {folder}" in runs.messages
 
 
 def test_a_folder_may_be_called_as_a_choice_is(
@@ -399,6 +399,6 @@ def test_a_folder_may_be_called_as_a_choice_is(
 
 
 def test_a_file_in_the_folders_place_is_refused(runs: Runs) -> None:
-    with pytest.raises(OutputError, match=r"is a file, expected a folder"):
+    with pytest.raises(OutputError, match=r"is a file; expected a folder"):
         runs.encoded(cache=runs.weights)
     assert runs.states == []

@@ -282,11 +282,11 @@ def test_refuses_options(options: dict[str, float], sentence: str) -> None:
     ("statistics", "maxima", "sentence"),
     [
         (np.zeros((1, 1)), np.zeros(1), "there are 1 held-out good images"),
-        (np.zeros((4, 2)), np.zeros(4), r"\(4, 2\), expected \(images, 1\)"),
+        (np.zeros((4, 2)), np.zeros(4), r"\(4, 2\); expected \(images, 1\)"),
         (np.zeros(4), np.zeros(4), "expected"),
         (np.array([[0.0], [math.nan]]), np.zeros(2), "1 of 2 image statistics"),
         (np.zeros((2, 1)), np.array([0.0, math.inf]), "one finite number for each"),
-        (np.zeros((2, 1)), np.zeros(3), r"\(3,\) came for 2"),
+        (np.zeros((2, 1)), np.zeros(3), r"map maxima of shape \(3,\) for 2 held-out"),
     ],
 )
 def test_refuses_data(statistics: np.ndarray, maxima: np.ndarray, sentence: str) -> None:
@@ -306,7 +306,7 @@ def test_refuses_to_judge_what_is_not_a_number() -> None:
 
 
 def test_refuses_indices_that_are_not_there() -> None:
-    with pytest.raises(ConfigError, match="r is 5, expected 0 to 4"):
+    with pytest.raises(ConfigError, match="r is 5; expected 0 to 4"):
         promised_rate(5, 5, 0.95)
     with pytest.raises(ConfigError, match="0 held-out images"):
         order_statistic_index(0, 0.1, 0.95)

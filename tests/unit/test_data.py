@@ -128,7 +128,7 @@ def test_a_layout_refuses_a_missing_and_an_empty_folder(tmp_path: Path, layout: 
 
 
 def test_an_unknown_layout_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no layout 'mvtek' \(did you mean 'mvtec'\?\)"):
+    with pytest.raises(DataError, match=r"unknown layout 'mvtek' \(did you mean 'mvtec'\?\)"):
         scan(tmp_path, "mvtek")
 
 
@@ -136,7 +136,7 @@ def test_what_is_not_recognised_is_named_with_a_hint(tmp_path: Path) -> None:
     mvtec(tmp_path / "bottle")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(
-        DataError, match=r"found bottle/, notes\.txt in .* \(bottle in it is a data set\); expected"
+        DataError, match=r"found bottle/, notes\.txt in .* \(bottle inside it is a data set\); expected"
     ):
         scan(tmp_path)
     with pytest.raises(DataError, match=r"found the file .*notes\.txt"):
@@ -228,8 +228,8 @@ def test_a_defect_takes_all_its_masks(tmp_path: Path) -> None:
     ("names", "found"),
     [
         (["scratch/0.png", "hole/0.png"], r"found hole/, scratch/ in"),
-        (["0.png", "defects/0.png"], "images beside defects/"),
-        (["good/0.png", "0.png"], "images beside good/"),
+        (["0.png", "defects/0.png"], "images next to defects/"),
+        (["good/0.png", "0.png"], "images next to good/"),
         (["train/0.png", "test/0.png"], r"test holds images; expected folders"),
         (
             ["train/scratch/0.png", "test/good/0.png"],
@@ -239,10 +239,13 @@ def test_a_defect_takes_all_its_masks(tmp_path: Path) -> None:
         (["good/0.png", "OK/0.png"], r"holds OK/"),
         (["train/good/0.png", "val/good/0.png"], r"val/ \(did you mean validation/\?\)"),
         (["train/good/0.png", "scratch/0.png"], r"found scratch/ in"),
-        (["good/0.png", "hole/0.png", "hole/0.bmp", "masks/hole/0.png"], r"fits .*0\.bmp and .*0\.png"),
+        (
+            ["good/0.png", "hole/0.png", "hole/0.bmp", "masks/hole/0.png"],
+            r"masks/hole/0\.png matches .*0\.bmp and .*0\.png; expected",
+        ),
         (
             ["train/good/0.png", "train/hole/0.png", "test/hole/0.png", "masks/hole/0.png"],
-            r"fits .*train.*and .*test",
+            r"masks/hole/0\.png matches .*train.*and .*test.*; expected",
         ),
     ],
 )
@@ -289,9 +292,9 @@ def test_two_manifests_are_refused(tmp_path: Path) -> None:
     ("text", "found"),
     [
         ("", "is empty"),
-        ("image;label\nx.png;good\n", "expected image and label, too"),
-        ("image,kind\nx.png,good\n", "expected label, too"),
-        ("image,label,masks\nx.png,good,\n", "a column 'masks'; expected 'mask'"),
+        ("image;label\nx.png;good\n", "expected image and label as well"),
+        ("image,kind\nx.png,good\n", "expected label as well"),
+        ("image,label,masks\nx.png,good,\n", r"a column 'masks'; did you mean 'mask'\?"),
         ("image,label,label\nx.png,good,good\n", "expected each once"),
         ("image,label\n", "no images"),
         ("image,label\nx.png\n", "line 2: found 1 values; expected 2"),
@@ -304,7 +307,10 @@ def test_two_manifests_are_refused(tmp_path: Path) -> None:
         ("image,label\nz.png,good\n", r"line 2: found no file at .*z\.png"),
         ("image,label\n,good\n", "line 2: found no file"),
         ("image,label,mask\nx.png,defect,m.png;n.png\n", r"line 2: found no file at .*n\.png"),
-        ("image,label\nx.png,good\nsub/../x.png,good\n", "line 3: .* listed in line 2 already"),
+        (
+            "image,label\nx.png,good\nsub/../x.png,good\n",
+            "line 3: .* is already listed in line 2; expected it once",
+        ),
         ('image,label\n"x.png,good\n', "cannot be read"),
         ("image,label\n\udcff.png,good\n", "cannot be read"),
     ],
@@ -425,7 +431,7 @@ def test_a_data_set_of_test_images_alone_has_a_test_set() -> None:
 
 
 def test_splits_given_for_some_images_only_are_refused() -> None:
-    with pytest.raises(DataError, match=r"3 of 8 images in .* name their split"):
+    with pytest.raises(DataError, match=r"3 of 8 images in .* have a split"):
         split(made(ROOT, 3, split_name="train") + made(ROOT, 5, start=10), ROOT)
 
 
@@ -503,14 +509,14 @@ def test_check_finds_an_empty_mask(tmp_path: Path) -> None:
 
 def test_check_finds_a_mask_without_an_image(tmp_path: Path) -> None:
     stray = draw(mvtec(tmp_path) / "ground_truth/hole/009_mask.png")
-    assert f"the mask {stray} fits no image" in only_problem(tmp_path)
+    assert f"no image matches the name of the mask {stray};" in only_problem(tmp_path)
 
 
 def test_check_finds_a_test_image_among_the_training_images(tmp_path: Path) -> None:
     mvtec(tmp_path)
     Image.open(tmp_path / "test/good/001.png").convert("RGB").save(tmp_path / "train/good/001.bmp")
     assert "001.bmp" in only_problem(tmp_path)
-    assert "in one of train and test" in only_problem(tmp_path)
+    assert "expected only one of them, or all in the same split" in only_problem(tmp_path)
 
 
 def test_check_does_not_take_images_of_other_sizes_for_copies(tmp_path: Path) -> None:
@@ -524,7 +530,7 @@ def test_check_finds_an_image_that_is_good_and_defective(tmp_path: Path) -> None
     (tmp_path / "hole/000.png").write_bytes((tmp_path / "good/000.png").read_bytes())
     report = check(tmp_path)
     (sentence,) = sentences(report, "problem")
-    assert "expected it as good or as defective" in sentence
+    assert "labelled both good and defective; expected one label" in sentence
 
 
 def test_check_finds_copies_that_a_split_could_tear_apart(tmp_path: Path) -> None:
@@ -558,7 +564,7 @@ def test_check_finds_a_colour_image_among_grey_ones_by_its_pixels(tmp_path: Path
     grey.save(tmp_path / "train/good/000.png")
     assert check(tmp_path).passed
     Image.new("RGB", (8, 6), (1, 2, 3)).save(tmp_path / "train/good/002.png")
-    assert "1 of 19 images is in colour, unlike the others; first" in only_problem(tmp_path)
+    assert "1 of 19 images is in colour, unlike the others; the first is" in only_problem(tmp_path)
     assert check(tmp_path).rows[0].modes == ("L", "RGB")
 
 
@@ -571,7 +577,7 @@ def test_check_finds_a_grey_image_among_colour_ones(tmp_path: Path) -> None:
 
 def test_check_distinguishes_sizes_from_shapes(tmp_path: Path) -> None:
     draw(loose_images(tmp_path) / "000.png", size=(60, 80))
-    assert f"2 sizes: 6 x 8 (11, first {tmp_path / '001.png'})" in only_note(tmp_path)
+    assert f"2 sizes: 6 x 8 (11, the first is {tmp_path / '001.png'})" in only_note(tmp_path)
     draw(tmp_path / "001.png", size=(8, 6))
     assert "3 sizes of different shape" in only_problem(tmp_path)
 

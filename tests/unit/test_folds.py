@@ -121,9 +121,9 @@ def test_an_impossible_fold_is_refused(fold: Fold) -> None:
 @pytest.mark.parametrize(
     ("kinds", "text"),
     [
-        ({"good": 2}, "fold 3 of 3 would test no good image of parts, which has 2"),
-        ({"good": 9, "dent": 1, "hole": 1}, "would test no defective image of parts, which has 2"),
-        ({"dent": 9}, "fold 1 of 3 would test no good image of parts, which has 0"),
+        ({"good": 2}, r"fold 3 of 3 would have no good images \(parts has 2\)"),
+        ({"good": 9, "dent": 1, "hole": 1}, r"would have no defective images \(parts has 2\)"),
+        ({"dent": 9}, r"fold 1 of 3 would have no good images \(parts has 0\)"),
     ],
 )
 def test_folds_that_lack_good_or_defective_images_are_refused(kinds: dict[str, int], text: str) -> None:
@@ -164,8 +164,8 @@ def test_a_file_may_have_a_byte_order_mark_blank_lines_and_other_columns(tmp_pat
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        ([*ROWS, ("good/004.png", 1)], r"line 8: found good/004.png, which is no image of parts"),
-        ([*ROWS, ("good/001.png", 1)], r"line 8: good/001.png is listed in line 3 already"),
+        ([*ROWS, ("good/004.png", 1)], r"line 8: good/004.png is not in parts; expected only images of"),
+        ([*ROWS, ("good/001.png", 1)], r"line 8: good/001.png is already listed in line 3; expected it once"),
         ([*ROWS[:2], ("good/002.png", "one"), *ROWS[3:]], r"line 4: found the fold 'one'; expected a whole"),
         ([*ROWS[:2], ("good/002.png", "-1"), *ROWS[3:]], r"line 4: found the fold '-1'; expected a whole"),
         ([*ROWS[:2], ("good/002.png", ""), *ROWS[3:]], r"line 4: found the fold ''; expected a whole"),
@@ -175,7 +175,7 @@ def test_a_file_may_have_a_byte_order_mark_blank_lines_and_other_columns(tmp_pat
         ([(image, fold + 2) for image, fold in ROWS], r"has the folds 2, 3; expected 0 to 1, or 1 to 2"),
         (
             [(image, int(image == "good/000.png")) for image, _ in ROWS],
-            "fold 2 of 2 would test no defective image of parts, which has 2",
+            r"fold 2 of 2 would have no defective images \(parts has 2\)",
         ),
     ],
 )
@@ -190,8 +190,8 @@ def test_a_file_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "has the columns none; expected image and fold, too"),
-        (b"picture,fold\na,1\n", "has the columns picture, fold; expected image, too"),
+        (b"", "has the columns none; expected image and fold as well"),
+        (b"picture,fold\na,1\n", "has the columns picture, fold; expected image as well"),
         (b'image,fold\n"a"b,1\n', "cannot be read"),
         (b"image,fold\n\xff\xfe,1\n", "cannot be read"),
     ],
@@ -226,7 +226,7 @@ def test_a_recorded_fold_of_other_images_is_refused(tmp_path: Path) -> None:
     renamed = [replace(listed[0], path=ROOT / "good/zzz.png"), *listed[1:]]
     another_kind = [*listed[:-1], replace(listed[-1], kind="hole")]
     for other in (listed[1:], renamed, another_kind):
-        with pytest.raises(DataError, match="fold 1 of 2 was dealt from other images or kinds"):
+        with pytest.raises(DataError, match="fold 1 of 2 was made from images or kinds that differ"):
             folds.fold_from_record(recorded, other, ROOT)
 
 
@@ -234,7 +234,7 @@ def test_a_file_of_folds_must_not_change(tmp_path: Path) -> None:
     file = write(tmp_path / "folds.csv", ROWS)
     recorded = folds.record(Fold(0, 2, file=file), samples(FEW), ROOT)
     write(file, [(image, 1 - fold) for image, fold in ROWS])
-    with pytest.raises(DataError, match=r"folds\.csv has changed since fold 1 of 2 was taken from it"):
+    with pytest.raises(DataError, match=r"folds\.csv has changed since fold 1 of 2 was recorded"):
         folds.fold_from_record(recorded, samples(FEW), ROOT)
     file.unlink()
     with pytest.raises(DataError, match=r"folds\.csv cannot be read"):

@@ -156,7 +156,7 @@ def test_amounts(text: str | float, of: int, count: int) -> None:
         ("%", "expected a number of images, or a share"),
         ("1.5", "expected a share of at most 1"),
         ("101%", "expected a share of at most 1"),
-        ("10", "found only 9 to choose from"),
+        ("10", "only 9 are available"),
     ],
 )
 def test_other_amounts_are_refused(text: str, says: str) -> None:
@@ -205,7 +205,7 @@ def test_defects_for_training_are_drawn_from_those_where_there_are_any() -> None
     assert len(found.train_defects) == 2
     assert set(found.train_defects) < set(given.train_defects)
     assert found.test == given.test
-    with pytest.raises(ConfigError, match="train defects 6: found only 5 to choose from"):
+    with pytest.raises(ConfigError, match="train defects 6: only 5 are available"):
         choose_defects(given, ROOT, "6", 0)
 
 
@@ -231,7 +231,7 @@ def test_masks_are_kept_for_so_many() -> None:
     named = [{one.path for one in defects if one.masks} for defects in kept]
     assert all(smaller < larger for smaller, larger in itertools.pairwise(named))
     assert given.train_defects[5].path not in named[5]
-    with pytest.raises(ConfigError, match="train masks 6: found only 5"):
+    with pytest.raises(ConfigError, match="train masks 6: only 5"):
         keep_masks(given, ROOT, "6", 0)
 
 
@@ -286,7 +286,7 @@ def test_what_is_learned_from_is_said() -> None:
     assert sentence(parts(waiting=0)) == "supervision none: 2 good training images"
     assert sentence(parts(waiting=8)) == (
         "supervision none: 2 good training images "
-        "(8 defective ones are for testing; --train-defects lets some train)"
+        "(8 defective images are used for testing; --train-defects moves some to training)"
     )
 
 
@@ -299,22 +299,20 @@ def test_a_word_that_is_no_supervision_is_refused() -> None:
 
 def test_what_a_model_cannot_learn_from_is_refused_or_under_auto_left_out() -> None:
     unmasked, masked = parts(training=3, masked=0), parts(training=3)
-    with pytest.raises(
-        ConfigError, match="simplenet learns with supervision none or mixed or full, not weak"
-    ):
+    with pytest.raises(ConfigError, match="simplenet supports supervision none or mixed or full, not weak"):
         supervise(unmasked, "weak", WITHOUT_WEAK, "simplenet")
     found, supervision, _ = supervise(unmasked, "auto", WITHOUT_WEAK, "simplenet")
     assert (supervision, found.train_defects) == ("none", ())
     said = sentence(unmasked, WITHOUT_WEAK, "simplenet")
-    assert said.endswith("; simplenet makes no use of 3 defective images")
+    assert said.endswith("; simplenet cannot use the 3 defective images")
     assert supervise(masked, "auto", WITHOUT_WEAK, "simplenet")[1] == "full"
     for asked in ("weak", "mixed", "full"):
-        with pytest.raises(ConfigError, match=f"efficientad-s learns with supervision none, not {asked}"):
+        with pytest.raises(ConfigError, match=f"efficientad-s supports supervision none, not {asked}"):
             supervise(masked, asked, ("none",), "efficientad-s")
     found, supervision, _ = supervise(masked, "auto", ("none",), "efficientad-s")
     assert (supervision, found.train_defects) == ("none", ())
     said = sentence(masked, ("none",), "efficientad-s")
-    assert said.endswith("; efficientad-s makes no use of 3 defective images")
+    assert said.endswith("; efficientad-s cannot use the 3 defective images")
 
 
 # --- masks ---
@@ -441,8 +439,8 @@ def test_an_empty_mask_counts_as_none_and_is_told(tmp_path: Path, caplog: pytest
     assert caplog.messages == []
     samples += [write(tmp_path, np.zeros_like(spot), 3), write(tmp_path, np.zeros_like(spot), 4)]
     assert list(read_masks(samples, (64, 64), LabelRules())) == [1]
-    said = f"2 defects have an empty mask and count as unmasked; first {tmp_path / '3.png'}"
-    assert caplog.messages == [said]
+    said = "2 defective images have an empty mask and are treated as unmasked"
+    assert caplog.messages == [f"{said}; the first is {tmp_path / '3.png'}"]
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -564,7 +562,7 @@ def test_no_test_image_trains_and_no_training_image_is_tested(tiny: drawn.Tiny, 
     assert tested == {f"test/{drawn.KIND}/{name}" for name in set(bad) - drawn_}
     assert (found.rows[0].good, found.rows[0].defective) == (4, 3)
     said = [event.message for event in events]
-    assert "4 test images are left out: the model was trained or calibrated on them" in said
+    assert "4 test images are excluded because the model was trained or calibrated on them" in said
 
 
 # --- the same image twice ---

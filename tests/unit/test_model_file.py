@@ -245,19 +245,19 @@ def test_there_is_a_file_of_every_format() -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    assert refused(tmp_path / "none.blemish").startswith("no model file ")
+    assert refused(tmp_path / "none.blemish").startswith("found no model file at ")
 
 
 def test_a_folder_is_no_model_file(tmp_path: Path) -> None:
     (tmp_path / "m.blemish").mkdir()
-    assert refused(tmp_path / "m.blemish").startswith("no model file ")
+    assert refused(tmp_path / "m.blemish").startswith("found no model file at ")
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"PK\x05\x06" + bytes(18), b"PK\x03\x04", bytes(1000)])
 def test_files_of_something_else(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.blemish"
     path.write_bytes(content)
-    assert "is no model file" in refused(path)
+    assert "is not a model file" in refused(path)
 
 
 def test_every_truncation_is_refused(small: Path) -> None:
@@ -505,14 +505,14 @@ def test_a_file_with_a_damaged_field_is_refused_by_its_name(
 )
 def test_an_engine_that_is_not_known_is_refused(small: Path, told: dict[str, str], said: str) -> None:
     rewrite(small, say(lambda record: record.update(engine=told)))
-    assert refused(small) == f"{small} asks for an engine that is not known here: {said}"
+    assert refused(small) == f"{small} needs an engine that this version does not know: {said}"
 
 
 @pytest.mark.parametrize("outputs", [["map"], ["statistics", "map"], ["map", "statistics", "logical"], []])
 def test_a_graph_with_other_outputs(tiny: Tiny, tmp_path: Path, outputs: list[str]) -> None:
     opened, path = bundle.read(tiny.file), tmp_path / "m.blemish"
     bundle.write(path, replace(opened.manifest, outputs=tuple(outputs)), opened.weights, opened.graph)
-    with pytest.raises(ModelFileError, match="the graph gives map, statistics; expected"):
+    with pytest.raises(ModelFileError, match="the graph has the outputs map, statistics; expected"):
         blemish.load(path)
 
 

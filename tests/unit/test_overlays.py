@@ -150,5 +150,5 @@ def test_to_display_shows_deep_images_linearly(
     "image", [np.zeros((4, 4), np.int64), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)]
 )
 def test_to_display_refuses_what_is_no_image(image: np.ndarray) -> None:
-    with pytest.raises(ImageError, match="was to be shown"):
+    with pytest.raises(ImageError, match="cannot display an array of"):
         overlays.to_display(image)

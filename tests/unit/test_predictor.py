@@ -116,7 +116,7 @@ def test_a_prepared_image_is_what_was_read_and_what_the_network_sees(model: Pred
 
 @pytest.mark.parametrize("image", [None, 3, b"bytes", [[1, 2]], np.zeros((2, 2, 2), np.uint8), np.zeros(3)])
 def test_what_is_no_image_is_refused(model: Predictor, image: Any) -> None:
-    with pytest.raises(ImageError, match="is no image"):
+    with pytest.raises(ImageError, match="is not an image"):
         model.predict(image)
 
 
@@ -142,7 +142,7 @@ def test_a_stream_yields_source_image_and_verdict_in_order_and_goes_on_after_an_
     found = list(model.stream(stream))
     assert len(found) == len(stream)
     assert all(outcome.source is source for outcome, source in zip(found, stream, strict=True))
-    for place, said in ((1, str(broken)), (3, str(missing)), (4, "is no image")):
+    for place, said in ((1, str(broken)), (3, str(missing)), (4, "is not an image")):
         outcome = found[place]
         assert isinstance(outcome.error, ImageError)
         assert said in str(outcome.error)

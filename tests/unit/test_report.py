@@ -240,9 +240,9 @@ def test_one_class_alone_has_a_report(tmp_path: Path) -> None:
 def test_the_promise_is_compared_with_the_test_set(tmp_path: Path) -> None:
     limits = calibration()
     for scores, words in (
-        ((0.5,) * 40, "This test set keeps it."),
-        ((0.5,) * 30 + (2.0,) * 3, "no more than chance explains"),
-        ((0.5,) * 20 + (2.0,) * 20, "more than chance explains: its good parts are unlike"),
+        ((0.5,) * 40, "The rate on this test set is within it."),
+        ((0.5,) * 30 + (2.0,) * 3, "is higher, but within chance."),
+        ((0.5,) * 20 + (2.0,) * 20, "higher than chance explains: its good parts differ"),
     ):
         images = tuple(ImageResult("a", "good", 0, verdict_label(x, limits), x, 0.5) for x in scores)
         assert words in Page(written(replace(evaluation(), images=images), tmp_path)).text

@@ -91,7 +91,9 @@ def test_wrong_settings_are_refused(name: str, key: str, value: Any, says: str) 
 def test_an_unknown_kind_of_anomalies_or_preset_is_refused() -> None:
     with pytest.raises(ConfigError, match="anomalies=perlin2 does not fit; expected 'perlin' or 'whole'"):
         configure("supersimplenet", settings={"anomalies": "perlin2"})
-    with pytest.raises(ConfigError, match="simplenet has no preset 'journal'; there are default, paper"):
+    with pytest.raises(
+        ConfigError, match="simplenet has no preset 'journal'; expected one of default, paper"
+    ):
         configure("simplenet", "journal")
 
 

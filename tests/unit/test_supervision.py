@@ -596,17 +596,15 @@ def test_methods_that_know_no_labels_say_so(tmp_path: Path) -> None:
     for model in ("efficientad-s", "efficientad-m"):
         found = planned(root, model)
         assert (found.supervision, found.parts.train_defects) == ("none", ())
-        assert f"; {model} makes no use of 3 defective images" in found.description
+        assert f"; {model} cannot use the 3 defective images" in found.description
         for asked in ("weak", "mixed", "full"):
-            with pytest.raises(ConfigError, match=f"{model} learns with supervision none, not {asked}"):
+            with pytest.raises(ConfigError, match=f"{model} supports supervision none, not {asked}"):
                 planned(root, model, supervision=asked)
     assert planned(root, "simplenet").supervision == "full"
     found = planned(root, "simplenet", train_masks=0)
     assert found.supervision == "none"
-    assert "; simplenet makes no use of 3 defective images" in found.description
-    with pytest.raises(
-        ConfigError, match="simplenet learns with supervision none or mixed or full, not weak"
-    ):
+    assert "; simplenet cannot use the 3 defective images" in found.description
+    with pytest.raises(ConfigError, match="simplenet supports supervision none or mixed or full, not weak"):
         planned(root, "simplenet", supervision="weak")
 
 
@@ -749,7 +747,7 @@ def test_a_defect_with_an_empty_mask_trains_as_unmasked(
     images.write_png(mask, np.zeros((64, 64), np.uint8))
     runs.train(root)
     first = root / f"train/{drawn.KIND}/100.png"
-    assert caplog.messages == [f"empty masks of training defects, not counted: 1; first {first}"]
+    assert caplog.messages == [f"ignoring the empty masks of 1 training defects; the first is {first}"]
     assert (runs.facts["defective_images"], runs.facts["masked_images"]) == (2, 1)
 
 
@@ -774,7 +772,7 @@ def test_too_few_good_images_are_refused(runs: Runs, tmp_path: Path) -> None:
 
 def test_more_defects_than_there_are_cannot_train(runs: Runs, tmp_path: Path) -> None:
     root = drawn.data_set(tmp_path / "parts", bad=3)
-    assert runs.refused(root, train_defects=4) == "train defects 4: found only 3 to choose from"
+    assert runs.refused(root, train_defects=4) == "train defects 4: only 3 are available"
     said = runs.refused(root, supervision="weak")
     assert said.endswith(
         "supervision weak expects at least one, from the data set's split or --train-defects"

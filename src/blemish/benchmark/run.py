@@ -134,7 +134,9 @@ def run(
     if paths:
         for each in contenders:
             if not each.trained or each.network is not None:
-                raise ConfigError(f"--images with {each.name}, which judges no images; expected a model file")
+                raise ConfigError(
+                    f"--images with {each.name}, which cannot judge images; expected a model file"
+                )
     timings = [Timings() for _ in contenders]
     rates: list[Rates] = []
     with ExitStack() as stack:
@@ -254,7 +256,7 @@ def exit_error(name: str, status: int | None) -> Exception:
     if status != KILLED:
         return RuntimeError(f"the process of {name} ended with status {status}")
     return StoppedError(
-        f"the process of {name} was killed, often for want of memory; expected fewer rows or a smaller batch"
+        f"the process of {name} was killed, probably for lack of memory; try fewer rows or a smaller batch"
     )
 
 

@@ -19,9 +19,9 @@ from blemish.tables import aligned
 
 MILLISECONDS = ("mean_ms", "deviation_ms", "median_ms", "p99_ms")
 
-STREAM = "With decoding, resizing and the verdict, the next files being read meanwhile:"
+STREAM = "Including decoding, resizing and the verdict, with the next files read ahead:"
 
-WORK = "Work, and the shortest time in which the fastest matrix product of this machine could do it:"
+WORK = "Work, and the shortest possible time at the speed of this machine's fastest matrix product:"
 
 
 def table(found: Benchmark) -> str:
@@ -30,7 +30,7 @@ def table(found: Benchmark) -> str:
     if any(row.timings.stream for row in found.rows):
         parts.append(f"{STREAM}\n{aligned(streams(found))}")
     fastest = {row.contender.choice.precision: row.rate for row in found.rows if row.rate}
-    by = [f"Fastest in {name}: {rate.by}, measured in each round." for name, rate in fastest.items()]
+    by = [f"Peak in {name}: {rate.by}, measured in each round." for name, rate in fastest.items()]
     parts.append("\n".join([WORK, aligned(work(found)), *by]))
     sources, (columns, *lines) = published()
     parts.append(f"{sources}\n{aligned([columns, *([cell or '-' for cell in line] for line in lines)])}")
@@ -39,7 +39,7 @@ def table(found: Benchmark) -> str:
 
 def machine_lines(machine: Machine, threads: int) -> str:
     """Describe the machine in three lines."""
-    memory = f"{machine.memory / 2**30:.0f} GB memory" if machine.memory else "memory unknown"
+    memory = f"{machine.memory / 2**30:.0f} GiB memory" if machine.memory else "memory unknown"
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return (
         f"{machine.processor}: {' '.join(machine.instructions) or 'instructions unknown'}\n"
@@ -51,22 +51,23 @@ def machine_lines(machine: Machine, threads: int) -> str:
 def protocol(found: Benchmark) -> str:
     """Describe what was timed, and in how many runs."""
     plan = found.plan
-    limit = "" if plan.seconds == math.inf else f", within {plan.seconds:g} s a row"
-    turns = "rows taking turns, each in a process of its own; " if len(found.rows) > 1 else ""
+    limit = "" if plan.seconds == math.inf else f", within {plan.seconds:g} s per row"
+    turns = "The rows take turns, each in its own process.\n" if len(found.rows) > 1 else ""
     return (
-        f"Input ({found.images}) resized and on the host; copied, computed, map and score copied back.\n"
-        f"{plan.rounds} rounds, {turns}at most {plan.warm_up} runs to warm up and {plan.runs} timed"
-        f" in each{limit}.\n"
-        "ms: mean of each round, their mean and deviation; median and 99th percentile of all runs."
+        f"Inputs ({found.images}) are resized and on the host; a run copies them in, computes, and copies "
+        "map and score back.\n"
+        f"{plan.rounds} rounds, up to {plan.warm_up} warm-up and {plan.runs} timed runs per round"
+        f"{limit}.\n{turns}"
+        "ms and sd: mean and standard deviation of the rounds' means; median and p99: of all runs."
     )
 
 
 def times(found: Benchmark) -> list[list[str]]:
     """Return the table of latency and throughput, and of ratios to the first row."""
     against = len(found.rows) > 1
-    head = ["row", "input", "ms", "+-", "median", "p99", "runs"]
+    head = ["row", "input", "ms", "sd", "median", "p99", "runs"]
     throughput = [f"images/s at {found.plan.batch}"] * (found.plan.batch > 1)
-    lines = [head + throughput + ["times as fast (over rounds)"] * against]
+    lines = [head + throughput + ["speed-up (min to max)"] * against]
     for row in found.rows:
         one = figures(row, found.plan.batch)
         height, width = row.contender.image_size
@@ -91,8 +92,8 @@ def streams(found: Benchmark) -> list[list[str]]:
 
 def work(found: Benchmark) -> list[list[str]]:
     """Return the table of parameters, FLOPs, memory and roofline."""
-    head = ["row", "M parameters", "GFLOP", "unfused", "MB", "GFLOP/s", "fastest"]
-    lines = [[*head, "shortest ms", "reached"]]
+    head = ["row", "M parameters", "GFLOP", "GFLOP unfused", "MB", "GFLOP/s", "peak GFLOP/s"]
+    lines = [[*head, "ms at peak", "of peak"]]
     for row in found.rows:
         one = figures(row, found.plan.batch)
         line = [row.contender.name]

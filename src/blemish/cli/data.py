@@ -45,7 +45,7 @@ def run_demo(options: argparse.Namespace) -> int:
     from blemish.training.run import train
 
     parts, file, page = options.out / "parts", options.out / "demo.blemish", options.out / "report.html"
-    print(f"drawing parts into {parts}", file=sys.stderr)
+    print(f"rendering parts to {parts}", file=sys.stderr)
     demo.draw(parts, options.seed)
     terminal = Terminal()
     with stop_requests() as stop:
@@ -57,7 +57,7 @@ def run_demo(options: argparse.Namespace) -> int:
     print(table(found))
     print(
         f"\nparts   {parts}\nmodel   {file}\nreport  {page}\n\n"
-        "With your own images, a folder of good ones to begin with:\n"
+        "To use your own images, start with a folder of good ones:\n"
         "  blemish check MY_IMAGES\n"
         f"  blemish train MY_IMAGES --model {DEFAULT} --out mine.blemish\n"
         "  blemish predict mine.blemish NEW_IMAGES --overlays overlays"

@@ -150,7 +150,7 @@ def requested_entries(options: argparse.Namespace) -> list[Any]:
     if options.compare is None:
         return [Entry(options.model or options.file, options.plain, options.backend, options.precision)]
     if options.plain:
-        raise ConfigError("--plain beside --compare; expected plain:ENTRY for each that is to be plain")
+        raise ConfigError("--plain cannot be combined with --compare; write plain:ENTRY instead")
     entries = [read_entry(text) for text in options.compare]
     return [
         replace(
@@ -186,5 +186,5 @@ def image_files(folder: Path | None) -> list[Path]:
 
     paths = list_images(folder, recursive=True) if folder.is_dir() else []
     if not paths:
-        raise DataError(f"no images in {folder}; expected a folder with some")
+        raise DataError(f"no images in {folder}; expected a folder with images")
     return paths

@@ -51,7 +51,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         if path is not None:
             write(found, path)
     if found.skipped:
-        print(f"blemish: {len(found.skipped)} images could not be read, the others count", file=sys.stderr)
+        print(f"blemish: {len(found.skipped)} images could not be read and were skipped", file=sys.stderr)
     return 2 if found.skipped else 0
 
 

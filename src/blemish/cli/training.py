@@ -133,7 +133,7 @@ def run_train(options: argparse.Namespace) -> int:
     for name in ("folds_file", "jobs", "json"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')} is for a sweep; expected --seeds or --folds with it"
+                f"--{name.replace('_', '-')} applies only to sweeps; expected --seeds or --folds"
             )
     with stop_requests() as stop:
         run.run(request, report=Terminal(), stop=stop)
@@ -214,14 +214,14 @@ def run_weights(options: argparse.Namespace) -> int:
             path = weights.find_local(name)
             made = weights.metadata(path) if path else {}
             origin = (
-                f" (from {made['source']}, explains {made['explained_variance']:.0%})"
+                f" (from {made['source']}, {made['explained_variance']:.0%} of variance explained)"
                 if "source" in made
                 else ""
             )
             print(f"{name:20}{path or 'not on this machine'}{origin}")
         return 0
     if options.name not in weights.SOURCES:
-        raise ConfigError(f"unknown weights {options.name!r}; there are {', '.join(weights.SOURCES)}")
+        raise ConfigError(f"unknown weights {options.name!r}; expected one of {', '.join(weights.SOURCES)}")
     if options.action == "add":
         print(
             weights.store_in_cache(

@@ -161,7 +161,9 @@ def _stray_masks(samples: Sequence[Sample], mask_files: Sequence[Path]) -> Itera
     used = {mask for sample in samples for mask in sample.masks}
     for mask in mask_files:
         if mask not in used:
-            yield Problem("problem", f"the mask {mask} fits no image by its name; expected one of that kind")
+            yield Problem(
+                "problem", f"no image matches the name of the mask {mask}; expected one of the same kind"
+            )
 
 
 def _repeated(whole: Sequence[_Inspected]) -> Iterator[Problem]:
@@ -174,9 +176,13 @@ def _repeated(whole: Sequence[_Inspected]) -> Iterator[Problem]:
             continue
         names = " and ".join(str(sample.path) for sample in group)
         if len({sample.label for sample in group}) > 1:
-            yield Problem("problem", f"{names} are the same image; expected it as good or as defective")
+            yield Problem(
+                "problem", f"{names} are the same image, labelled both good and defective; expected one label"
+            )
         elif len({sample.split for sample in group}) > 1 or not group[0].split:
-            yield Problem("problem", f"{names} are the same image; expected it in one of train and test")
+            yield Problem(
+                "problem", f"{names} are the same image; expected only one of them, or all in the same split"
+            )
         else:
             yield Problem("note", f"{names} are the same image")
 
@@ -196,7 +202,7 @@ def _mixed_colour(whole: Sequence[_Inspected]) -> Iterator[Problem]:
         verb = "is" if len(fewer) == 1 else "are"
         yield Problem(
             "problem",
-            f"{len(fewer)} of {len(whole)} images {verb} {word}, unlike the others; first {fewer[0]}",
+            f"{len(fewer)} of {len(whole)} images {verb} {word}, unlike the others; the first is {fewer[0]}",
         )
 
 
@@ -206,7 +212,7 @@ def _mixed_sizes(whole: Sequence[_Inspected]) -> Iterator[Problem]:
     counts = Counter(item.info.size for item in whole if item.info).most_common()
     if len(counts) < 2:
         return
-    named = ", ".join(f"{_size(size)} ({count}, first {first[size]})" for size, count in counts[:3])
+    named = ", ".join(f"{_size(size)} ({count}, the first is {first[size]})" for size, count in counts[:3])
     named += ", ..." if len(counts) > 3 else ""
     shapes = [height / width for height, width in first]
     if max(shapes) <= min(shapes) * (1 + ASPECT_TOLERANCE):
@@ -235,7 +241,7 @@ def _unmasked(samples: Sequence[Sample]) -> Iterator[Problem]:
         yield Problem(
             "note",
             f"{len(unmasked)} of {len(defects)} defective images have no mask and are left out of pixel "
-            f"metrics; first {unmasked[0].path}",
+            f"metrics; the first is {unmasked[0].path}",
         )
 
 
@@ -245,7 +251,7 @@ def _lossy_masks(samples: Sequence[Sample]) -> Iterator[Problem]:
         yield Problem(
             "note",
             f"{len(lossy)} masks are JPEG or WebP, of which values from {images.LOSSY_MASK_LEVEL} count; "
-            f"PNG would be exact; first {lossy[0]}",
+            f"PNG would be exact; the first is {lossy[0]}",
         )
 
 

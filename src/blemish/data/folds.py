@@ -85,9 +85,11 @@ def fold_from_record(recorded: FoldRecord, samples: Sequence[Sample], root: Path
     name = f"fold {fold.index + 1} of {fold.count}"
     now = record(fold, samples, root)
     if now.images != recorded.images:
-        raise DataError(f"{name} was dealt from other images or kinds than {root} has; expected the same")
+        raise DataError(
+            f"{name} was made from images or kinds that differ from those in {root}; expected the same"
+        )
     if now.file != recorded.file:
-        raise DataError(f"{path} has changed since {name} was taken from it; expected the same file")
+        raise DataError(f"{path} has changed since {name} was recorded; expected the same file")
     return fold
 
 
@@ -116,9 +118,9 @@ def _read(samples: Sequence[Sample], root: Path, file: Path, count: int) -> list
     for line, image, number in _lines(file):
         where = f"{file}, line {line}"
         if image not in known:
-            raise DataError(f"{where}: found {image}, which is no image of {root}; expected only those")
+            raise DataError(f"{where}: {image} is not in {root}; expected only images of that data set")
         if image in lines:
-            raise DataError(f"{where}: {image} is listed in line {lines[image]} already; expected it once")
+            raise DataError(f"{where}: {image} is already listed in line {lines[image]}; expected it once")
         if not number.isdecimal():
             raise DataError(f"{where}: found the fold {number!r}; expected a whole number")
         folds[image], lines[image] = int(number), line
@@ -150,7 +152,9 @@ def _lines(file: Path) -> list[tuple[int, str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read ({error}); expected comma-separated UTF-8 text") from error
     if missing := [name for name in COLUMNS if name not in found]:
-        raise DataError(f"{file} has the columns {', '.join(found)}; expected {' and '.join(missing)}, too")
+        raise DataError(
+            f"{file} has the columns {', '.join(found)}; expected {' and '.join(missing)} as well"
+        )
     return [(line, (row["image"] or "").strip(), (row["fold"] or "").strip()) for line, row in rows]
 
 
@@ -162,7 +166,7 @@ def _refuse_one_sided(samples: Sequence[Sample], numbers: Sequence[int], root: P
         empty = next((number for number in range(fold.count) if not counts[label, number]), None)
         if empty is not None and (total or label == 0):
             raise DataError(
-                f"fold {empty + 1} of {fold.count} would test no {word} image of {root}, which has {total}; "
+                f"fold {empty + 1} of {fold.count} would have no {word} images ({root} has {total}); "
                 "expected at least one in every fold"
             )
 

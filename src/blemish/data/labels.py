@@ -33,7 +33,7 @@ def amount(text: str | float, of: int, name: str) -> int:
             raise ConfigError(f"{name} {text}: expected a share of at most 1")
         count = max(round(share * of), int(share > 0))
     if count > of:
-        raise ConfigError(f"{name} {text}: found only {of} to choose from")
+        raise ConfigError(f"{name} {text}: only {of} are available")
     return count
 
 
@@ -96,10 +96,10 @@ def supervise(
     if asked not in ("auto", *known):
         raise ConfigError(f"unknown supervision {asked!r}; expected auto, {', '.join(SUPERVISIONS)}")
     if chosen not in able and asked != "auto":
-        raise ConfigError(f"{model} learns with supervision {' or '.join(able)}, not {asked}")
+        raise ConfigError(f"{model} supports supervision {' or '.join(able)}, not {asked}")
     unused = ""
     if chosen not in able:
-        chosen, unused = "none", f"; {model} makes no use of {len(parts.train_defects)} defective images"
+        chosen, unused = "none", f"; {model} cannot use the {len(parts.train_defects)} defective images"
     if chosen == "none":
         parts = dataclasses.replace(parts, train_defects=())
     elif chosen == "weak":
@@ -131,5 +131,7 @@ def describe(parts: Split, supervision: Supervision) -> str:
         sentence += " training images"
         waiting = sum(sample.label for sample in parts.test)
         if waiting:
-            sentence += f" ({waiting} defective ones are for testing; --train-defects lets some train)"
+            sentence += (
+                f" ({waiting} defective images are used for testing; --train-defects moves some to training)"
+            )
     return sentence

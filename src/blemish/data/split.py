@@ -74,7 +74,7 @@ def choose_test(samples: Sequence[Sample], root: Path) -> tuple[Sample, ...]:
     """
     given = sum(bool(sample.split) for sample in samples)
     if given not in (0, len(samples)):
-        raise DataError(f"{given} of {len(samples)} images in {root} name their split; expected all or none")
+        raise DataError(f"{given} of {len(samples)} images in {root} have a split; expected all or none")
     if given:
         return _by_path((sample for sample in samples if sample.split == "test"), root)
     defects = [sample for sample in samples if sample.label == 1]

@@ -69,15 +69,17 @@ def draw_part(entropy: tuple[int, ...], kind: str, size: int) -> tuple[AnyArray,
 
 def _refuse(out: Path, seed: int, least: int, size: int) -> None:
     if seed < 0:
-        raise ConfigError(f"the seed is {seed}, expected at least 0")
+        raise ConfigError(f"the seed is {seed}; expected at least 0")
     if least < 1:
-        raise ConfigError(f"{least} images were asked for in a folder of the demo, expected at least 1")
+        raise ConfigError(f"the demo needs at least 1 image in each folder; found {least}")
     if size < SMALLEST:
-        raise ConfigError(f"demo images of {size} pixels a side were asked for, expected at least {SMALLEST}")
+        raise ConfigError(f"the demo needs images of at least {SMALLEST} pixels a side; found {size}")
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file, expected a folder to draw the demo into")
+        raise ConfigError(f"{out} is a file; expected a folder to render the demo to")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise ConfigError(f"{out} holds files that are no demo, expected an empty folder or an earlier demo")
+        raise ConfigError(
+            f"{out} holds files that do not belong to a demo; expected an empty folder or an earlier demo"
+        )
 
 
 def _folders(train: int, test_good: int, per_kind: int) -> Iterator[tuple[str, str, int]]:

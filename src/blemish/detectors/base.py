@@ -118,7 +118,7 @@ class Detector(nn.Module):
         reduction may cause in the map of the good images, in standard deviations of that map. Raises
         ConfigError for a method that does not support this.
         """
-        raise ConfigError("reduced channels: this method has none to reduce; expected no --reduced")
+        raise ConfigError("--reduced: this method does not support reduced channels; leave it out")
 
     def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
         """Return the form of a fused network that quantisation starts from; batches: good images."""

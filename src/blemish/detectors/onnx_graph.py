@@ -42,7 +42,7 @@ def export_network(
             verbose=False,
         )
     if program is None:
-        raise ExportError("torch's exporter gave no graph")
+        raise ExportError("torch's exporter returned no graph")
     model = program.model_proto
     # The exporter records paths of this machine's source files on every node, and continues the numbering of
     # nodes from one export to the next. Without both, equal networks give equal bytes.

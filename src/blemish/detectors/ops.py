@@ -25,7 +25,7 @@ def channel_moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         squares = squares + variance * number + delta.square() * (count * number / total)
         mean, count = mean + delta * (number / total), total
     if count == 0:
-        raise ValueError("moments of nothing")
+        raise ValueError("moments of no tensors; expected at least one part")
     return mean, squares / max(count - 1, 1)
 
 

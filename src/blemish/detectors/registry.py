@@ -131,7 +131,7 @@ def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -
         detector.load_state_dict(started | stored)
     except RuntimeError as error:
         raise ModelFileError(
-            f"the weights in {source} do not fit its method: {str(error).splitlines()[-1].strip()}"
+            f"the weights in {source} do not match its method: {str(error).splitlines()[-1].strip()}"
         ) from error
     return detector.eval()
 

@@ -94,7 +94,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint for an error message: the known name that was probably meant, or all known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
 
 def field_types(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ Key = tuple[float, int]
 MISTAKES: tuple[tuple[str, int, Label], ...] = (
     ("Escape", 1, "ok"),
     ("False reject", 0, "defect"),
-    ("Needless review", 0, "review"),
+    ("Unnecessary review", 0, "review"),
 )
 """Title, truth and label of each type of mistake, in the order of the report."""
 
@@ -52,7 +52,7 @@ class Gallery:
         self.white = white
         self.offered = 0
         self.mistakes = {(truth, label): Shelf(title, count) for title, truth, label in MISTAKES}
-        self.finds = Shelf("Best find", 2 * count)
+        self.finds = Shelf("Clearest detection", 2 * count)
 
     def offer(
         self, result: ImageResult, image: AnyArray, anomaly_map: FloatArray, mask: BoolArray | None

@@ -85,8 +85,8 @@ def bootstrap_interval(
     """
     if draws < 1 or not 0 < level < 1:
         raise ConfigError(
-            f"a bootstrap of {draws} draws at level {level} was asked for, "
-            "expected at least 1 draw and a level between 0 and 1"
+            f"bootstrap with {draws} resamples at level {level}; "
+            "expected at least 1 resample and a level between 0 and 1"
         )
     normals, anomalous = _sorted_by_class(scores, labels)
     truth = np.repeat((False, True), (normals.size, anomalous.size))
@@ -114,7 +114,7 @@ def saturated_pro(
     if not len(maps) == len(masks) == len(saturation_areas):
         raise MetricError(
             f"there are {len(maps)} maps, {len(masks)} masks and {len(saturation_areas)} lists of "
-            "saturation areas, expected as many of each"
+            "saturation areas; expected as many of each"
         )
     pixels = PixelScores()
     for map, mask, areas in zip(maps, masks, saturation_areas, strict=True):
@@ -136,7 +136,7 @@ class PixelScores:
     def __init__(self, memory_budget: int = 2**30, *, also: Sequence[PixelScores] = ()) -> None:
         if memory_budget < SMALLEST_BUDGET:
             raise ConfigError(
-                f"a memory budget of {memory_budget} bytes was given, expected at least {SMALLEST_BUDGET}"
+                f"a memory budget of {memory_budget} bytes; expected at least {SMALLEST_BUDGET}"
             )
         self._scores = Scores(memory_budget)
         self._parts = (self._scores, *(part._scores for part in also))
@@ -176,7 +176,7 @@ class PixelScores:
         With saturation areas, this is saturated PRO.
         """
         if not 0 < limit <= 1:
-            raise ConfigError(f"a false-positive limit of {limit} was given, expected above 0 and at most 1")
+            raise ConfigError(f"a false-positive limit of {limit}; expected above 0 and at most 1")
         steps = self._all_steps()
         return _area(steps, steps.overlap, limit)
 
@@ -243,7 +243,7 @@ def _histogram_steps(histogram: Histogram) -> _Steps:
 def _require_both(normal: int, anomalous: int) -> None:
     if not normal or not anomalous:
         raise MetricError(
-            f"there are {normal} normal and {anomalous} anomalous scores, expected at least one of each"
+            f"there are {normal} normal and {anomalous} anomalous scores; expected at least one of each"
         )
 
 
@@ -288,12 +288,12 @@ def _sorted_by_class(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Doub
     values, truth = np.asarray(scores, np.float64), np.asarray(labels)
     if values.ndim != 1 or values.shape != truth.shape:
         raise MetricError(
-            f"scores have the shape {values.shape} and labels {truth.shape}, expected (N,) for both"
+            f"scores have the shape {values.shape} and labels {truth.shape}; expected (N,) for both"
         )
     _require_finite(values)
     if not np.isin(truth, (0, 1)).all():
         raise MetricError(
-            f"labels hold {truth[~np.isin(truth, (0, 1))][0]}, expected 0 (good) or 1 (defective)"
+            f"labels hold {truth[~np.isin(truth, (0, 1))][0]}; expected 0 (good) or 1 (defective)"
         )
     defective = truth.astype(np.bool_)
     normals, anomalous = np.sort(values[~defective]), np.sort(values[defective])
@@ -305,13 +305,13 @@ def _require_finite(scores: AnyArray) -> None:
     finite = np.isfinite(scores)
     if not finite.all():
         raise MetricError(
-            f"{np.sum(~finite)} of {scores.size} scores are NaN or infinite, expected finite scores"
+            f"{np.sum(~finite)} of {scores.size} scores are NaN or infinite; expected finite scores"
         )
 
 
 def _checked_map(map: AnyArray) -> FloatArray:
     if map.ndim != 2 or map.dtype.kind != "f":
-        raise MetricError(f"a map is {map.dtype} of shape {map.shape}, expected float of shape (H, W)")
+        raise MetricError(f"a map is {map.dtype} of shape {map.shape}; expected float of shape (H, W)")
     with np.errstate(over="ignore"):  # values beyond float32 become infinite and are refused
         scores = map.astype(np.float32, copy=False)
     _require_finite(scores)
@@ -331,7 +331,7 @@ def _anomalous_pixels(
     expected = (*regions, *scores.shape)
     if mask is None or mask.shape != expected or mask.dtype != np.bool_:
         found = "None" if mask is None else f"{mask.dtype} of shape {mask.shape}"
-        raise MetricError(f"a mask is {found}, expected bool of shape {expected} to fit its map")
+        raise MetricError(f"a mask is {found}; expected bool of shape {expected} to fit its map")
     if saturation_areas is None:
         return mask, _component_weights(mask)
     union: BoolArray = np.logical_or.reduce(mask, axis=0)
@@ -356,7 +356,7 @@ def _saturated_weights(scores: FloatArray, regions: BoolArray, areas: Sequence[f
         inside = np.flatnonzero(region)
         if not inside.size or not 0 < area < np.inf:
             raise MetricError(
-                f"a region of {inside.size} pixels saturates at {area} pixels, expected more than 0 for both"
+                f"found a region of {inside.size} pixels with saturation area {area}; expected both above 0"
             )
         highest_first = inside[np.argsort(-scores.ravel()[inside])]
         covered = np.minimum(np.arange(inside.size + 1) / min(area, inside.size), 1.0)

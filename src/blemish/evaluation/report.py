@@ -180,11 +180,12 @@ def _promise(calibration: Calibration, rejects: Rate | None) -> str:
     if not rejects:
         return promised
     if rejects.share <= calibration.promised_rate:
-        return f"{promised} This test set keeps it."
+        return f"{promised} The rate on this test set is within it."
     if rejects.interval[0] <= calibration.promised_rate:
-        return f"{promised} This test set shows more, though no more than chance explains."
+        return f"{promised} The rate on this test set is higher, but within chance."
     return (
-        f"{promised} This test set shows more than chance explains: its good parts are unlike those held out."
+        f"{promised} The rate on this test set is higher than chance explains: its good parts differ from "
+        "the held-out ones."
     )
 
 

@@ -97,7 +97,7 @@ def with_recorded_fold(samples: list[Sample], root: Path, model: Predictor, repo
     try:
         return assign_fold(samples, root, fold_from_record(recorded, samples, root))
     except DataError as error:
-        tell(report, f"testing on what {root} itself gives for it: {error}")
+        tell(report, f"the recorded fold cannot be restored, so the test split of {root} is used: {error}")
         return samples
 
 
@@ -107,7 +107,9 @@ def without_training_images(test: Sequence[Sample], model: Predictor, report: Re
     kept = [sample for sample in test if not used or short_digest(sample.path) not in used]
     if len(kept) < len(test):
         left_out = len(test) - len(kept)
-        tell(report, f"{left_out} test images are left out: the model was trained or calibrated on them")
+        tell(
+            report, f"{left_out} test images are excluded because the model was trained or calibrated on them"
+        )
     return kept
 
 

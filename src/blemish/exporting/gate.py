@@ -162,7 +162,7 @@ def refuse(name: str, found: Agreement, limits: Limits) -> None:
         ("AUPRO", found.aupro, limits.aupro_loss),
     ):
         if pair is not None and not pair[0] - pair[1] <= loss:
-            broken.append(f"{metric} {pair[1]:.4f} after {pair[0]:.4f}, a loss of at most {loss:g}")
+            broken.append(f"{metric} {pair[1]:.4f} (model: {pair[0]:.4f}), allowed loss {loss:g}")
     if broken:
         raise ExportError(
             f"the export differs too much from the trained model on {name}: {'; '.join(broken)}"
@@ -178,7 +178,7 @@ def describe(name: str, found: Agreement) -> str:
     ]
     for metric, pair in (("image AUROC", found.auroc), ("AUPRO", found.aupro)):
         if pair is not None:
-            parts.append(f"{metric} {pair[0]:.4f} before, {pair[1]:.4f} after")
+            parts.append(f"{metric} {pair[1]:.4f} (model: {pair[0]:.4f})")
     return ", ".join(parts)
 
 

@@ -167,7 +167,7 @@ def make_graph(
         return Draft(graph, kept, count, [])
     error = map_error(trained, good[:REDUCTION_IMAGES], request.choice)
     graph, left = quantise.quantise(graph, good, error, request.bounds.map_error, report)
-    tell(report, f"in floating point: {', '.join(left) or 'no layer'}")
+    tell(report, f"layers left in floating point: {', '.join(left) or 'none'}")
     return Draft(graph, kept, count, left)
 
 
@@ -179,7 +179,7 @@ def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
     files = opened.manifest.training.files
     known = frozenset(files.held_out) if files else frozenset()
     if not known:
-        raise DataError(f"{opened.path} does not say which good images it was calibrated on; train it anew")
+        raise DataError(f"{opened.path} does not record the good images it was calibrated on; train it again")
     inputs: dict[str, FloatArray] = {}
     for sample in data_sets.scan(root):
         if sample.label == 0:
@@ -194,7 +194,8 @@ def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
         )
     if len(inputs) < len(known):
         LOG.warning(
-            "%s has %d of %d good images behind the thresholds, which stay", root, len(inputs), len(known)
+            "%s has only %d of the %d good images that set the thresholds, so the thresholds are kept",
+            *(root, len(inputs), len(known)),
         )
     return [inputs[digest] for digest in sorted(inputs)]
 
@@ -251,7 +252,7 @@ def compare_on_good(
     preprocessing, before = manifest.preprocessing, manifest.calibration
     exported = measure(watched, preprocessing, good)
     if not watched.finite:
-        raise ExportError("the export gives numbers that are not finite")
+        raise ExportError("the export's outputs are not finite")
     replay = gate.RecordedOutputs(
         {inputs.tobytes(): known for inputs, known in zip(good, watched.expected, strict=True)},
         watched.outputs,

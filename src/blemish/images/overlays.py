@@ -95,9 +95,9 @@ def to_display(image: AnyArray, white: float | None = None) -> Pixels:
     """
     channels = image[..., None] if image.ndim == 2 else image
     if channels.ndim != 3 or channels.shape[2] not in (1, 3):
-        raise ImageError(f"an array of shape {image.shape} was to be shown, expected (H, W[, 1 or 3])")
+        raise ImageError(f"cannot display an array of shape {image.shape}; expected (H, W[, 1 or 3])")
     if image.dtype not in (np.uint8, np.uint16, np.float32):
-        raise ImageError(f"an array of {image.dtype} was to be shown, expected uint8, uint16 or float32")
+        raise ImageError(f"cannot display an array of {image.dtype}; expected uint8, uint16 or float32")
     if image.dtype != np.uint8:
         full = white_level(int(np.ceil(image.max()))) if white is None else white
         channels = _bytes(np.clip(channels / np.float32(full), 0, 1) * 255)

@@ -95,7 +95,7 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
     Raises DataError if there is no such folder.
     """
     if not folder.is_dir():
-        raise DataError(f"found no folder at {folder}; expected one with images")
+        raise DataError(f"found no folder at {folder}; expected a folder of images")
     found = []
     for path in folder.rglob("*") if recursive else folder.iterdir():
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -171,10 +171,14 @@ def as_image(image: str | Path | Image.Image | AnyArray, white: float = FULL_SCA
         with _damage_as_image_error("the PIL image"):
             return _pixels(ImageOps.exif_transpose(image), "the PIL image")
     if not isinstance(image, np.ndarray):
-        raise ImageError(f"a {type(image).__name__} is no image; expected a path, a PIL image or an array")
+        raise ImageError(
+            f"a {type(image).__name__} is not an image; expected a path, a PIL image or an array"
+        )
     channels = image[..., None] if image.ndim == 2 else image
     if channels.ndim != 3 or channels.shape[2] not in (1, 3, 4) or channels.size == 0:
-        raise ImageError(f"an array of shape {image.shape} is no image; expected (H, W) or (H, W, 1, 3 or 4)")
+        raise ImageError(
+            f"an array of shape {image.shape} is not an image; expected (H, W) or (H, W, 1, 3 or 4)"
+        )
     values = _array_values(channels[..., :3], white)
     return np.repeat(values, 3, axis=2) if values.shape[2] == 1 else np.ascontiguousarray(values)
 
@@ -327,7 +331,7 @@ def _array_values(values: AnyArray, white: float) -> AnyArray:
         return values.astype(np.uint16)
     if values.dtype.kind != "f":
         raise ImageError(
-            f"an array of {values.dtype} is no image; expected uint8, uint16, bool or float in [0, 1]"
+            f"an array of {values.dtype} is not an image; expected uint8, uint16, bool or float in [0, 1]"
         )
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= 1):  # also false for NaN

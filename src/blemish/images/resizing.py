@@ -47,7 +47,7 @@ def white_level(maximum: int) -> float:
     for bits in WHITE_BITS:
         if 0 <= maximum < 2**bits:
             return 2.0**bits - 1
-    raise ValueError(f"{maximum} is no value of a 16-bit image")
+    raise ValueError(f"{maximum} is not a value of a 16-bit image")
 
 
 def resize_map(anomaly_map: FloatArray, size: tuple[int, int]) -> FloatArray:

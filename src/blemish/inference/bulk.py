@@ -63,7 +63,7 @@ def gather(inputs: Sequence[Path]) -> list[File]:
     for file in files:
         other = names.setdefault(file.name.with_suffix(""), file.path)
         if other != file.path:
-            raise DataError(f"{other} and {file.path} would share the name {file.name} of their results")
+            raise DataError(f"the results of {other} and {file.path} would have the same name {file.name}")
     return files
 
 

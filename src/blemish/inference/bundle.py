@@ -52,14 +52,14 @@ def write(path: Path, manifest: Manifest, weights: bytes, graph: bytes) -> None:
 def read(path: Path) -> Bundle:
     """Open and verify a model file; raise ModelFileError, which says what was found and what was expected."""
     if not path.is_file():
-        raise ModelFileError(f"no model file {path}")
+        raise ModelFileError(f"found no model file at {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             record = _manifest(path, archive)
             manifest = Manifest.from_json(record, str(path))
             data = {name: _member(path, archive, record, name) for name in (WEIGHTS, GRAPH)}
     except _DAMAGE as error:
-        raise ModelFileError(f"{path} is no model file, or a damaged one: {error}") from error
+        raise ModelFileError(f"{path} is not a model file, or is damaged: {error}") from error
     return Bundle(path, manifest, data[WEIGHTS], data[GRAPH])
 
 
@@ -69,7 +69,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         if name not in (MANIFEST, WEIGHTS, GRAPH):
             raise ModelFileError(f"{path} has a member {name!r} that no model file has")
     if MANIFEST not in names:
-        raise ModelFileError(f"{path} is no model file: it has no {MANIFEST}")
+        raise ModelFileError(f"{path} is not a model file: it has no {MANIFEST}")
 
     def refuse(constant: str) -> float:
         """Refuse NaN and the infinities, which no threshold can be."""
@@ -81,7 +81,7 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         record = json.loads(archive.read(MANIFEST), parse_constant=refuse)
         found = record["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{path} is no model file: its {MANIFEST} has no format number") from error
+        raise ModelFileError(f"{path} is not a model file: its {MANIFEST} has no format number") from error
     if found != FORMAT:
         raise ModelFileError(f"{path} has format {found}; this version of Blemish reads format {FORMAT}")
     return dict(record)
@@ -99,6 +99,6 @@ def _member(path: Path, archive: zipfile.ZipFile, record: dict[str, Any], name: 
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
         raise ModelFileError(
-            f"{path} is damaged: {name} has SHA-256 {found[:12]}..., expected {expected[:12]}..."
+            f"{path} is damaged: {name} has SHA-256 {found[:12]}...; expected {expected[:12]}..."
         )
     return data

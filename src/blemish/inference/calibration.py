@@ -54,7 +54,7 @@ def promised_rate(count: int, r: int, confidence: float) -> float:
     _check_count(count)
     check_shares(confidence=confidence)
     if not 0 <= r < count:
-        raise ConfigError(f"r is {r}, expected 0 to {count - 1} for {count} held-out images")
+        raise ConfigError(f"r is {r}; expected 0 to {count - 1} for {count} held-out images")
     broken, kept = 0.0, 1.0
     while kept - broken > _ROUNDING * kept:
         middle = (broken + kept) / 2
@@ -102,10 +102,10 @@ def fit(
     statistics, maxima = np.asarray(statistics, np.float64), np.asarray(pixel_maxima, np.float64)
     _check_statistics(statistics, len(names))
     if len(statistics) < 2:
-        raise DataError(f"there are {len(statistics)} held-out good images, expected at least 2")
+        raise DataError(f"there are {len(statistics)} held-out good images; expected at least 2")
     if maxima.shape != statistics.shape[:1] or not np.isfinite(maxima).all():
         raise DataError(
-            f"map maxima of shape {maxima.shape} came for {len(statistics)} held-out images, "
+            f"found map maxima of shape {maxima.shape} for {len(statistics)} held-out images; "
             "expected one finite number for each"
         )
     centers, scales = _centers_and_scales(statistics)
@@ -187,7 +187,7 @@ def describe(calibration: Calibration) -> str:
     empty = calibration.review_threshold == calibration.defect_threshold
     band = "The review band is empty" if empty else f"{over - review} of them fall into the review band"
     return (
-        f"At most {rate} of good parts may be called defect, with {100 * calibration.confidence:g} % "
+        f"At most {rate} of good parts may be labelled defect, with {100 * calibration.confidence:g} % "
         f"confidence: {promise}. {band}."
     )
 
@@ -206,7 +206,7 @@ def _with_thresholds(
     check_shares(false_reject_rate=false_reject_rate, review_rate=review_rate, confidence=confidence)
     if review_rate < false_reject_rate:
         raise ConfigError(
-            f"the review rate is {review_rate}, expected at least the false-reject rate, {false_reject_rate}"
+            f"the review rate is {review_rate}; expected at least the false-reject rate, {false_reject_rate}"
         )
     r = order_statistic_index(len(scores), false_reject_rate, confidence) or 0
     return Calibration(
@@ -264,26 +264,26 @@ def _binomial(k: int, count: int, rate: float) -> float:
 
 def _check_count(count: int) -> None:
     if count < 1:
-        raise ConfigError(f"there are {count} held-out images, expected at least 1")
+        raise ConfigError(f"there are {count} held-out images; expected at least 1")
 
 
 def check_shares(**shares: float) -> None:
     """Raise ConfigError for a share that is not between 0 and 1."""
     for name, share in shares.items():
         if not 0 < share < 1:
-            raise ConfigError(f"{name.replace('_', ' ')} is {share}, expected above 0 and below 1")
+            raise ConfigError(f"{name.replace('_', ' ')} is {share}; expected above 0 and below 1")
 
 
 def _check_statistics(statistics: Doubles, names: int) -> None:
     if statistics.ndim != 2 or statistics.shape[1] != names or not names:
-        raise DataError(f"statistics have the shape {statistics.shape}, expected (images, {names})")
+        raise DataError(f"statistics have the shape {statistics.shape}; expected (images, {names})")
     if not np.isfinite(statistics).all():
         raise DataError(
-            f"{np.sum(~np.isfinite(statistics))} of {statistics.size} image statistics are NaN or infinite, "
+            f"{np.sum(~np.isfinite(statistics))} of {statistics.size} image statistics are NaN or infinite; "
             "expected finite numbers"
         )
 
 
 def _check_score(score: float) -> None:
     if not math.isfinite(score):
-        raise DataError(f"an image's score is {score}, expected a finite number")
+        raise DataError(f"an image's score is {score}; expected a finite number")

@@ -45,7 +45,7 @@ class Choice:
             raise ConfigError("precision int8 with torch: expected fp32, fp16 or bf16")
         if self.precision == "bf16" and self.backend == "onnxruntime":
             raise ConfigError(
-                "precision bf16 with onnxruntime: it has no such convolutions; expected fp32, fp16 or int8, "
+                "precision bf16 with onnxruntime: it has no bf16 convolutions; expected fp32, fp16 or int8, "
                 "or backend openvino or torch"
             )
 
@@ -57,6 +57,6 @@ def refuse_precision(choice: Choice, start: Choice, name: str) -> None:
     fixed = choice.backend == "onnxruntime" and choice.precision != held
     if (choice.precision == "int8") != quantised or fixed:
         raise ConfigError(
-            f"precision {choice.precision} of {name}, whose graph is {held}: for {choice.backend} that is "
-            f"the graph's; expected {held}, or a file that was exported in {choice.precision}"
+            f"precision {choice.precision} for {name}: its graph is {held}, which {choice.backend} cannot "
+            f"run in {choice.precision}; expected {held}, or a file exported in {choice.precision}"
         )

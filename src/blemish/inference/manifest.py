@@ -165,7 +165,9 @@ class Manifest:
         except msgspec.ValidationError as error:
             raise ModelFileError(f"{name} is damaged: {sentence(str(error))}") from error
         except ConfigError as error:
-            raise ModelFileError(f"{name} asks for an engine that is not known here: {error}") from error
+            raise ModelFileError(
+                f"{name} needs an engine that this version does not know: {error}"
+            ) from error
         if complaint := made.inconsistency():
             raise ModelFileError(f"{name} is damaged: {complaint}")
         return made
@@ -176,7 +178,7 @@ class Manifest:
         for field_name in ("centers", "scales"):
             found = len(getattr(calibration, field_name))
             if found != count:
-                return f"calibration.{field_name} in its manifest has {found} numbers, expected {count}"
+                return f"calibration.{field_name} in its manifest has {found} numbers; expected {count}"
         if min(self.preprocessing.image_size) < 1:
             return f"preprocessing.image_size in its manifest is {self.preprocessing.image_size}"
         return ""
@@ -185,7 +187,7 @@ class Manifest:
 def sentence(complaint: str) -> str:
     """Rephrase a message of msgspec, such as "Expected `int`, got `str` - at `$.training.steps`"."""
     what, _, where = complaint.partition(" - at ")
-    place = where.strip("`").removeprefix("$").lstrip(".") or "the whole of it"
+    place = where.strip("`").removeprefix("$").lstrip(".") or "the top level"
     if what.startswith("Object missing required field"):
         missing = what.split("`")[1]
         return f"found no field {place + '.' if where else ''}{missing} in its manifest; expected one"

@@ -33,7 +33,7 @@ def calibrate(
     check_writable(Path(out))
     opened = bundle.read(Path(model))
     if not Path(images).is_dir():
-        raise ConfigError(f"no folder {images}; expected one of good images")
+        raise ConfigError(f"found no folder at {images}; expected a folder of good images")
     paths = files.list_images(Path(images), recursive=True)
     if not paths:
         raise ConfigError(f"no images in {images}; expected good ones")

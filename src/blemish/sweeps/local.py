@@ -30,7 +30,8 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 60.0
 """Time that a trial has to write its checkpoint once it is asked to stop."""
 KILLED = (
-    "a process with a trial was killed, often for want of memory; the same command goes on, with fewer jobs"
+    "a process with a trial was killed, probably for lack of memory; "
+    "run the same command again with fewer jobs to continue"
 )
 
 
@@ -67,8 +68,9 @@ def in_parallel(
         while not all(future.done() for future in futures) and time.monotonic() < deadline:
             wait(futures, POLL_SECONDS)
             pass_on(said, report)
-        for process in set(active_children()) - set(others) if len(ended) < len(futures) else ():
-            process.terminate()
+        if not all(future.done() for future in futures):
+            for process in set(active_children()) - set(others):
+                process.terminate()
     pass_on(said, report)
     if isinstance(failure, BrokenProcessPool):
         raise StoppedError(KILLED) from failure
@@ -76,7 +78,9 @@ def in_parallel(
         raise failure
     done = sum(future.exception() is None for future in futures)  # some may have ended after the request
     if done < len(trials):
-        raise StoppedError(f"stopped after {done} of {len(trials)} trials; the same command goes on")
+        raise StoppedError(
+            f"stopped after {done} of {len(trials)} trials; run the same command again to continue"
+        )
     return [(trial, future.result()) for trial, future in zip(trials, futures, strict=True)]
 
 

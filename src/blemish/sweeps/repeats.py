@@ -37,7 +37,7 @@ def plan(
     if folds is not None and folds < 2:
         raise ConfigError(f"found {folds} folds; expected at least 2")
     if folds_file is not None and folds is None:
-        raise ConfigError(f"found the file of folds {folds_file} without their number; expected both")
+        raise ConfigError(f"found the file of folds {folds_file} without the number of folds; expected both")
     dealt: list[Fold | None] = [None]
     if folds is not None:
         dealt = [Fold(index, folds, fold_seed, folds_file) for index in range(folds)]

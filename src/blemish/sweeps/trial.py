@@ -42,7 +42,7 @@ def run_trial(
     A finished trial is evaluated and not trained again; an interrupted one is resumed.
     """
     if trial.out.exists():
-        tell(report, f"{trial.out} has ended before: it is evaluated, not trained again")
+        tell(report, f"{trial.out} is already trained: evaluating it")
     else:
         from blemish.training import run
 
@@ -59,7 +59,9 @@ def refuse_other(trial: Trial, base: TrainingRequest) -> None:
     """
     manifest = bundle.read(trial.out).manifest
     if text := difference(manifest.to_json(), expected(trial.request(base)), ""):
-        raise ModelFileError(f"{trial.out} is of another run, {text}; delete it, or choose another place")
+        raise ModelFileError(
+            f"{trial.out} belongs to another run: {text}; delete it, or choose another --out"
+        )
 
 
 def expected(request: TrainingRequest) -> dict[str, Any]:

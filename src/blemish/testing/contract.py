@@ -170,7 +170,7 @@ def the_file_says_what_was_asked_for(subject: Subject, folder: Path) -> None:
         ("images", counts, (5, *LEARNED[subject.supervision])),
         ("held-out images", len(manifest.calibration.scores), 5),
     ):
-        require(found == expected, f"the file says {name} {found}, expected {expected}")
+        require(found == expected, f"the file says {name} {found}; expected {expected}")
 
 
 def an_export_agrees_with_the_model(subject: Subject, folder: Path) -> None:

@@ -32,7 +32,7 @@ def header(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             found: dict[str, Any] = json.loads((file.metadata() or {})["blemish"])
     except (SafetensorError, RuntimeError, OSError, KeyError, ValueError) as error:
-        raise ModelFileError(f"{path} is no checkpoint of a training run") from error
+        raise ModelFileError(f"{path} is not a checkpoint of a training run") from error
     return found
 
 

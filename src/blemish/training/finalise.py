@@ -95,7 +95,7 @@ def compare(detector: Detector, exported: Engine, batches: Iterable[Tensor]) -> 
             if not difference <= TOLERANCE:
                 raise ExportError(
                     f"the exported graph differs from the trained model: {name} by {difference:.1e} "
-                    f"relative, at most {TOLERANCE:.0e} allowed"
+                    f"relative; expected at most {TOLERANCE:.0e}"
                 )
             worst = max(worst, difference)
     return worst

@@ -140,12 +140,12 @@ def count_steps(run: Run, length: Length, reserve: float) -> int:
     steps = distributed.first_of(int(left / pace), run.device)
     if steps < 20:
         raise ConfigError(
-            f"a budget of {length.budget:g} s leaves {max(left, 0):.0f} s to train in, and one step takes "
-            f"{pace:.2f} s here: give at least {length.budget - left + 20 * pace:.0f} s"
+            f"a budget of {length.budget:g} s leaves {max(left, 0):.0f} s for training, and one step takes "
+            f"{pace:.2f} s here; expected a budget of at least {length.budget - left + 20 * pace:.0f} s"
         )
     tell(
         run.report,
-        f"one step takes {pace:.2f} s: {steps} steps fit the budget (the same run again: --steps {steps})",
+        f"one step takes {pace:.2f} s: {steps} steps fit the budget (to repeat this run: --steps {steps})",
     )
     return steps
 
@@ -178,8 +178,8 @@ def loop(run: Run) -> None:
         if distributed.any_of(run.stop(), run.device) and run.step < run.steps:
             run.save()
             raise StoppedError(
-                f"stopped after step {run.step} of {run.steps}, kept in {run.path}; "
-                "the same command with --resume goes on from there"
+                f"stopped after step {run.step} of {run.steps}; checkpoint written to {run.path}; "
+                "run the same command with --resume to continue"
             )
         if time.monotonic() - saved > CHECKPOINT_SECONDS or run.step == run.steps:
             run.save()
@@ -193,14 +193,14 @@ def resume(run: Run, length: Length) -> None:
     for key, value in run.fingerprint.items():
         if header["run"].get(key) != value:
             raise ModelFileError(
-                f"{run.path} was made by another run: its {key} is {header['run'].get(key)}, not {value}"
+                f"{run.path} belongs to another run: its {key} is {header['run'].get(key)}, not {value}"
             )
     run.restore(header)
     epochs = None if length.epochs is None else length.epochs * run.batches.per_epoch
     for asked in (length.steps, epochs):
         if asked not in (None, run.steps):
-            raise ModelFileError(f"{run.path} is of a run of {run.steps} steps, not {asked}")
-    tell(run.report, f"going on from step {run.step} of {run.steps}")
+            raise ModelFileError(f"{run.path} belongs to a run of {run.steps} steps; {asked} were asked for")
+    tell(run.report, f"resuming from step {run.step} of {run.steps}")
 
 
 def provenance(run: Run) -> dict[str, Any]:

@@ -102,13 +102,16 @@ def inherit(
     """
     run, config = start.manifest.training.run, start.manifest.config
     if model != run.model:
-        raise ConfigError(f"{start.path} is a model of {run.model}, not {model}; expected the same")
+        raise ConfigError(f"{start.path} is a model of {run.model}; expected {model}, or leave out --model")
     usual = registry.method(model).config
     for key in usual.FIXED & given.keys() & config.keys():
         # Converted without building a config, which with this setting alone might contradict itself.
         asked = read_settings(model, usual, {key: given[key]})[key]
         if asked != (tuple(config[key]) if isinstance(config[key], list) else config[key]):
-            raise ConfigError(f"{key}={given[key]}: the weights in {start.path} stand on {config[key]}")
+            raise ConfigError(
+                f"{key}={given[key]}: the weights in {start.path} were trained with {key}={config[key]}, "
+                "which cannot be changed"
+            )
     supervision: Any = run.supervision
     own = registry.own_settings(run.model, run.preset, supervision, config)
     return run.model, run.preset if preset == "default" else preset, own | dict(given)
@@ -136,7 +139,9 @@ def seen_images(start: Bundle | None) -> frozenset[str]:
         return frozenset()
     files = start.manifest.training.files
     if files is None:
-        LOG.warning("%s does not say which images it was trained on: a test may contain them", start.path)
+        LOG.warning(
+            "%s does not record its training images: the test set may contain some of them", start.path
+        )
         return frozenset()
     return frozenset((*files.train, *files.before))
 
@@ -148,8 +153,8 @@ def warn_of_missing(start: Bundle, digests: Collection[str]) -> None:
     missing = sum(name not in here for name in trained)
     if missing:
         LOG.warning(
-            "%d of the %d images that %s learned from are not among the training images: what they taught "
-            "may fade, so include them",
+            "%d of the %d images that %s learned from are missing from the training images: include them, "
+            "or the model may forget what it learned from them",
             *(missing, len(trained), start.path),
         )
 
@@ -189,7 +194,7 @@ def without_empty_masks(parts: Split) -> Split:
     emptied = [old for old, new in zip(parts.train_defects, defects, strict=True) if old.masks != new.masks]
     if emptied:
         LOG.warning(
-            "empty masks of training defects, not counted: %d; first %s", len(emptied), emptied[0].path
+            "ignoring the empty masks of %d training defects; the first is %s", len(emptied), emptied[0].path
         )
     return dataclasses.replace(parts, train_defects=defects)
 

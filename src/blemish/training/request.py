@@ -84,7 +84,7 @@ class RunRequest:
         try:
             request = msgspec.convert(record, cls, dec_hook=lambda kind, value: kind(value))
         except msgspec.ValidationError as error:
-            raise ConfigError(f"this is no request for a run: {error}") from error
+            raise ConfigError(f"this is not a valid request: {error}") from error
         refuse_unknown(record, request.to_json())
         return request
 

@@ -242,7 +242,7 @@ def load_weights(detector: Detector, start: Bundle | None, given: Path | None) -
     if start is not None:
         if given is not None:
             raise ConfigError(
-                f"found --weights {given} beside --from: pretrained weights come from {start.path}"
+                f"found --weights {given} with --from: pretrained weights come from {start.path}"
             )
         take_earlier(detector, start)
         return start.manifest.training.run.pretrained
@@ -279,7 +279,7 @@ def time_one_image(detector: Detector, device: str) -> float:
             detector.eval()(torch.zeros(1, 3, height, width, device=device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"these settings do not go together at {height}x{width}: {reason}") from error
+        raise ConfigError(f"these settings cannot be combined at {height}x{width}: {reason}") from error
     return time.monotonic() - begun
 
 
@@ -293,9 +293,7 @@ def open_natural(
     chosen, size = request.natural_images, detector.config.image_size
     if not detector.config.reads_natural_images:
         if chosen != "drawn":
-            raise ConfigError(
-                f"natural images {chosen} for a run without a pretraining penalty; expected no choice"
-            )
+            raise ConfigError(f"natural images {chosen}: this run has no pretraining penalty; leave it out")
         return None
     if chosen == "none":
         tell(report, "natural images none: the pretraining penalty is off")
@@ -304,10 +302,12 @@ def open_natural(
         return Textures(size, request.seed)
     folder = Path(chosen)
     if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}; expected photographs for the pretraining penalty")
+        raise ConfigError(
+            f"found no folder at {folder}; expected a folder of photographs for the pretraining penalty"
+        )
     paths = images.list_images(folder, recursive=True)
     if not paths:
-        raise ConfigError(f"no images in {folder}, the folder of photographs for the pretraining penalty")
+        raise ConfigError(f"no images in {folder}; expected photographs for the pretraining penalty")
     store = ImageStore(paths, Preprocessing(size, images.FULL_SCALE), memory, crop=True)
     return Photographs(store, request.seed, fingerprint.digest_names(paths))
 
@@ -324,7 +324,7 @@ def encode_all(material: Material, report: Report, stop: Stop) -> Iterator[tuple
         entry = batches.encoded.batch([(index, flip)])
         if not batches.labels[index]:
             yield entry
-    tell(report, f"features kept: {material.features.describe()}")
+    tell(report, f"feature cache: {material.features.describe()}")
 
 
 def prepare(run: Run, material: Material, warm: bool) -> None:

@@ -19,7 +19,9 @@ def checkpoint_path(out: Path, resume: bool) -> Path:
     """
     path = out.with_name(out.name + ".checkpoint")
     if path.exists() and not (resume and path.is_file()):
-        raise ConfigError(f"{path} is of a run that has not ended: go on with --resume, or delete it")
+        raise ConfigError(
+            f"{path} belongs to an unfinished run: continue it with --resume, or delete the file"
+        )
     return path
 
 
@@ -41,6 +43,6 @@ def start_or_resume(
         loop.resume(run, length)
     else:
         if resume:
-            tell(run.report, f"nothing to resume at {run.path}: starting anew")
+            tell(run.report, f"no checkpoint at {run.path}: starting a new run")
         prepare()
         run.steps = loop.count_steps(run, length, reserve() if length.budget else 0.0)

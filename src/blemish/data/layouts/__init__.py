@@ -64,7 +64,7 @@ def recognise(root: Path, layout: str = "auto") -> str:
     if layout not in LAYOUTS and layout != "auto":
         near = difflib.get_close_matches(layout, LAYOUTS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"there is no layout {layout!r}{hint}; expected auto, {', '.join(LAYOUTS)}")
+        raise DataError(f"unknown layout {layout!r}{hint}; expected auto, {', '.join(LAYOUTS)}")
     if not root.exists():
         raise DataError(f"found nothing at {root}; expected a folder with images or a manifest")
     if layout != "auto":
@@ -91,5 +91,5 @@ def _contents(root: Path) -> str:
     if not names:
         return f"the empty folder {root}"
     inner = next((path for path in sorted(root.iterdir()) if path.is_dir() and _matching(path)), None)
-    hint = f" ({inner.name} in it is a data set)" if inner else ""
+    hint = f" ({inner.name} inside it is a data set)" if inner else ""
     return f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} in {root}{hint}"

@@ -51,7 +51,8 @@ def scan(root: Path) -> list[Sample]:
         sample = _sample(row, manifest.parent, where)
         if first.setdefault(sample.path.resolve(), number) != number:
             raise DataError(
-                f"{where}: {row['image']} is listed in line {first[sample.path.resolve()]} already"
+                f"{where}: {row['image']} is already listed in line {first[sample.path.resolve()]}; "
+                "expected it once"
             )
         samples.append(sample)
     return samples
@@ -73,7 +74,9 @@ def _sample(row: dict[str, str], base: Path, where: str) -> Sample:
     kind = row.get("kind") or ("defect" if label else "good")
     masks = tuple(base / name.strip() for name in row.get("mask", "").split(";") if name.strip())
     if (label == 0) != (kind == "good"):
-        raise DataError(f"{where}: found the kind {kind!r} with the label {row['label']!r}; they contradict")
+        raise DataError(
+            f"{where}: found the kind {kind!r} with the label {row['label']!r}; they contradict each other"
+        )
     if label == 0 and masks:
         raise DataError(f"{where}: found a mask for a good image; expected none")
     path = base / row["image"]
@@ -89,12 +92,15 @@ def _check_columns(columns: list[str], manifest: Path) -> None:
     missing = [name for name in ("image", "label") if name not in names]
     if missing:
         raise DataError(
-            f"{manifest} has the columns {', '.join(names)}; expected {' and '.join(missing)}, too"
+            f"{manifest} has the columns {', '.join(names)}; expected {' and '.join(missing)} as well"
         )
     for name in set(names) - set(COLUMNS):
         near = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.8)
         if near:
-            raise DataError(f"{manifest} has a column {name!r}; expected {near[0]!r}, or a name less like it")
+            raise DataError(
+                f"{manifest} has a column {name!r}; did you mean {near[0]!r}? "
+                "Otherwise choose a less similar name"
+            )
     if len(set(names)) < len(names):
         raise DataError(f"{manifest} has the columns {', '.join(names)}; expected each once")
 

@@ -39,7 +39,7 @@ def matches(root: Path) -> bool:
 def scan(root: Path) -> list[Sample]:
     """Return the samples below `root`; raise DataError for contradictory or unknown folders."""
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder, as the layout folder expects")
+        raise DataError(f"{root} is not a folder; the layout folder expects one")
     given = [name for name in SPLITS if (root / name).is_dir()]
     if given:
         _refuse_unknown_folders(root)
@@ -69,14 +69,14 @@ def _part(folder: Path, split: SplitName, root: Path) -> list[Sample]:
     loose = list_images(folder)
     if kinds and loose:
         raise DataError(
-            f"{folder} holds images beside {_names(kinds)}; expected either images or folders of them"
+            f"{folder} holds images next to {_names(kinds)}; expected either images or folders of them"
         )
     misnamed = [kind for kind in kinds if kind.name != GOOD and kind.name.lower() in NOT_DEFECTS]
     if misnamed or (kinds and split != "test" and not (folder / GOOD).is_dir()):
         raise DataError(f"{folder} holds {_names(misnamed or kinds)}; expected the good parts in good/")
     if loose and split == "test":
         raise DataError(
-            f"{folder} holds images; expected folders in it, good/ and one for each kind of defect"
+            f"{folder} holds images; expected folders inside it: good/ and one for each kind of defect"
         )
     found = [Sample(path, 0, GOOD, split) for path in loose]
     for kind in kinds:
@@ -106,7 +106,7 @@ def _each_mask_once(samples: list[Sample]) -> list[Sample]:
             owner = owners.setdefault(mask, sample.path)
             if owner != sample.path:
                 raise DataError(
-                    f"the mask {mask} fits {owner} and {sample.path} by its name; expected one of them"
+                    f"the name of the mask {mask} matches {owner} and {sample.path}; expected one of them"
                 )
     return samples
 

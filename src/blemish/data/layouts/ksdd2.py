@@ -36,7 +36,7 @@ def scan(root: Path) -> list[Sample]:
     Raises DataError if train or test is missing or an image has no mask, ImageError for a damaged mask.
     """
     if not _has_folders(root):
-        raise DataError(f"{root} is not in the layout ksdd2; expected train and test in it")
+        raise DataError(f"{root} is not in the layout ksdd2; expected train and test inside it")
     return [
         _sample(path, split)
         for split in SPLITS

@@ -29,7 +29,7 @@ def matches(root: Path) -> bool:
 def scan(root: Path) -> list[Sample]:
     """Return the samples below `root`; raise DataError for another layout or a malformed configuration."""
     if not mvtec.matches(root):
-        raise DataError(f"{root} is not in the layout loco; expected {', '.join(mvtec.NEEDED)} in it")
+        raise DataError(f"{root} is not in the layout loco; expected {', '.join(mvtec.NEEDED)} inside it")
     config = root / CONFIG
     saturations = read_config(config) if config.is_file() else ()
     return [

@@ -28,7 +28,7 @@ def matches(root: Path) -> bool:
 def scan(root: Path) -> list[Sample]:
     """Return the samples below `root`; raise DataError if it is not a category of SensumSODF."""
     if not matches(root):
-        raise DataError(f"{root} is not in the layout sensum; expected {GOOD} and {DEFECTIVE} in it")
+        raise DataError(f"{root} is not in the layout sensum; expected {GOOD} and {DEFECTIVE} inside it")
     return pair(root / GOOD, root / DEFECTIVE, root / MASKS, KIND)
 
 

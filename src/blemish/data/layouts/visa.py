@@ -43,7 +43,7 @@ def scan(root: Path) -> list[Sample]:
     folders.
     """
     if not matches(root):
-        raise DataError(f"{root} is not in the layout visa; expected {GOOD} and {DEFECTIVE} in it")
+        raise DataError(f"{root} is not in the layout visa; expected {GOOD} and {DEFECTIVE} inside it")
     samples = pair(root / GOOD, root / DEFECTIVE, root / MASKS, KIND)
     table = root.resolve().parent / TABLE
     return _with_split(samples, root, table) if table.is_file() else samples
@@ -67,14 +67,14 @@ def _with_split(samples: list[Sample], root: Path, table: Path) -> list[Sample]:
         if image not in known:
             raise DataError(f"{where}: found the image {image!r}; expected one of {category}/Data/Images")
         if lines.setdefault(image, number) != number:
-            raise DataError(f"{where}: {image} is listed in line {lines[image]} already")
+            raise DataError(f"{where}: {image} is already listed in line {lines[image]}; expected it once")
         _check_row(row, known[image], [_name(mask, root, category) for mask in known[image].masks], where)
         splits[image] = SPLITS[row["split"]]
     unlisted = [name for name in known if name not in splits]
     if unlisted:
         raise DataError(
             f"{table} leaves out {len(unlisted)} of the {len(known)} images of {category}, "
-            f"first {unlisted[0]}; expected all of them"
+            f"such as {unlisted[0]}; expected all of them"
         )
     return [replace(sample, split=splits[name]) for name, sample in known.items()]
 

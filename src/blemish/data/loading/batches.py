@@ -151,4 +151,4 @@ def readable(store: ImageStore, pick: int) -> int:
         except ImageError:
             continue
         return index
-    raise DataError(f"none of the {len(store.paths)} photographs beside {store.paths[0]} can be read")
+    raise DataError(f"none of the {len(store.paths)} photographs, such as {store.paths[0]}, can be read")

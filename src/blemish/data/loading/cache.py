@@ -89,9 +89,9 @@ class FeatureCache:
 
     def describe(self) -> str:
         """Return a summary of how much is cached, and where."""
-        places = [f"{self.bytes_in_memory / 2**20:.0f} MB in memory"]
+        places = [f"{self.bytes_in_memory / 2**20:.0f} MiB in memory"]
         if self.bytes_on_disk:
-            places.append(f"{self.bytes_on_disk / 2**20:.0f} MB in {self.folder}")
+            places.append(f"{self.bytes_on_disk / 2**20:.0f} MiB in {self.folder}")
         return " and ".join(places)
 
 

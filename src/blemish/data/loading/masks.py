@@ -42,7 +42,11 @@ def read_masks(samples: Sequence[Sample], size: tuple[int, int], rules: LabelRul
     empty = [index for index in masked if found[index] is None]
     if empty:
         first = samples[empty[0]].path
-        LOG.warning("%d defects have an empty mask and count as unmasked; first %s", len(empty), first)
+        LOG.warning(
+            "%d defective images have an empty mask and are treated as unmasked; the first is %s",
+            len(empty),
+            first,
+        )
     return {index: mask for index, mask in found.items() if mask is not None}
 
 

@@ -42,7 +42,9 @@ class Textures:
         """Raise ConfigError if the size is too small."""
         if min(self.size) < 32:
             height, width = self.size
-            raise ConfigError(f"image size {height}x{width}: drawn images need at least 32 in both axes")
+            raise ConfigError(
+                f"image size {height}x{width}: rendered images need at least 32 pixels in each direction"
+            )
 
     @property
     def digest(self) -> str:

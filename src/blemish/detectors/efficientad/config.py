@@ -87,18 +87,18 @@ class EfficientADConfig(Config):
         )
         if self.padding and self.edges != "blind":
             raise ConfigError(
-                f"edges={self.edges} beside padding=true: both fill the margin; expected one of them"
+                f"edges={self.edges} with padding=true: both fill the margin; expected one of them"
             )
         if self.padding and self.crop:
             raise ConfigError(
-                f"crop={self.crop} beside padding=true: padded networks see all of an image; expected crop=0"
+                f"crop={self.crop} with padding=true: padded networks need whole images; expected crop=0"
             )
         if self.crop and (self.crop % CELL or not 36 <= self.crop <= 256):
             raise ConfigError(f"crop={self.crop}: expected 0, or a multiple of {CELL} from 36 to 256")
         if not self.autoencoder and self.logical_weight != 0.5:
             raise ConfigError(
-                f"logical_weight={self.logical_weight} beside autoencoder=false: "
-                "there is no logical map to weigh"
+                f"logical_weight={self.logical_weight} with autoencoder=false: "
+                "there is no logical map to weight"
             )
 
 

@@ -79,7 +79,9 @@ class EfficientAD(Detector):
         super().__init__()
         if min(config.image_size) < 256:
             height, width = config.image_size
-            raise ConfigError(f"image size {height}x{width}: EfficientAD needs at least 256 in both axes")
+            raise ConfigError(
+                f"image size {height}x{width}: EfficientAD needs at least 256 pixels in each direction"
+            )
         if any(length % CELL for length in config.image_size):
             height, width = config.image_size
             raise ConfigError(f"image size {height}x{width}: EfficientAD needs multiples of {CELL}")

@@ -94,7 +94,10 @@ class SuperSimpleNetConfig(Config):
         if supervision == "none" and self.anomalies == "none":
             raise ConfigError("with good images alone and anomalies=none there is nothing to learn from")
         if supervision == "weak" and not self.classification_head:
-            raise ConfigError("supervision weak is learned by the classification head; expected it, or masks")
+            raise ConfigError(
+                "supervision weak needs the classification head; "
+                "expected --set classification_head=true, or masks"
+            )
 
 
 PAPER: dict[str, Any] = {

@@ -37,8 +37,8 @@ def open_engine(opened: Bundle, choice: Choice, threads: int = 0) -> Engine:
     if choice.backend == "torch":
         if manifest.export is not None:
             raise ConfigError(
-                f"backend torch for {opened.path}: an export is its graph; expected onnxruntime or openvino, "
-                "or the model file that it was made from"
+                f"backend torch for {opened.path}: an export can only run as a graph; expected onnxruntime "
+                "or openvino, or the model file that it was made from"
             )
         from blemish.inference.engines.pytorch import PyTorch
 

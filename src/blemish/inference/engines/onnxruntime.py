@@ -39,7 +39,9 @@ class OnnxRuntime:
             ) from error
         found = [node.name for node in self.session.get_outputs()]
         if found != list(outputs):
-            raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
+            raise ModelFileError(
+                f"the graph has the outputs {', '.join(found)}; expected {', '.join(outputs)}"
+            )
         self.outputs = outputs
 
     def run(self, inputs: FloatArray) -> dict[str, FloatArray]:

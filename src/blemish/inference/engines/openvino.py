@@ -58,7 +58,9 @@ class OpenVino:
             raise ModelFileError(f"OpenVINO cannot read the graph: {str(error).splitlines()[0]}") from error
         found = [output.any_name for output in self.model.outputs]
         if found != list(outputs):
-            raise ModelFileError(f"the graph gives {', '.join(found)}; expected {', '.join(outputs)}")
+            raise ModelFileError(
+                f"the graph has the outputs {', '.join(found)}; expected {', '.join(outputs)}"
+            )
         self.outputs = outputs
         self.lock = threading.Lock()
         """A request runs one batch at a time."""

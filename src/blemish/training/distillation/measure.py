@@ -27,7 +27,7 @@ def measure_target(detector: Distillation, targets: EncodedStore, report: Report
         for index in tracked(chosen, len(chosen), report, "measuring the target", stop=stop)
     )
     detector.set_target_moments(*moments_of_all(parts, targets.device))
-    tell(report, f"features kept: {targets.cache.describe()}")
+    tell(report, f"feature cache: {targets.cache.describe()}")
 
 
 def moments_of_all(parts: Iterable[Tensor], device: str) -> tuple[Tensor, Tensor]:

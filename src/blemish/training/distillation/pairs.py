@@ -83,7 +83,9 @@ def list_readable(folder: Path) -> list[Path]:
     if len(readable) < fewest:
         raise DataError(f"found {len(readable)} readable images in {folder}; expected at least {fewest}")
     if len(readable) < len(paths):
-        LOG.warning("images that cannot be read, left out: %d of %d", len(paths) - len(readable), len(paths))
+        LOG.warning(
+            "leaving out %d of %d images, which cannot be read", len(paths) - len(readable), len(paths)
+        )
     return readable
 
 

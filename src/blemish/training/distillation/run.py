@@ -56,7 +56,7 @@ def run(request: DistillationRequest, *, report: Report = silent, stop: Stop = n
     check_out(request.out)
     checkpoint = checkpoint_path(request.out, request.resume)
     if not request.images.is_dir():
-        raise ConfigError(f"no folder {request.images}; expected one of natural images")
+        raise ConfigError(f"found no folder at {request.images}; expected a folder of natural images")
     config = configure(request.preset, request.size, request.source, request.settings)
     faithful = request.preset == "paper" and request.precision == "auto"
     dtype = choose_precision("fp32" if faithful else request.precision, device)
@@ -106,12 +106,12 @@ def run(request: DistillationRequest, *, report: Report = silent, stop: Stop = n
 def configure(preset: str, size: str, source: str | None, settings: Mapping[str, Any]) -> DistillationConfig:
     """Return the config of a distillation; raise ConfigError for unknown or contradictory settings."""
     if preset not in PRESETS:
-        raise ConfigError(f"distilling has no preset {preset!r}; expected {' or '.join(PRESETS)}")
+        raise ConfigError(f"distillation has no preset {preset!r}; expected {' or '.join(PRESETS)}")
     named = {"size": size} | ({} if source is None else {"source": source})
     for name, value in named.items():
         if name in settings:
-            raise ConfigError(f"{name} {value} beside the setting {name}={settings[name]}: expected it once")
-    changes = read_settings("distilling", DistillationConfig(), {**PRESETS[preset], **settings, **named})
+            raise ConfigError(f"{name} is given twice: {value} and the setting {name}={settings[name]}")
+    changes = read_settings("distillation", DistillationConfig(), {**PRESETS[preset], **settings, **named})
     config = dataclasses.replace(DistillationConfig(), **changes)
     check(config)
     choose_layers(config.source, config.layers)

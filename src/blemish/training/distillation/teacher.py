@@ -88,7 +88,7 @@ def check_numbers(config: DistillationConfig) -> None:
     fine = height % (2 * CELL) == width % (2 * CELL) == 0 and min(height, width) >= SMALLEST
     if not fine:
         raise ConfigError(
-            f"image size {height}x{width}: distilling needs multiples of {2 * CELL}, at least {SMALLEST}"
+            f"image size {height}x{width}: distillation needs multiples of {2 * CELL}, at least {SMALLEST}"
         )
     least, most = (2 * MARGIN + 1) * CELL, min(height, width)
     if c.crop and (c.padding or c.crop % CELL or not least <= c.crop <= most):
