@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blemish.errors import ConfigError
@@ -55,6 +57,35 @@ def choose_precision(name: str, device: str) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def busy_elsewhere(seconds: float = 0.1) -> float:
+    """Measure how many of this process's cores other processes keep busy; 0.0 if the system does not say.
+
+    seconds: how long to look.
+    """
+    if sys.platform != "linux":
+        return 0.0
+    before = _idle_ticks()
+    time.sleep(seconds)
+    after = _idle_ticks()
+    shares = [
+        1 - (after[core][0] - before[core][0]) / max(1, after[core][1] - before[core][1])
+        for core in before.keys() & after.keys()
+    ]
+    return sum(shares)
+
+
+def _idle_ticks() -> dict[int, tuple[int, int]]:
+    """Return, for each core of this process, the ticks that it was idle, and all ticks."""
+    found = {}
+    for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+        name, *fields = line.split()
+        core = name.removeprefix("cpu")
+        if name.startswith("cpu") and core.isdigit() and int(core) in os.sched_getaffinity(0):
+            ticks = [int(field) for field in fields[:8]]
+            found[int(core)] = ticks[3] + ticks[4], sum(ticks)
+    return found
 
 
 def keep_freed_memory() -> None:

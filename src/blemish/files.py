@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, record: object) -> None:
-    """Write a record atomically as indented JSON, its values converted by `plain`."""
+    """Write a record atomically as indented JSON, its values converted by `to_json_types`."""
     write_text(path, json.dumps(to_json_types(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -105,7 +105,7 @@ def digest(path: Path) -> str:
 
 
 def short_digest(path: Path) -> str:
-    """Return the first SHORT hexadecimal digits of a file's SHA-256 digest."""
+    """Return the first SHORT_DIGEST hexadecimal digits of a file's SHA-256 digest."""
     return digest(path)[:SHORT_DIGEST]
 
 

@@ -93,7 +93,6 @@ class Toy(Detector):
     It has no frozen part and is fitted without steps; its bank is as long as what it was fitted on.
     """
 
-    frozen = False
     wants_images = True
     fitted_buffers = ("bank",)
     bank: Tensor

@@ -29,7 +29,7 @@ from typing_extensions import override
 
 import blemish
 import drawn
-from blemish import images
+from blemish import devices, images
 from blemish.backbones import weights
 from blemish.backbones.pdn import pdn_small
 from blemish.cli import main, terminal
@@ -835,19 +835,30 @@ def test_every_field_of_a_training_request_is_an_option_of_train() -> None:
 # --- threads ---
 
 
-@pytest.mark.parametrize("chosen", [None, "ACTIVE"])
-def test_omp_wait_policy_is_passive_unless_the_user_has_set_it(chosen: str | None) -> None:
-    """It must be set before torch is loaded; the library itself leaves it alone."""
-    program = """
-import os, sys
-class Watch:
-    def find_spec(self, name, path=None, target=None):
+@pytest.mark.parametrize(
+    ("chosen", "busy", "expected"),
+    [(None, 0.1, "None"), (None, 1.0, "PASSIVE"), ("ACTIVE", 1.0, "ACTIVE"), ("ACTIVE", 0.0, "ACTIVE")],
+)
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_waiting_threads_sleep_in_company_unless_the_user_says_otherwise(
+    command: str, chosen: str | None, busy: float, expected: str
+) -> None:
+    """OpenMP reads the variable when torch is loaded, so it is looked at then."""
+    program = f"""
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
         if name == "torch":
             print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit()
+
 sys.meta_path.insert(0, Watch())
 import blemish.cli.main
-print(os.environ.get("OMP_WAIT_POLICY"))
-blemish.cli.main.main(["weights", "list"])
+from blemish import devices
+devices.busy_elsewhere = lambda: {busy}
+arguments = {{"train": ["--model", "simplenet"], "distill": ["--size", "small"]}}["{command}"]
+blemish.cli.main.main(["{command}", "nowhere", "--out", "m.safetensors", *arguments])
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if chosen is not None:
@@ -855,7 +866,17 @@ blemish.cli.main.main(["weights", "list"])
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
     )
-    assert done.stdout.splitlines()[:2] == [str(chosen), chosen or "PASSIVE"]
+    assert done.stdout.split() == [expected]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how busy its cores are")
+def test_a_busy_process_is_noticed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            found = devices.busy_elsewhere(0.5)
+        finally:
+            process.kill()
+    assert 0.3 < found <= devices.cores() + 0.01
 
 
 # --- progress, warnings and signals ---

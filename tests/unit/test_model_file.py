@@ -189,9 +189,41 @@ def test_calibrating_a_file_changes_its_thresholds_and_nothing_else(tmp_path: Pa
 
 
 def test_numbers_survive_to_the_last_bit(small: Path) -> None:
-    exact = replace(CALIBRATION, scores=(0.1, 1 / 3, 1e-300, 2.0**60 + 1), defect_threshold=0.1 + 0.2)
+    exact = replace(CALIBRATION, scores=(1e-300, 0.1, 1 / 3, 2.0**60 + 1), defect_threshold=0.1 + 0.2)
     bundle.write(small, replace(LEAST, calibration=exact), b"", b"")
     assert bundle.read(small).manifest.calibration == exact
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        ("calibration.centers", [0.0] * 7, "calibration.centers in its manifest has 7 numbers; expected 3"),
+        ("calibration.scales", [1.0, 0.0, 1.0], "calibration.scales in its manifest has 0.0; expected more"),
+        ("calibration.scores", [1.0, 0.5], "calibration.scores in its manifest is empty or not ascending"),
+        ("calibration.pixel_maxima", [], "calibration.pixel_maxima in its manifest is empty"),
+        ("preprocessing.image_size", [64, 32], "preprocessing.image_size in its manifest is"),
+        ("preprocessing.white", 0.0, "preprocessing.white in its manifest is 0.0; expected more than 0"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(
+    place: str, value: Any, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.blemish"
+    path.write_bytes((FILES / "format1.blemish").read_bytes())
+    group, name = place.split(".")
+    rewrite(path, say(lambda said: said[group].update({name: value})))
+    assert says in refused(path)
+
+
+def test_a_number_too_large_for_a_float_is_refused(small: Path) -> None:
+    rewrite(small, say(lambda said: said["calibration"].update(defect_threshold="THERE")))
+    with zipfile.ZipFile(small) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["manifest.json"] = members["manifest.json"].replace(b'"THERE"', b"1e999")
+    with zipfile.ZipFile(small, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert "found 1e999 in its manifest.json; expected finite numbers" in refused(small)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

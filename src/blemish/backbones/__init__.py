@@ -31,13 +31,11 @@ class Entry:
     default: tuple[str, ...]
     normalisation: tuple[tuple[float, ...], tuple[float, ...]]
     """Per-channel mean and standard deviation, for RGB in [0, 1]."""
-    published_noise: float | None = None
-    """Standard deviation of SuperSimpleNet's noise, if the paper's value was tuned for these weights."""
 
 
-def _resnet(name: str, published_noise: float | None = None) -> Entry:
+def _resnet(name: str) -> Entry:
     build = partial(resnet.ResNet, resnet.FORMS[name])
-    return Entry(build, resnet.LAYERS, ("layer2", "layer3"), IMAGENET, published_noise)
+    return Entry(build, resnet.LAYERS, ("layer2", "layer3"), IMAGENET)
 
 
 def _lite(name: str) -> Entry:
@@ -50,7 +48,7 @@ BACKBONES = {
     "resnet18": _resnet("resnet18"),
     "resnet50": _resnet("resnet50"),
     "resnet50_v1": _resnet("resnet50_v1"),
-    "wide_resnet50_2": _resnet("wide_resnet50_2", published_noise=0.015),
+    "wide_resnet50_2": _resnet("wide_resnet50_2"),
     "wide_resnet101_2": _resnet("wide_resnet101_2"),
 }
 

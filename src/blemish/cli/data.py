@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from blemish.cli.options import add_layout
+from blemish.cli.options import add_layout, share_cores
 from blemish.detectors.registry import DEFAULT
 
 
@@ -38,6 +38,7 @@ def demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Render parts, train, evaluate, write a report, and print where the results are."""
+    share_cores()
     from blemish import demo
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.evaluation import report

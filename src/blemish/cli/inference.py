@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blemish.cli.options import check_outputs, settings
+from blemish.cli.options import add_layout, check_outputs, chosen_settings
 from blemish.detectors.registry import METHODS
 from blemish.errors import ConfigError, DataError
 
@@ -50,6 +50,7 @@ def export_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="ERROR",
         help=f"reduce channels, with at most this map error per cut, in standard deviations ({REDUCED})",
     )
+    add_layout(sub)
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -58,7 +59,7 @@ def run_export(options: argparse.Namespace) -> int:
     from blemish.errors import ExportError
     from blemish.exporting.pipeline import export
 
-    names = ("out", "format", "precision", "reduced", "evaluation")
+    names = ("out", "format", "precision", "reduced", "evaluation", "layout")
     given = {name: getattr(options, name) for name in names}
     try:
         export(options.model, options.data, report=Terminal(), **given)
@@ -129,9 +130,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
     entries = requested_entries(options)
     plan = benchmark_plan(options)
     paths = image_files(options.images)
-    chosen: dict[str, Any] = settings(options.set)
-    if options.image_size:
-        chosen["image_size"] = options.image_size
+    chosen = chosen_settings(options.set, options.image_size)
     terminal = Terminal()
     contenders = [prepare(entry, options.device, chosen, terminal) for entry in entries]
     found = benchmark.run(contenders, plan, paths, report=terminal)

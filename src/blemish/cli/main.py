@@ -8,7 +8,6 @@ error, with its traceback; 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -49,15 +48,14 @@ CRASHED = 70
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     options = parser().parse_args(arguments)
-    share_cores()
-    from blemish.cli.terminal import shown_warnings
+    from blemish.cli.terminal import cleared, shown_warnings
 
     command: Command = options.command
     try:
         with shown_warnings():
             return command(options)
     except BlemishError as error:
-        print("blemish:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print(f"{cleared()}blemish:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
@@ -66,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"blemish: {error.name} is not installed; {needed}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("blemish: stopped", file=sys.stderr)
+        print(f"{cleared()}blemish: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of the output has closed it; avoid a second error when streams are flushed at exit.
@@ -83,15 +81,6 @@ def crashed() -> int:
         "blemish: this is an error in Blemish itself; please report it with the lines above", file=sys.stderr
     )
     return CRASHED
-
-
-def share_cores() -> None:
-    """Make waiting OpenMP threads sleep instead of spin, unless the user has chosen otherwise.
-
-    Spinning threads take cores from other work, for which they may then have to wait. Must be called before
-    torch is loaded.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parser() -> Parser:

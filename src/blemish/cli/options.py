@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +13,8 @@ from blemish.errors import ConfigError
 Command = Callable[[argparse.Namespace], int]
 
 
+BUSY = 0.5
+"""Cores that others keep busy, from which on threads of a training sleep while they wait."""
 RATE_HELP = "accepted share of good parts that are called defective (0.01)"
 
 
@@ -53,6 +56,11 @@ def settings(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def chosen_settings(texts: Sequence[str], image_size: str | None) -> dict[str, str]:
+    """Return the settings given by --set, and by --image-size, which counts more."""
+    return settings(texts) | ({"image_size": image_size} if image_size else {})
+
+
 def add_length(sub: argparse.ArgumentParser, *, epochs_help: str) -> None:
     """Declare the options for the length of a training run."""
     length = sub.add_mutually_exclusive_group()
@@ -88,6 +96,18 @@ def add_machine(sub: argparse.ArgumentParser) -> None:
         help="feature cache: auto (default), off, or a folder to share among runs",
     )
     sub.add_argument("--resume", action="store_true", help="continue from the checkpoint beside --out")
+
+
+def share_cores() -> None:
+    """Let waiting OpenMP threads sleep if other processes keep cores busy, unless the user has chosen.
+
+    Alone, threads that spin while they wait are faster. In company they take cores from others, for which
+    they then have to wait. Must be called before torch is loaded.
+    """
+    from blemish.devices import busy_elsewhere
+
+    if "OMP_WAIT_POLICY" not in os.environ and busy_elsewhere() >= BUSY:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def add_layout(sub: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ class Terminal:
     def __call__(self, event: Event) -> None:
         """Show an event."""
         if event.message:
-            clear = "\r\x1b[K" if any(line.live for line in self.lines.values()) else ""
+            clear = cleared() if any(line.live for line in self.lines.values()) else ""
             message = f"{event.source}: {event.message}" if event.source else event.message
             print(f"{clear}{message}", file=sys.stderr)
         if not (self.progress and event.steps):
@@ -75,11 +75,16 @@ class Terminal:
             del self.lines[name]
 
 
+def cleared() -> str:
+    """Return what clears an unfinished line of progress, before something else is printed; "" in a log."""
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
+
+
 @contextmanager
 def shown_warnings() -> Iterator[None]:
     """Show the library's warnings and errors from its log on standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("blemish: %(message)s"))
+    handler.setFormatter(logging.Formatter(f"{cleared()}blemish: %(message)s"))
     logger = logging.getLogger("blemish")
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

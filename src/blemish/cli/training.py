@@ -12,8 +12,10 @@ from blemish.cli.options import (
     add_length,
     add_machine,
     check_outputs,
+    chosen_settings,
     gigabytes,
     settings,
+    share_cores,
 )
 from blemish.detectors.registry import METHODS
 from blemish.errors import ConfigError
@@ -124,6 +126,7 @@ def sweep_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, calibrate and write a model file, or run a sweep."""
+    share_cores()
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.training import run
 
@@ -158,9 +161,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings given by --set or by options of their own; raise ConfigError for conflicts."""
     from blemish.detectors import registry
 
-    chosen: dict[str, Any] = settings(options.set)
-    if options.image_size:
-        chosen["image_size"] = options.image_size
+    chosen: dict[str, Any] = dict(chosen_settings(options.set, options.image_size))
     for option, name, setting, value in SHORTHANDS:
         given = getattr(options, name)
         if given is None or given is False:
@@ -256,6 +257,7 @@ def distill_arguments(sub: argparse.ArgumentParser) -> None:
 
 def run_distill(options: argparse.Namespace) -> int:
     """Distil a teacher and print the share of variance that it explains."""
+    share_cores()
     from blemish.cli.terminal import Terminal, stop_requests
     from blemish.training.distillation.run import run
     from blemish.training.request import DistillationRequest

@@ -18,6 +18,7 @@ from blemish.data.layouts.folder import GOOD
 from blemish.data.layouts.saturation import regions
 from blemish.errors import BlemishError, ImageError
 from blemish.images.reading import ImageInfo
+from blemish.tables import aligned
 from blemish.types import Sample, SplitName
 
 FEWEST_GOOD = 10
@@ -115,7 +116,7 @@ def check(data: str | Path, layout: str = "auto") -> Report:
 def format_report(report: Report) -> str:
     """Format a report for a terminal: a table, then the problems and the notes, each as a list item."""
     total = sum(row.count for row in report.rows)
-    lines = [f"{report.root}: {total} images, layout {report.layout}", "", *_table(report.rows)]
+    lines = [f"{report.root}: {total} images, layout {report.layout}", "", _table(report.rows)]
     for severity in ("problem", "note"):
         sentences = [problem.sentence for problem in report.problems if problem.severity == severity]
         if sentences:
@@ -273,16 +274,10 @@ def _rows(inspected: Iterable[_Inspected]) -> Iterator[Row]:
         )
 
 
-def _table(rows: Sequence[Row]) -> Iterator[str]:
+def _table(rows: Sequence[Row]) -> str:
     """Format the rows as aligned columns, with the numbers of images and masks right-aligned."""
     head = ("split", "kind", "images", "height x width", "mode", "bits", "masks")
-    cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    for line in cells:
-        padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
-        for column in (2, 6):
-            padded[column] = line[column].rjust(widths[column])
-        yield "  ".join(padded).rstrip()
+    return aligned([head, *(_cells(row) for row in rows)], left=(0, 1, 3, 4, 5))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -29,8 +29,6 @@ class Detector(nn.Module):
 
     outputs: tuple[str, ...] = ("map", "statistics")
     """Names of the outputs of `forward`, in order; those after the first two are the parts of the map."""
-    frozen: bool = True
-    """Whether the detector has a frozen part, which `load_pretrained` fills and `encode` runs."""
     wants_images: bool = False
     """Whether a training step needs the images as well as their encodings."""
     fitted_buffers: tuple[str, ...] = ()
@@ -42,6 +40,11 @@ class Detector(nn.Module):
     def pretrained_name(self) -> str:
         """Name of the network whose pretrained weights the detector uses; empty without a frozen part."""
         return ""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the detector has a frozen part, which `load_pretrained` fills and `encode` runs."""
+        return bool(self.pretrained_name)
 
     @property
     def encoding_key(self) -> tuple[str, ...]:

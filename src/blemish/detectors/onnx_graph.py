@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -54,14 +55,22 @@ def export_network(
     return written
 
 
+SUPPRESSING = threading.RLock()
+"""Held while messages are suppressed: both switches are those of the whole process."""
+
+
 @contextlib.contextmanager
 def suppress_messages() -> Iterator[None]:
-    """Suppress the exporter's and the quantiser's messages; a wrong graph fails its comparison."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    """Suppress the exporter's and the quantiser's messages; a wrong graph fails its comparison.
+
+    One thread at a time, so that each restores what it found.
+    """
+    with SUPPRESSING:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.disable(before)

@@ -19,16 +19,16 @@ from blemish.evaluation.groups import Truth, empty_groups
 from blemish.evaluation.metric_table import METRICS, shown
 from blemish.files import short_digest
 from blemish.inference.manifest import TrainingRecord
-from blemish.inference.predictor import Outcome, Predictor
+from blemish.inference.predictor import Outcome, Predictor, load
 from blemish.progress import Report, Stop, never, silent, tell, tracked
 from blemish.tables import aligned
-from blemish.types import Evaluation, ImageResult, Sample
+from blemish.types import Evaluation, ImageResult, Sample, Verdict
 
 LOG = logging.getLogger(__name__)
 
 
 def evaluate(
-    model: Predictor,
+    model: Predictor | str | Path,
     data: str | Path,
     *,
     layout: str = "auto",
@@ -39,14 +39,15 @@ def evaluate(
 ) -> Evaluation:
     """Judge the test images of a labelled data set and compute metrics.
 
-    Maps are compared with masks at each image's own size. memory: bytes for the pixel scores, beyond which
-    metrics are computed from a fine histogram. exhibits: images per type of mistake to keep for the report.
-    Unreadable images are skipped and listed. Images that the model was trained or calibrated on are left out,
-    even if the data set assigns them to the test split. Raises DataError for a data set without test images,
-    StoppedError when asked to stop.
+    model: an open model, or a model file. Maps are compared with masks at each image's own size. memory:
+    bytes for the pixel scores, beyond which metrics are computed from a fine histogram. exhibits: images per
+    type of mistake to keep for the report. Unreadable images are skipped and listed. Images that the model
+    was trained or calibrated on are left out, even if the data set assigns them to the test split. Raises
+    DataError for a data set without test images, StoppedError when asked to stop.
     """
+    model = model if isinstance(model, Predictor) else load(model)
     root = Path(data)
-    samples = with_recorded_fold(scan(root, layout), root, model, report)
+    samples = with_recorded_fold(scan(root, layout), root, model)
     test = without_training_images(choose_test(samples, root), model, report)
     if not test:
         raise DataError(f"{root} holds no test images; expected good and defective ones to evaluate on")
@@ -69,10 +70,8 @@ def evaluate(
             good.add(verdict, truth)
         elif truth is not None:  # a defect without a mask counts only for image-level metrics
             groups[sample.kind].pixels.add(verdict, truth)
-        name = relative_path(sample.path, root)
-        result = ImageResult(name, sample.kind, sample.label, verdict.label, verdict.score, verdict.p_value)
-        results.append(result)
-        gallery.offer(result, image, verdict.map, truth.mask if truth else None)
+        results.append(result_of(sample, root, verdict))
+        gallery.offer(results[-1], image, verdict.map, truth.mask if truth else None)
     return Evaluation(
         data=root.resolve().name,
         rows=tuple(group.row() for group in (overall, *groups.values())),
@@ -89,7 +88,13 @@ def evaluate(
     )
 
 
-def with_recorded_fold(samples: list[Sample], root: Path, model: Predictor, report: Report) -> list[Sample]:
+def result_of(sample: Sample, root: Path, verdict: Verdict) -> ImageResult:
+    """Return what a verdict says of a sample of the data set at `root`."""
+    name = relative_path(sample.path, root)
+    return ImageResult(name, sample.kind, sample.label, verdict.label, verdict.score, verdict.p_value)
+
+
+def with_recorded_fold(samples: list[Sample], root: Path, model: Predictor) -> list[Sample]:
     """Assign the samples to the model's cross-validation fold, if it was trained in one on these images."""
     recorded = model.manifest.training.fold
     if recorded is None:
@@ -97,7 +102,7 @@ def with_recorded_fold(samples: list[Sample], root: Path, model: Predictor, repo
     try:
         return assign_fold(samples, root, fold_from_record(recorded, samples, root))
     except DataError as error:
-        tell(report, f"the recorded fold cannot be restored, so the test split of {root} is used: {error}")
+        LOG.warning("the recorded fold cannot be restored, so the test split of %s is used: %s", root, error)
         return samples
 
 

@@ -97,6 +97,7 @@ def export(
     precision: str = "fp32",
     reduced: float = 0.0,
     evaluation: str | Path | None = None,
+    layout: str = "auto",
     report: Report = silent,
 ) -> dict[str, gate.Agreement]:
     """Export a model file to `out`, provided that the result agrees with the trained model.
@@ -108,11 +109,18 @@ def export(
     nothing, if they differ beyond the limits.
     """
     request = Request(format, precision, Path(out), reduced)
-    return run(request, Path(model), Path(data), None if evaluation is None else Path(evaluation), report)
+    labelled = None if evaluation is None else Path(evaluation)
+    return run(request, Path(model), Path(data), labelled, layout=layout, report=report)
 
 
 def run(
-    request: Request, model: Path, root: Path, labelled: Path | None, report: Report = silent
+    request: Request,
+    model: Path,
+    root: Path,
+    labelled: Path | None = None,
+    *,
+    layout: str = "auto",
+    report: Report = silent,
 ) -> dict[str, gate.Agreement]:
     """Carry out an export; see `export`."""
     opened = bundle.read(model)
@@ -120,7 +128,7 @@ def run(
         raise ConfigError(f"--out {request.out} is the model itself; expected another name")
     if opened.manifest.export is not None:
         raise ConfigError(f"{opened.path} is an export itself; expected the model file that it was made from")
-    good = held_out(opened, root)
+    good = held_out(opened, root, layout)
     detector = restored(opened)
     trained = gate.DetectorEngine(detector)
     draft = make_graph(detector, trained, good, request, report)
@@ -171,7 +179,7 @@ def make_graph(
     return Draft(graph, kept, count, left)
 
 
-def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
+def held_out(opened: Bundle, root: Path, layout: str = "auto") -> list[FloatArray]:
     """Find in a data set, by content, the good images from which a model's thresholds were set.
 
     Returns the inputs (N, 3, h, w) of each. Raises DataError if the data set has none of them.
@@ -181,7 +189,7 @@ def held_out(opened: Bundle, root: Path) -> list[FloatArray]:
     if not known:
         raise DataError(f"{opened.path} does not record the good images it was calibrated on; train it again")
     inputs: dict[str, FloatArray] = {}
-    for sample in data_sets.scan(root):
+    for sample in data_sets.scan(root, layout):
         if sample.label == 0:
             content = sample.path.read_bytes()
             digest = hashlib.sha256(content).hexdigest()[:SHORT_DIGEST]

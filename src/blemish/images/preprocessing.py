@@ -60,6 +60,16 @@ class Preprocessing:
         x0, y0, x1, y1 = box
         return x0 * width // w, y0 * height // h, -(-x1 * width // w), -(-y1 * height // h)
 
+    def point_to_image(self, point: tuple[int, int], map_size: Size, size: Size) -> tuple[int, int]:
+        """Return the pixel x, y of the image under the centre of the map's pixel."""
+        (h, w), (height, width), (x, y) = map_size, size, point
+        return (2 * x + 1) * width // (2 * w), (2 * y + 1) * height // (2 * h)
+
+    def area_to_image(self, area: int, map_size: Size, size: Size) -> int:
+        """Return an area in pixels of the image, rounded, but at least 1."""
+        (h, w), (height, width) = map_size, size
+        return max(1, round(area * width * height / (w * h)))
+
     def map_to_image(self, anomaly_map: FloatArray, size: Size) -> FloatArray:
         """Resize a map bilinearly to the height and width of its image."""
         return resize_map(anomaly_map, size)

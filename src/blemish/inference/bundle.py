@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -71,14 +72,16 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     if MANIFEST not in names:
         raise ModelFileError(f"{path} is not a model file: it has no {MANIFEST}")
 
-    def refuse(constant: str) -> float:
-        """Refuse NaN and the infinities, which no threshold can be."""
-        raise ModelFileError(
-            f"{path} is damaged: found {constant} in its {MANIFEST}; expected finite numbers"
-        )
+    def finite(text: str) -> float:
+        """Return a number; refuse NaN and the infinities, which no threshold can be."""
+        if not math.isfinite(value := float(text)):
+            raise ModelFileError(
+                f"{path} is damaged: found {text} in its {MANIFEST}; expected finite numbers"
+            )
+        return value
 
     try:
-        record = json.loads(archive.read(MANIFEST), parse_constant=refuse)
+        record = json.loads(archive.read(MANIFEST), parse_constant=finite, parse_float=finite)
         found = record["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is not a model file: its {MANIFEST} has no format number") from error

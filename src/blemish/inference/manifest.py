@@ -179,8 +179,17 @@ class Manifest:
             found = len(getattr(calibration, field_name))
             if found != count:
                 return f"calibration.{field_name} in its manifest has {found} numbers; expected {count}"
-        if min(self.preprocessing.image_size) < 1:
-            return f"preprocessing.image_size in its manifest is {self.preprocessing.image_size}"
+        if min(calibration.scales, default=1.0) <= 0:
+            return f"calibration.scales in its manifest has {min(calibration.scales)}; expected more than 0"
+        for field_name in ("scores", "pixel_maxima"):
+            values = getattr(calibration, field_name)
+            if not values or list(values) != sorted(values):
+                return f"calibration.{field_name} in its manifest is empty or not ascending"
+        size = self.preprocessing.image_size
+        if min(size) < 1 or list(size) != list(self.config.get("image_size", size)):
+            return f"preprocessing.image_size in its manifest is {size}; expected the config's"
+        if self.preprocessing.white <= 0:
+            return f"preprocessing.white in its manifest is {self.preprocessing.white}; expected more than 0"
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Run images through a graph: the only place where inputs become statistics and maps."""
+"""Run images through a graph: where inputs become the statistics and maps that are judged."""
 
 from __future__ import annotations
 

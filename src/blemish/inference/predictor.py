@@ -90,7 +90,7 @@ class Predictor:
         return self._engine
 
     def close(self) -> None:
-        """Release the engine and its memory; a verdict in progress is completed first."""
+        """Release the engine; its memory is freed once verdicts in progress are complete."""
         self._engine = None
 
     def __enter__(self) -> Predictor:
@@ -189,13 +189,12 @@ class Predictor:
         The box covers every pixel of the image that the region touches. The area is scaled and rounded, but
         is at least 1. The peak is at the image pixel under the centre of the map's peak pixel.
         """
-        (h, w), (height, width) = map_size, size
-        x, y = region.peak_xy
+        preprocessing = self.preprocessing
         return Region(
-            box=self.preprocessing.to_image(region.box, map_size, size),
-            area=max(1, round(region.area * width * height / (w * h))),
+            box=preprocessing.to_image(region.box, map_size, size),
+            area=preprocessing.area_to_image(region.area, map_size, size),
             peak=region.peak,
-            peak_xy=((2 * x + 1) * width // (2 * w), (2 * y + 1) * height // (2 * h)),
+            peak_xy=preprocessing.point_to_image(region.peak_xy, map_size, size),
         )
 
     def at_full_size(self, verdict: Verdict, size: tuple[int, int]) -> Verdict:

@@ -48,29 +48,33 @@ def in_parallel(
     Their events are reported here, with the trial's name as the source, and their warnings are logged. Raises
     StoppedError if trials are left to run, or the error of the trial that failed.
     """
-    threads, others, spawn = max(1, cores() // jobs), active_children(), get_context("spawn")
+    threads, spawn = max(1, cores() // jobs), get_context("spawn")
     said, stopping = spawn.SimpleQueue(), spawn.Event()
     pool = ProcessPoolExecutor(jobs, spawn, start_worker, (threads, said, stopping))
+    workers: set[int] = set()
     futures: list[Future[Evaluation]] = []
     ended: list[Future[Evaluation]] = []
     failure: BaseException | None = None
     with pool:
-        while len(ended) < len(trials) and failure is None and not stop():
-            # Only as many are submitted as can run: what waits inside the pool cannot be cancelled.
-            for trial in trials[len(futures) : len(ended) + jobs]:
-                futures.append(pool.submit(run_in_worker, trial, base))
-            wait([future for future in futures if not future.done()], POLL_SECONDS, FIRST_COMPLETED)
-            pass_on(said, report)
-            ended = [future for future in futures if future.done()]
-            failure = next(filter(None, (future.exception() for future in ended)), None)
-        stopping.set()
-        deadline = time.monotonic() + GRACE_SECONDS
-        while not all(future.done() for future in futures) and time.monotonic() < deadline:
-            wait(futures, POLL_SECONDS)
-            pass_on(said, report)
-        if not all(future.done() for future in futures):
-            for process in set(active_children()) - set(others):
-                process.terminate()
+        try:
+            while len(ended) < len(trials) and failure is None and not stop():
+                # Only as many are submitted as can run: what waits inside the pool cannot be cancelled.
+                for trial in trials[len(futures) : len(ended) + jobs]:
+                    futures.append(pool.submit(run_in_worker, trial, base))
+                wait([future for future in futures if not future.done()], POLL_SECONDS, FIRST_COMPLETED)
+                workers |= pass_on(said, report)
+                ended = [future for future in futures if future.done()]
+                failure = next(filter(None, (future.exception() for future in ended)), None)
+            stopping.set()
+            deadline = time.monotonic() + GRACE_SECONDS
+            while not all(future.done() for future in futures) and time.monotonic() < deadline:
+                wait(futures, POLL_SECONDS)
+                workers |= pass_on(said, report)
+        finally:  # of what is left after the grace, and at once after an exception, such as a second Ctrl-C
+            if not all(future.done() for future in futures):
+                for process in active_children():
+                    if process.pid in workers:
+                        process.terminate()
     pass_on(said, report)
     if isinstance(failure, BrokenProcessPool):
         raise StoppedError(KILLED) from failure
@@ -84,14 +88,18 @@ def in_parallel(
     return [(trial, future.result()) for trial, future in zip(trials, futures, strict=True)]
 
 
-def pass_on(said: Any, report: Report) -> None:
-    """Report the events and log the records that trials have sent."""
+def pass_on(said: Any, report: Report) -> set[int]:
+    """Report the events and log the records that trials have sent; return the workers that have begun."""
+    begun = set()
     while not said.empty():
         item = said.get()
         if isinstance(item, Event):
             report(item)
+        elif isinstance(item, int):
+            begun.add(item)
         else:
             logging.getLogger(item.name).handle(item)
+    return begun
 
 
 # --- in the process of a trial ---
@@ -120,6 +128,7 @@ def start_worker(threads: int, said: Any, stopping: Any) -> None:
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C reaches only the parent, which asks its trials to stop
     _workers.append(Worker(threads, said, stopping))
+    said.put(os.getpid())
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -26,13 +26,6 @@ from blemish.types import Batch, Supervision
 
 MASKED: Mapping[Supervision, int | None] = {"none": None, "weak": 0, "mixed": 2, "full": None}
 """How many of the four training defects keep their masks."""
-LEARNED: Mapping[Supervision, tuple[int, int]] = {
-    "none": (0, 0),
-    "weak": (4, 0),
-    "mixed": (4, 2),
-    "full": (4, 4),
-}
-"""Training defects that count, and those of them with masks."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def finalise(
     )
     state = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
     bundle.write(path, manifest, save(state), exported)
-    return Predictor(bundle.read(path))
+    return Predictor(bundle.read(path), engine=graph)
 
 
 def compare(detector: Detector, exported: Engine, batches: Iterable[Tensor]) -> float:

@@ -43,6 +43,8 @@ class Plan:
     """For the user: what the method does not learn from; empty if nothing."""
     parts: Split
     length: Length
+    seen: frozenset[str]
+    """Short digests of the images that earlier models were trained on."""
     start: Bundle | None
     """The model that a warm start begins with."""
 
@@ -67,7 +69,8 @@ def plan(request: TrainingRequest) -> Plan:
     method = registry.method(model)
     refuse_length(request, model, method)
     registry.configure(model, preset, given)  # refuses wrong settings before the data set is read
-    parts = without_empty_masks(choose_images(request, seen_images(start)))
+    seen = seen_images(start)
+    parts = without_empty_masks(choose_images(request, seen))
     parts = choose_defects(parts, request.data, request.train_defects, request.seed)
     parts = keep_masks(parts, request.data, request.train_masks, request.seed)
     able = tuple(registry.preset(model, preset).regimes)
@@ -77,7 +80,7 @@ def plan(request: TrainingRequest) -> Plan:
     length = request.length
     if start is not None and length == Length():
         length = warm_length(config)
-    return Plan(model, preset, method, config, supervision, unused, parts, length, start)
+    return Plan(model, preset, method, config, supervision, unused, parts, length, seen, start)
 
 
 def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str, str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 import msgspec
 from typing_extensions import override
@@ -53,7 +53,8 @@ class RunRequest:
     """Whether to resume from the checkpoint beside `out`."""
 
     def __post_init__(self) -> None:
-        """Convert paths and durations given as text; raise ConfigError for an invalid length."""
+        """Convert paths and durations given as text; raise ConfigError for a value of another type."""
+        self.check_types()
         for name in self.paths():
             value = getattr(self, name)
             if value is not None:
@@ -62,6 +63,19 @@ class RunRequest:
         if isinstance(self.budget, str):
             object.__setattr__(self, "budget", seconds(self.budget))
         self.length.check()
+
+    def check_types(self) -> None:
+        """Raise ConfigError for the first field whose value has another type, and for negative memory."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, Path):
+                value = str(value)
+            try:
+                msgspec.convert(to_json_types(value), kind, dec_hook=lambda kind, value: kind(value))
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{name} {value!r} does not fit: {error}") from error
+        if self.memory < 0:
+            raise ConfigError(f"memory {self.memory}: expected 0 bytes or more")
 
     @classmethod
     def paths(cls) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from blemish import __version__, data, images, seeding
 from blemish.backbones import weights
 from blemish.data.folds import record
 from blemish.data.loading.batches import Batches, Epoch, NaturalImages, Photographs
-from blemish.data.loading.cache import FeatureCache, Memory, open_cache
+from blemish.data.loading.cache import FeatureCache, Memory, check_cache, open_cache
 from blemish.data.loading.masks import read_masks
 from blemish.data.loading.sampling import FLIPS
 from blemish.data.loading.stores import EncodedStore, ImageStore
@@ -36,7 +36,7 @@ from blemish.progress import Report, Stop, never, silent, tell, tracked
 from blemish.training import fingerprint, loop
 from blemish.training.finalise import finalise
 from blemish.training.loop import Run
-from blemish.training.plan import Plan, drop_copies, find_copies, plan, seen_images, warn_of_missing
+from blemish.training.plan import Plan, drop_copies, find_copies, plan, warn_of_missing
 from blemish.training.request import TrainingRequest
 from blemish.training.session import checkpoint_path, start_or_resume
 
@@ -47,9 +47,10 @@ def train(
     """Train a detector on a data set, calibrate it on held-out good images, and write the model file `out`.
 
     options: the other fields of `TrainingRequest`, such as model, settings, steps, seed or resume. report:
-    receives an Event for each step and message. stop: is called after each step; once it returns true, the
-    run writes a checkpoint and raises StoppedError, and `resume` continues from there to the same weights.
-    Both are called on the thread that trains. Raises a BlemishError for anything that a user can fix, as
+    receives an Event for each step and message. stop: is called before each image that is read or encoded,
+    and after each step; once it returns true, the run raises StoppedError. From the first step on, it writes
+    a checkpoint before, from which `resume` continues to the same weights. Both are called on the thread
+    that trains. Raises a BlemishError for anything that a user can fix, as
     early as possible.
     """
     return run(TrainingRequest(data=Path(data), out=Path(out), **options), report=report, stop=stop)
@@ -74,9 +75,10 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
     device = choose_device(request.device)
     check_writable(request.out)
     checkpoint = checkpoint_path(request.out, request.resume)
-    dtype = training_precision(request, device)
+    check_cache(request.cache)
     keep_freed_memory()
     planned = plan(request)
+    dtype = training_precision(request.precision, planned.preset, device)
     detector = registry.build(planned.model, planned.config, request.seed)
     pretrained = load_weights(detector, planned.start, request.weights)
     detector.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -92,6 +94,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         "device": device,
         "pretrained": pretrained,
     }
+    facts = training_facts(request, planned, material)
     warm = planned.start is not None
     if planned.method.has_steps:
         session = Run(
@@ -122,18 +125,17 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         learned = loop.provenance(session)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
-    facts = learned | training_facts(request, planned, material)
-    opened = finalise(request.out, detector, held, facts, request.false_reject_rate, report)
+    opened = finalise(request.out, detector, held, learned | facts, request.false_reject_rate, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
     return opened
 
 
-def training_precision(request: TrainingRequest, device: str) -> torch.dtype:
+def training_precision(precision: str, preset: str, device: str) -> torch.dtype:
     """Return the type that training computes in."""
     # The papers trained in float32, and their noise is close to bfloat16's rounding errors.
-    faithful = request.preset != "default" and request.precision == "auto"
-    return choose_precision("fp32" if faithful else request.precision, device)
+    faithful = preset != "default" and precision == "auto"
+    return choose_precision("fp32" if faithful else precision, device)
 
 
 def read_images(
@@ -227,7 +229,7 @@ def training_facts(request: TrainingRequest, planned: Plan, material: Material) 
         "files": {
             "train": [each[:SHORT_DIGEST] for each in digests_of(material.store).values()],
             "held_out": [each[:SHORT_DIGEST] for each in digests_of(material.held).values()],
-            "before": sorted(seen_images(planned.start)),
+            "before": sorted(planned.seen),
         },
     }
 

@@ -95,6 +95,12 @@ class FeatureCache:
         return " and ".join(places)
 
 
+def check_cache(cache: str) -> None:
+    """Raise OutputError for a cache that could not be written, before any work starts."""
+    if cache not in ("auto", "off"):
+        check_folder(Path(cache))
+
+
 def open_cache(cache: str | Path, out: Path, memory: int, made_of: Sequence[Any]) -> FeatureCache:
     """Open the feature cache that `cache` selects: off, auto (a folder beside `out`) or a shared folder.
 

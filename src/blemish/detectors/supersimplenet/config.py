@@ -100,6 +100,8 @@ class SuperSimpleNetConfig(Config):
             )
 
 
+PUBLISHED_NOISE = {"wide_resnet50_2": 0.015}
+"""Standard deviation of the noise in the paper, by the backbone whose weights it was tuned for."""
 PAPER: dict[str, Any] = {
     "backbone": "wide_resnet50_2",
     "batch_size": 32,

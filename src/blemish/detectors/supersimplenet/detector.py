@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from blemish.backbones import BACKBONES, Backbone, choose_layers, fill_backbone
+from blemish.backbones import Backbone, choose_layers, fill_backbone
 from blemish.detectors import ops
 from blemish.detectors.base import Detector
-from blemish.detectors.supersimplenet.config import SuperSimpleNetConfig
+from blemish.detectors.supersimplenet.config import PUBLISHED_NOISE, SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.heads import (
     ClassificationHead,
     SegmentationHead,
@@ -57,7 +57,7 @@ class SuperSimpleNet(Detector):
             for part in module.modules() if module is not None else ():
                 if isinstance(part, nn.Conv2d | nn.Linear):
                     nn.init.xavier_normal_(part.weight)
-        self.given_noise = config.noise or BACKBONES[config.backbone].published_noise
+        self.given_noise = config.noise or PUBLISHED_NOISE.get(config.backbone)
         self.register_buffer("noise_std", torch.tensor(self.given_noise or 1.0))
         self.register_buffer("doublings", torch.tensor(0))
         size = 2 * math.ceil(3 * config.blur_sigma) + 1
