@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from blemish.backbones import IMAGENET, Normalise, choose_layers, fill_backbone,
 from blemish.backbones.pdn import CHANNELS, MARGIN, PDNS
 from blemish.detectors.muon import Muon
 from blemish.detectors.ops import LUMA
+from blemish.detectors.schedules import one_cycle
 from blemish.files import atomic_file, digest
 from blemish.training.distillation.pairs import divide, list_readable
 from blemish.training.distillation.run import half_precision
@@ -228,15 +228,6 @@ class Learned:
     history: list[dict[str, float]]
 
 
-def one_cycle(progress: float) -> float:
-    """Rise for 2 %, hold until 40 %, fall as a cosine to 1 %."""
-    if progress < 0.02:
-        return 0.05 + 0.95 * progress / 0.02
-    if progress < 0.4:
-        return 1.0
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.4) / 0.6))
-
-
 def learn(target: Target, photographs: Photographs, options: argparse.Namespace) -> Learned:
     """Train a network for so many seconds or steps."""
     device, batch = options.device, options.batch
@@ -255,7 +246,7 @@ def learn(target: Target, photographs: Photographs, options: argparse.Namespace)
             queue = torch.cat([queue, torch.randperm(len(photographs.sizes), generator=shuffle)])
         chosen, queue = queue[:batch].to(device), queue[batch:]
         for group in optimiser.param_groups:
-            group["lr"] = options.rate * one_cycle(progress)
+            group["lr"] = options.rate * one_cycle(progress, rise=0.02, hold=0.4)
         views = photographs.views(chosen, draw)
         wanted = target(views)
         with torch.autocast(device, torch.bfloat16):

@@ -20,13 +20,13 @@ def step_80_90(progress: float) -> float:
     return 0.4 ** ((progress >= 0.8) + (progress >= 0.9))
 
 
-def one_cycle(progress: float) -> float:
-    """Rise linearly for 5 %, hold until half, fall as a cosine to 1 %; for short runs of known length."""
-    if progress < 0.05:
-        return 0.05 + 0.95 * progress / 0.05
-    if progress < 0.5:
+def one_cycle(progress: float, rise: float = 0.05, hold: float = 0.5) -> float:
+    """Rise linearly until `rise`, hold until `hold`, fall as a cosine to 1 %; for runs of known length."""
+    if progress < rise:
+        return 0.05 + 0.95 * progress / rise
+    if progress < hold:
         return 1.0
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - 0.5) / 0.5))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - hold) / (1 - hold)))
 
 
 SCHEDULES = {"constant": constant, "step-95": step_95, "step-80-90": step_80_90, "one-cycle": one_cycle}
