@@ -68,6 +68,8 @@ class Batch:
     """(B, H, W) float32 weights of the defective pixels in the loss; None for equal weights."""
     natural: Tensor | None = None
     """(B, 3, H, W) float32 natural images in [0, 1] for the pretraining penalty; None if it is off."""
+    names: tuple[str, ...] = ()
+    """SHA-256 of the image files."""
     progress: float = 0.0
     """Share of the run's steps already completed, 0 at the first step."""
 
@@ -86,7 +88,7 @@ class LabelRules:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The scores of held-out good images and the thresholds derived from them."""
+    """The scores of good images that were not learned from, and the thresholds derived from them."""
 
     statistics: tuple[str, ...]
     """Names of the K statistics that the graph computes for an image."""
@@ -110,6 +112,8 @@ class Calibration:
     defect_threshold: float
     review_threshold: float
     pixel_threshold: float
+    left_out: bool = False
+    """Whether the images were not held out, but learned from and each scored without itself."""
 
 
 @dataclass(frozen=True)

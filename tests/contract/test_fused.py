@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import drawn
 from blemish.backbones import BACKBONES, IMAGENET, Backbone, Normalise
+from blemish.backbones.folding import without_norms
 from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.detectors.base import Detector
 from blemish.detectors.efficientad.channels import insert_bottleneck, reduce, rotate
@@ -27,7 +28,7 @@ from blemish.detectors.efficientad.fused import (
 from blemish.detectors.efficientad.integers import convolved, equalise, largest
 from blemish.detectors.fusing import Kept, round_evenly
 from blemish.detectors.registry import build, configure
-from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet, without_norms
+from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet
 from blemish.errors import ConfigError
 from blemish.images.resizing import to_input
 from slim import slimmer

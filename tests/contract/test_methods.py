@@ -37,6 +37,25 @@ pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 RESNET = {"backbone": "resnet18", "hidden_channels": 32, "image_size": (64, 96), "noise_ratio": 1.0}
 SMALL = drawn.TINY | {"layers": ("stage2",)}
 FEW = SMALL | {"batch_size": 4}
+REMEMBERED = {
+    "image_size": (64, 96),
+    "layers": ("stage2", "stage3"),
+    "bank_size": 300,
+    "statistics": ("maximum", "smoothed_maximum", "top_mean", "cell_maximum", "reweighted"),
+}
+PUBLISHED = {
+    "image_size": (64, 64),
+    "backbone": "resnet18",
+    "layers": ("layer1", "layer2"),
+    "aggregation": "published",
+    "place_weight": 0.0,
+    "bank_size": 0,
+    "bank_share": 0.1,
+    "candidates": 0,
+    "choice": "published",
+    "squared": True,
+    "statistics": ("cell_maximum",),
+}
 BOTH = {"statistics": ("head", "maximum")}
 HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
 CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
@@ -52,6 +71,8 @@ CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
         30,
     ),
     "simplenet": ("simplenet", "none", SMALL, 60),
+    "patchcore": ("patchcore", "none", REMEMBERED, None),
+    "patchcore as published": ("patchcore", "none", PUBLISHED, None),
     "toy": ("toy", "none", {}, None),
 }
 """Method, supervision, settings and steps."""

@@ -35,15 +35,18 @@ def split(
     held_out_share: float = 0.1,
     held_out_minimum: int = 5,
     trained: Collection[Path] = (),
+    *,
+    hold_out: bool = True,
 ) -> Split:
     """Split the samples of the data set at `root`.
 
     The held-out images are the good images of the data set's own validation split or, if it has none, a share
     of the good training images: at least `held_out_minimum` of them, but at most half. Images in `trained`,
-    on which an earlier model was trained, are never held out. Defective validation images are not used.
+    on which an earlier model was trained, are never held out. Without `hold_out`, only the data set's own
+    validation images are. Defective validation images are not used.
     Images are chosen by the SHA-256 of their path relative to `root`, independently of any seed or order.
-    Raises DataError if there are fewer than two good training images, a file is listed twice, or only some
-    samples have a split; ConfigError for a share or minimum out of range.
+    Raises DataError if there are fewer than two good training images (or none, without `hold_out`), a file is
+    listed twice, or only some samples have a split; ConfigError for a share or minimum out of range.
     """
     if not 0 < held_out_share < 1 or held_out_minimum < 1:
         raise ConfigError(
@@ -54,11 +57,12 @@ def split(
     test = choose_test(samples, root)
     rest = set(samples) - set(test)
     pool = {sample for sample in rest if sample.label == 0 and sample.split != "validation"}
-    if len(pool) < 2:
-        raise DataError(f"found {len(pool)} good images for training in {root}; expected at least 2")
+    least = 2 if hold_out else 1
+    if len(pool) < least:
+        raise DataError(f"found {len(pool)} good images for training in {root}; expected at least {least}")
     validation = (sample for sample in rest if sample.label == 0 and sample.split == "validation")
     held_out = {sample for sample in validation if sample.path not in trained}
-    if not held_out:
+    if not held_out and hold_out:
         count = max(held_out_minimum, round(held_out_share * len(pool)))
         unseen = [sample for sample in _by_hash(pool, root) if sample.path not in trained]
         held_out = set(unseen[: min(count, len(pool) // 2)])

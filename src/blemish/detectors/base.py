@@ -6,7 +6,7 @@ Its contract is in `blemish.testing`, which the tests run on every method.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -83,10 +83,19 @@ class Detector(nn.Module):
         """Return the named terms of the loss of one step: scalars whose sum is minimised."""
         raise NotImplementedError
 
-    def fit(self, batches: Iterable[Batch], generator: torch.Generator) -> str:
+    def fit(self, batches: Collection[Batch], generator: torch.Generator) -> str:
         """Fit the detector to all training images, without optimiser steps.
 
-        `batches` can be iterated more than once. Returns a note for the user, or "".
+        `batches` hold every image once, in an order that does not depend on their names, and can be iterated
+        more than once. Returns a note for the user, or "".
+        """
+        raise NotImplementedError
+
+    def leave_out(self, encoded: tuple[Tensor, ...], names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the outputs of `forward` as if the detector had not been fitted to these images.
+
+        encoded, names: results of `encode` and digests of B training images. Only for methods that leave one
+        out to set thresholds.
         """
         raise NotImplementedError
 

@@ -15,6 +15,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from blemish.detectors.ops import Border, extended
+
 
 class Fused(nn.Module):
     """A fused network, which maps (B, 3, H, W) images in [0, 1] to the detector's outputs, in float32."""
@@ -52,18 +54,20 @@ def flops(network: nn.Module, image_size: tuple[int, int]) -> int:
 # --- the final map as two matrix products: padding, resizing and blurring are linear along each axis ---
 
 
-def enlarging_matrix(cells: int, length: int, margin: int = 0, kernel: Tensor | None = None) -> Tensor:
+def enlarging_matrix(
+    cells: int, length: int, margin: int = 0, kernel: Tensor | None = None, border: Border = "reflect"
+) -> Tensor:
     """Return the (length, cells) matrix that resizes one axis of a map from cells to pixels.
 
     It pads with `margin` zeros on both sides, resizes linearly (align_corners=False) and blurs with an odd
-    kernel and reflected borders. The matrix results from applying these operations, as the detectors do, to
+    kernel. The matrix results from applying these operations, as the detectors do, to
     each unit vector.
     """
     columns = functional.pad(torch.eye(cells)[None, None], (0, 0, margin, margin))
     columns = functional.interpolate(columns, (length, cells), mode="bilinear")
     if kernel is not None:
         half = kernel.shape[0] // 2
-        columns = functional.pad(columns, (0, 0, half, half), mode="reflect")
+        columns = extended(columns[0], half, 1, border)[None]
         columns = functional.conv2d(columns, kernel.float()[None, None, :, None])
     return columns[0, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,12 +45,26 @@ def gaussian_kernel(sigma: float, size: int, device: torch.device | str = "cpu")
     return (kernel / kernel.sum()).float()
 
 
-def gaussian_blur(maps: Tensor, kernel: Tensor) -> Tensor:
-    """Blur (B, H, W) maps with the outer product of an odd (size,) kernel with itself, borders reflected."""
+Border = Literal["reflect", "symmetric"]
+"""What lies beyond the border of a map: its reflection without or with the outermost row and column."""
+
+
+def gaussian_blur(maps: Tensor, kernel: Tensor, border: Border = "reflect") -> Tensor:
+    """Blur (B, H, W) maps with the outer product of an odd (size,) kernel with itself."""
     half = kernel.shape[0] // 2
-    x = functional.pad(maps[:, None], (half, half, half, half), mode="reflect")
+    x = extended(extended(maps, half, 1, border), half, 2, border)[:, None]
     x = functional.conv2d(x, kernel[None, None, :, None])
     return functional.conv2d(x, kernel[None, None, None, :])[:, 0]
+
+
+def extended(maps: Tensor, margin: int, axis: int, border: Border) -> Tensor:
+    """Extend (B, H, W) maps by a margin on both sides of an axis, smaller than its length."""
+    length, skipped = maps.shape[axis], int(border == "reflect")
+    if not margin:
+        return maps
+    before = maps.narrow(axis, skipped, margin).flip(axis)
+    after = maps.narrow(axis, length - margin - skipped, margin).flip(axis)
+    return torch.cat([before, maps, after], axis)
 
 
 def perlin_noise(angles: Tensor, periods: Tensor, size: tuple[int, int]) -> Tensor:
@@ -103,12 +118,14 @@ LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in luma (ITU-R 601)."""
 
 
-def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+def map_statistics(
+    maps: Tensor, cells: Tensor, names: Iterable[str], top_share: float = 0.005
+) -> dict[str, Tensor]:
     """Return named (B,) statistics of (B, H, W) maps and of the (B, h, w) cells they were made from.
 
     maximum: the largest value of the map, by which the papers score an image. smoothed_maximum: the largest
-    cell after a Gaussian blur with a sigma of one cell. top_mean: the mean of the largest 0.5 % of the cells,
-    at least 5.
+    cell after a Gaussian blur with a sigma of one cell. top_mean: the mean of the largest cells, a share
+    `top_share` of them, at least 5.
     """
     found = {}
     for name in names:
@@ -120,7 +137,8 @@ def map_statistics(maps: Tensor, cells: Tensor, names: Iterable[str]) -> dict[st
             found[name] = gaussian_blur(cells, kernel).flatten(1).amax(1)
         elif name == "top_mean":
             count = cells.shape[1] * cells.shape[2]
-            found[name] = cells.flatten(1).topk(min(count, max(5, count // 200))).values.mean(1)
+            largest = min(count, max(5, int(top_share * count + 1e-6)))
+            found[name] = cells.flatten(1).topk(largest).values.mean(1)
     return found
 
 

@@ -29,6 +29,7 @@ METHODS: dict[str, str | Method] = {
     "efficientad-m": "blemish.detectors.efficientad:MEDIUM",
     "supersimplenet": "blemish.detectors.supersimplenet:SUPERSIMPLENET",
     "simplenet": "blemish.detectors.supersimplenet:SIMPLENET",
+    "patchcore": "blemish.detectors.patchcore:PATCHCORE",
 }
 """All methods by the name a user gives: a Method, or its location as MODULE:NAME, imported on first use."""
 DEFAULT = "supersimplenet"

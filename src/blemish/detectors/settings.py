@@ -88,6 +88,8 @@ class Method:
     presets: Mapping[str, Preset]
     has_steps: bool = True
     """Whether it is trained by optimiser steps; if not, it is fitted in one pass (`Detector.fit`)."""
+    leaves_one_out: bool = False
+    """Whether thresholds are set from the training images, each scored without itself (`leave_out`)."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -36,6 +36,9 @@ from blemish.types import Calibration, FloatArray
 
 LOG = logging.getLogger(__name__)
 
+LEARNED_FROM = 64
+"""Good images of a model that holds none out."""
+
 REDUCTION_IMAGES = 12
 """Good images, and rendered ones, on which reduced channels are determined."""
 
@@ -135,7 +138,8 @@ def run(
     engine = open_graph(draft.graph, detector.outputs, request.choice)
     before = opened.manifest.calibration
     after, found = compare_on_good(gate.ComparedEngine(engine, trained), good, opened.manifest)
-    agreements = {"held-out good images": found}
+    known = opened.manifest.calibration
+    agreements = {"good images" if known.left_out else "held-out good images": found}
     manifest = dataclasses.replace(opened.manifest, engine=request.choice, calibration=after)
     if labelled is not None:
         made = Bundle(opened.path, manifest, opened.weights, draft.graph)
@@ -180,12 +184,13 @@ def make_graph(
 
 
 def held_out(opened: Bundle, root: Path, layout: str = "auto") -> list[FloatArray]:
-    """Find in a data set, by content, the good images from which a model's thresholds were set.
+    """Find in a data set, by content, the good images on which an export is measured.
 
-    Returns the inputs (N, 3, h, w) of each. Raises DataError if the data set has none of them.
+    They are the held-out images or, for a model that holds none out, some that it was fitted to. Returns the
+    inputs (N, 3, h, w) of each. Raises DataError if the data set has none of them.
     """
     files = opened.manifest.training.files
-    known = frozenset(files.held_out) if files else frozenset()
+    known = frozenset(files.held_out or files.train[:LEARNED_FROM]) if files else frozenset()
     if not known:
         raise DataError(f"{opened.path} does not record the good images it was calibrated on; train it again")
     inputs: dict[str, FloatArray] = {}

@@ -161,14 +161,16 @@ def the_file_says_what_was_asked_for(subject: Subject, folder: Path) -> None:
     manifest = subject.model.manifest
     facts = manifest.training
     counts = (facts.good_images, facts.defective_images, facts.masked_images)
+    good = 10 if subject.leaves_one_out else 5
     for name, found, expected in (
         ("method", manifest.method, subject.name),
         ("config", manifest.config, as_json(subject.config)),
         ("image size", manifest.preprocessing.image_size, subject.config.image_size),
         ("steps", facts.steps, subject.request.steps or 0),
         ("supervision", facts.run.supervision, subject.supervision),
-        ("images", counts, (5, *LEARNED[subject.supervision])),
-        ("held-out images", len(manifest.calibration.scores), 5),
+        ("images", counts, (good, *LEARNED[subject.supervision])),
+        ("images behind the thresholds", len(manifest.calibration.scores), good),
+        ("held-out images", facts.held_out_images, 10 - good),
     ):
         require(found == expected, f"the file says {name} {found}; expected {expected}")
 

@@ -55,6 +55,11 @@ class Subject:
         """Whether the method is trained by steps."""
         return registry.method(self.name).has_steps
 
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether thresholds are set from the training images, each scored without itself."""
+        return registry.method(self.name).leaves_one_out
+
     def detector(self, seed: int = 0) -> Detector:
         """Return the detector untrained, with its pretrained part."""
         built = registry.build(self.name, self.config, seed)

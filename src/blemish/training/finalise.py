@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +27,42 @@ from blemish.inference.manifest import Manifest, TrainingRecord
 from blemish.inference.measure import measure
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, silent, tell
+from blemish.types import Batch, Calibration
 
 TOLERANCE = 1e-4
 """Largest relative difference allowed between the graph and the detector."""
 
 
+COMPARED = 32
+"""Training images on which the graph is compared with the detector if none are held out."""
+
+
 def finalise(
     path: Path,
     detector: Detector,
-    held_out: ImageStore,
+    good: ImageStore,
     facts: dict[str, Any],
-    false_reject_rate: float,
+    calibrate: Callable[[Engine], Calibration],
     report: Report = silent,
 ) -> Predictor:
-    """Finalise a trained detector on held-out good images and write its model file.
+    """Finalise a trained detector on good images and write its model file.
 
-    facts: the fields of TrainingRecord that are known so far. Before anything is written, the graph is
-    compared with the detector on the held-out images; raises ExportError if they differ.
+    good: held-out images or, where there are none, some that it was fitted to. facts: the fields of
+    TrainingRecord that are known so far. calibrate: sets the thresholds, given the graph. Before anything is
+    written, the graph is compared with the detector on the images; raises ExportError if they differ.
     """
     detector.eval().to("cpu")  # where float32 has its full precision, as in the runtime
     with torch.no_grad():
-        detector.finish(held_out.batches())
+        detector.finish(good.batches())
     exported = onnx_graph.export_detector(detector)
     graph = open_graph(exported, detector.outputs, Choice())
-    difference = compare(detector, graph, held_out.batches())
-    inputs = map(held_out.inputs, range(len(held_out.paths)))
-    found = calibration.fit(
-        *measure(graph, held_out.preprocessing, inputs),
-        detector.config.statistics,
-        false_reject_rate=false_reject_rate,
-    )
+    difference = compare(detector, graph, good.batches())
+    found = calibrate(graph)
     tell(report, calibration.describe(found))
     manifest = Manifest(
         method=facts["run"]["model"],
         config=as_json(detector.config),
-        preprocessing=held_out.preprocessing,
+        preprocessing=good.preprocessing,
         outputs=tuple(detector.outputs),
         calibration=found,
         training=msgspec.convert(facts | {"graph_difference": difference}, TrainingRecord),
@@ -76,6 +77,38 @@ def finalise(
     state = {key: value.contiguous().cpu() for key, value in detector.state_dict().items()}
     bundle.write(path, manifest, save(state), exported)
     return Predictor(bundle.read(path), engine=graph)
+
+
+def from_held_out(
+    graph: Engine, held_out: ImageStore, statistics: tuple[str, ...], false_reject_rate: float
+) -> Calibration:
+    """Set thresholds from held-out good images."""
+    inputs = map(held_out.inputs, range(len(held_out.paths)))
+    measured = measure(graph, held_out.preprocessing, inputs)
+    return calibration.fit(*measured, statistics, false_reject_rate=false_reject_rate)
+
+
+def from_left_out(
+    detector: Detector, batches: Iterable[Batch], false_reject_rate: float, earlier: Calibration | None
+) -> Calibration:
+    """Set thresholds from good images that the detector was fitted to, each scored without itself.
+
+    earlier: thresholds of the model that this one goes on from, whose images need not be among these: more
+    remembered cells only lower their scores.
+    """
+    statistics, maxima = [], []
+    detector.eval()
+    with torch.no_grad():
+        for batch in batches:
+            maps, found, *_ = detector.leave_out(batch.encoded, batch.names)
+            statistics.append(found.cpu().numpy())
+            maxima.append(maps.amax((1, 2)).cpu().numpy())
+    measured = np.concatenate(statistics), np.concatenate(maxima)
+    if earlier is not None:
+        return calibration.extended(earlier, *measured)
+    return calibration.fit(
+        *measured, detector.config.statistics, false_reject_rate=false_reject_rate, left_out=True
+    )
 
 
 def compare(detector: Detector, exported: Engine, batches: Iterable[Tensor]) -> float:

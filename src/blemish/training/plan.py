@@ -70,7 +70,7 @@ def plan(request: TrainingRequest) -> Plan:
     refuse_length(request, model, method)
     registry.configure(model, preset, given)  # refuses wrong settings before the data set is read
     seen = seen_images(start)
-    parts = without_empty_masks(choose_images(request, seen))
+    parts = without_empty_masks(choose_images(request, seen, method))
     parts = choose_defects(parts, request.data, request.train_defects, request.seed)
     parts = keep_masks(parts, request.data, request.train_masks, request.seed)
     able = tuple(registry.preset(model, preset).regimes)
@@ -78,7 +78,7 @@ def plan(request: TrainingRequest) -> Plan:
     config = registry.configure(model, preset, given, supervision)
     config.refuse_supervision(supervision)
     length = request.length
-    if start is not None and length == Length():
+    if start is not None and length == Length() and method.has_steps:
         length = warm_length(config)
     return Plan(model, preset, method, config, supervision, unused, parts, length, seen, start)
 
@@ -202,19 +202,28 @@ def without_empty_masks(parts: Split) -> Split:
     return dataclasses.replace(parts, train_defects=defects)
 
 
-def choose_images(request: TrainingRequest, trained: Collection[str]) -> Split:
+def choose_images(request: TrainingRequest, trained: Collection[str], method: Method) -> Split:
     """Scan and split a data set.
 
-    trained: short digests of the images that an earlier model was trained on, which must not set thresholds
-    now. Raises DataError if there are too few good images to hold any out.
+    trained: short digests of the images that an earlier model was trained on. They must not be held out now,
+    and a method without steps, which remembers what it was fitted to, is not fitted to them again. Raises
+    DataError if there are too few good images to hold any out, or no new ones.
     """
     root = request.data
     samples: Sequence[Sample] = data.scan(root, request.layout)
     if request.fold is not None:
         samples = assign_fold(samples, root, request.fold)
     seen = {sample.path for sample in samples if trained and short_digest(sample.path) in trained}
-    parts = split(samples, root, trained=seen)
-    if len(parts.held_out) < 2:
+    parts = split(samples, root, trained=seen, hold_out=not method.leaves_one_out)
+    if seen and not method.has_steps:
+        new = tuple(sample for sample in parts.train if sample.path not in seen)
+        if not new:
+            count = len(parts.train)
+            raise DataError(
+                f"{request.start} was fitted to all {count} good images in {root} already; expected new ones"
+            )
+        parts = dataclasses.replace(parts, train=new)
+    if len(parts.held_out) < 2 and not (method.leaves_one_out and not parts.held_out):
         good = len(parts.train) + len(parts.held_out)
         raise DataError(
             f"found {good} good images in {root}, {len(parts.held_out)} of them held out for the thresholds; "

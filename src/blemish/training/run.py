@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from blemish import __version__, data, images, seeding
 from blemish.backbones import weights
 from blemish.data.folds import record
-from blemish.data.loading.batches import Batches, Epoch, NaturalImages, Photographs
+from blemish.data.loading.batches import Batches, NaturalImages, Pass, Photographs
 from blemish.data.loading.cache import FeatureCache, Memory, check_cache, open_cache
 from blemish.data.loading.masks import read_masks
 from blemish.data.loading.sampling import FLIPS
@@ -31,14 +31,16 @@ from blemish.errors import ConfigError, ModelFileError
 from blemish.files import SHORT_DIGEST, check_writable, digest, to_json_types
 from blemish.images import Preprocessing
 from blemish.inference.bundle import Bundle
+from blemish.inference.engines import Engine
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, Stop, never, silent, tell, tracked
 from blemish.training import fingerprint, loop
-from blemish.training.finalise import finalise
+from blemish.training.finalise import COMPARED, finalise, from_held_out, from_left_out
 from blemish.training.loop import Run
 from blemish.training.plan import Plan, drop_copies, find_copies, plan, warn_of_missing
 from blemish.training.request import TrainingRequest
 from blemish.training.session import checkpoint_path, start_or_resume
+from blemish.types import Calibration
 
 
 def train(
@@ -54,6 +56,10 @@ def train(
     early as possible.
     """
     return run(TrainingRequest(data=Path(data), out=Path(out), **options), report=report, stop=stop)
+
+
+LEFT_OUT = 1000
+"""Training images, at most, from which thresholds are set by scoring each without itself."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +131,29 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         learned = loop.provenance(session)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
-    opened = finalise(request.out, detector, held, learned | facts, request.false_reject_rate, report)
+    good, calibrate = thresholds(request, planned, detector, material, report, stop)
+    opened = finalise(request.out, detector, good, learned | facts, calibrate, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
     return opened
+
+
+def thresholds(
+    request: TrainingRequest,
+    planned: Plan,
+    detector: Detector,
+    material: Material,
+    report: Report,
+    stop: Stop,
+) -> tuple[ImageStore, Callable[[Engine], Calibration]]:
+    """Return good images to finish and compare the detector on, and how its thresholds are set."""
+    rate, held, store = request.false_reject_rate, material.held, material.store
+    if held.paths:
+        return held, lambda graph: from_held_out(graph, held, detector.config.statistics, rate)
+    scored = Pass(material.batches, report, stop, "scoring each without itself", LEFT_OUT)
+    earlier = planned.start.manifest.calibration if planned.start is not None else None
+    found = from_left_out(detector, scored, rate, earlier)
+    return store.without(frozenset(range(COMPARED, len(store.paths)))), lambda graph: found
 
 
 def training_precision(precision: str, preset: str, device: str) -> torch.dtype:
@@ -155,7 +180,7 @@ def read_images(
     left_out = find_copies(planned.parts, digests.__getitem__)
     planned, store = drop_copies(planned, left_out), store.without(left_out) if left_out else store
     tell(report, planned.description)
-    if planned.start is not None:
+    if planned.start is not None and planned.method.has_steps:
         warn_of_missing(planned.start, digests_of(store).values())
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     for each in (store, held):
@@ -357,7 +382,7 @@ def fit(
     """Fit a detector in one pass, without steps; return the facts about it that the model file records."""
     with torch.no_grad():
         note = detector.fit(
-            Epoch(material.batches, report, stop), seeding.generator(seed, "fit", device=device)
+            Pass(material.batches, report, stop), seeding.generator(seed, "fit", device=device)
         )
     if note:
         tell(report, note)

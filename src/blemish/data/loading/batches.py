@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from blemish import seeding
 from blemish.data.loading.masks import Mask
@@ -46,20 +47,43 @@ class Photographs:
         return self.store.batch([readable(self.store, pick) for pick in picks])
 
 
-class Epoch:
-    """The batches of a run's first epoch; can be iterated more than once.
+class Pass(Collection[Batch]):
+    """Batches with every image once, or a number of them, in the order of their digests.
+
+    Can be iterated more than once.
 
     Reports progress after each batch, and raises StoppedError once `stop` returns true.
     """
 
-    def __init__(self, batches: Batches, report: Report = silent, stop: Stop = never) -> None:
-        self.batches, self.report, self.stop = batches, report, stop
+    def __init__(
+        self,
+        batches: Batches,
+        report: Report = silent,
+        stop: Stop = never,
+        phase: str = "fitting",
+        limit: int | None = None,
+    ) -> None:
+        self.batches, self.report, self.stop, self.phase = batches, report, stop, phase
+        order = sorted(range(len(batches.samples)), key=batches.store.digest)[:limit]
+        size = batches.batch_size
+        self.parts = [order[first : first + size] for first in range(0, len(order), size)]
 
+    @override
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.parts)
+
+    @override
+    def __contains__(self, item: object) -> bool:
+        """Return whether an object is one of the batches, which are made anew each time: never."""
+        return False
+
+    @override
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""
-        steps = range(self.batches.per_epoch)
-        for step in tracked(steps, len(steps), self.report, "fitting", unit="batch", stop=self.stop):
-            yield self.batches.at(step)
+        for indices in tracked(self.parts, len(self), self.report, self.phase, unit="batch", stop=self.stop):
+            entries = [(index, 0) for index in indices]
+            yield self.batches.of(entries, self.batches.images(entries))
 
 
 class Batches:
@@ -98,10 +122,13 @@ class Batches:
 
     def read(self, step: int) -> tuple[Tensor, Tensor | None]:
         """Read the images of a step, and its natural images if the run uses them."""
-        chosen = [index for index, _ in self.entries(step)]
-        natural = self.natural.batch(step, len(chosen)) if self.natural is not None else None
-        images_ = self.store.batch(chosen) if self.with_images else torch.empty(0)
-        return images_, natural
+        entries = self.entries(step)
+        natural = self.natural.batch(step, len(entries)) if self.natural is not None else None
+        return self.images(entries), natural
+
+    def images(self, entries: Sequence[Entry]) -> Tensor:
+        """Read the images of entries; none if the detector trains on encodings alone."""
+        return self.store.batch([index for index, _ in entries]) if self.with_images else torch.empty(0)
 
     def at(self, step: int) -> Batch:
         """Return a step's batch on the device."""
@@ -110,7 +137,11 @@ class Batches:
         else:
             images_, natural = self.read(step)
         self.ahead = (step + 1, self.pool.submit(self.read, step + 1))
-        entries, device = self.entries(step), self.encoded.device
+        return self.of(self.entries(step), images_, natural)
+
+    def of(self, entries: Sequence[Entry], images_: Tensor, natural: Tensor | None = None) -> Batch:
+        """Return the batch of entries and their images, on the device."""
+        device = self.encoded.device
         masks, weights = self.labelled_pixels(entries)
         known = [self.labels[index] == 0 or index in self.masks for index, _ in entries]
         return Batch(
@@ -121,6 +152,7 @@ class Batches:
             masks.to(device) if masks is not None else None,
             weights.to(device) if weights is not None else None,
             natural.to(device) if natural is not None else None,
+            tuple(self.store.digest(index) for index, _ in entries),
         )
 
     def labelled_pixels(self, entries: Sequence[Entry]) -> tuple[Tensor | None, Tensor | None]:

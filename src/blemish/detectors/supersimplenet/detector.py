@@ -14,6 +14,7 @@ from typing_extensions import override
 from blemish.backbones import Backbone, choose_layers, fill_backbone
 from blemish.detectors import ops
 from blemish.detectors.base import Detector
+from blemish.detectors.cells import by_cells
 from blemish.detectors.supersimplenet.config import PUBLISHED_NOISE, SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.heads import (
     ClassificationHead,
@@ -324,14 +325,3 @@ class SuperSimpleNet(Detector):
         from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet
 
         return FusedSuperSimpleNet(self).eval()
-
-
-def by_cells(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Rearrange (B, C_i, h_i, w_i) outputs to (B, h_i, w_i, C_i), those of the same size concatenated."""
-    parts: list[Tensor] = []
-    for x in outputs:
-        if parts and parts[-1].shape[2:] == x.shape[2:]:
-            parts[-1] = torch.cat([parts[-1], x], 1)
-        else:
-            parts.append(x)
-    return tuple(x.permute(0, 2, 3, 1).contiguous() for x in parts)

@@ -12,19 +12,18 @@ Exact rewrites, equal to the plain network up to rounding:
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from typing_extensions import override
 
-from blemish.backbones import Backbone
+from blemish.backbones.folding import without_norms
 from blemish.detectors import ops
+from blemish.detectors.cells import by_cells, cell_parts
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
-from blemish.detectors.supersimplenet.detector import SuperSimpleNet, by_cells
+from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import SLOPE, spread, spread_shifted
 
 
@@ -42,7 +41,7 @@ class FusedSuperSimpleNet(Fused):
         self.config, self.feature_size = detector.config, detector.feature_size
         self.backbone = without_norms(detector.backbone)
         kernel = detector.kernel if self.config.blur_sigma else None
-        parts = cell_parts(detector)
+        parts = cell_parts(detector.backbone, self.config.image_size)
         sizes = zip(self.feature_size(parts), self.config.image_size, strict=True)
         down, across = (enlarging_matrix(cells, length, kernel=kernel) for cells, length in sizes)
         self.register_buffer("down", down)
@@ -90,7 +89,7 @@ class FusedClassification(nn.Module):
         constant = features @ adaptor.bias if adapted else features.new_zeros(features.shape[:3])
         rows = (features @ adaptor.weight if adapted else features).flatten(0, 2)
         self.taps, self.feature_size = len(features), detector.feature_size
-        channels = [part.shape[3] for part in cell_parts(detector)]
+        channels = [part.shape[3] for part in cell_parts(detector.backbone, detector.config.image_size)]
         self.layers = nn.ModuleList([linear(each) for each in torch.split(rows, channels, 1)])
         self.register_buffer("own", own.detach().clone())
         self.register_buffer("constant", constant.permute(2, 0, 1)[:, None].detach().clone())
@@ -116,13 +115,6 @@ class FusedClassification(nn.Module):
         return score[:, 0]
 
 
-def cell_parts(detector: SuperSimpleNet) -> tuple[Tensor, ...]:
-    """Return meta tensors, without memory, of the shapes (1, h_i, w_i, C_i) that the detector encodes to."""
-    height, width = detector.config.image_size
-    with torch.device("meta"):
-        return by_cells(copy.deepcopy(detector.backbone).to("meta")(torch.empty(1, 3, height, width)))
-
-
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the (C,) gain and shift that a batch norm applies in evaluation mode."""
     if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_var is None:
@@ -136,17 +128,3 @@ def linear(weight: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return layer
-
-
-def without_norms(backbone: Backbone) -> Backbone:
-    """Return a copy of a backbone with batch norms and the image's deviation folded into its convolutions."""
-    made = copy.deepcopy(backbone)
-    for module in list(made.modules()):
-        for (before, layer), (name, norm) in pairwise(list(module.named_children())):
-            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, before, fuse_conv_bn_eval(layer, norm))
-                setattr(module, name, nn.Identity())
-    entrance = next(layer for layer in made.modules() if isinstance(layer, nn.Conv2d))
-    entrance.weight.data /= made.normalise.std
-    made.normalise.std.fill_(1.0)
-    return made

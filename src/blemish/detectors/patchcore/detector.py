@@ -1,0 +1,282 @@
+"""PatchCore's features, fitting and scoring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from blemish import seeding
+from blemish.backbones import Backbone, choose_layers, fill_backbone
+from blemish.detectors import cells, ops
+from blemish.detectors.base import Detector
+from blemish.detectors.patchcore import coreset
+from blemish.detectors.patchcore.aggregation import NUMBERS, aggregate, kernels
+from blemish.detectors.patchcore.config import PatchCoreConfig
+from blemish.errors import ConfigError
+from blemish.types import Batch
+
+SMOOTHING = 0.03
+"""Distance added in squares under the root, in features of length 1: rounding errors of a squared distance
+near 0 would otherwise grow a thousandfold in its root."""
+
+BLOCKS = 4
+"""A single good image is judged by itself in BLOCKS x BLOCKS parts, each without its own cells."""
+
+
+class PatchCore(Detector):
+    """Frozen backbone and a bank of remembered cells."""
+
+    fitted_buffers = ("bank", "owners", "origins")
+    mean: Tensor
+    projection: Tensor
+    place: Tensor
+    bank: Tensor
+    owners: Tensor
+    origins: Tensor
+    radius: Tensor
+    fitted: Tensor
+    kernel: Tensor
+
+    def __init__(self, config: PatchCoreConfig) -> None:
+        super().__init__()
+        self.config: PatchCoreConfig = config
+        layers = choose_layers(config.backbone, config.layers)
+        self.backbone = Backbone(config.backbone, layers)
+        shapes = cells.cell_parts(self.backbone, config.image_size)
+        self.cell_size = (shapes[0].shape[1], shapes[0].shape[2])
+        self.channels = tuple(shape.shape[3] for shape in shapes)
+        features = NUMBERS if config.aggregation == "published" else sum(self.channels)
+        if config.dimensions >= features:
+            raise ConfigError(
+                f"dimensions {config.dimensions}: the features have {features}; expected fewer, or 0"
+            )
+        numbers = (config.dimensions + 1 if config.dimensions else features) + 2 * (config.place_weight > 0)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("projection", torch.eye(features))
+        self.register_buffer("place", config.place_weight * cells.places(*self.cell_size))
+        self.register_buffer("bank", torch.zeros(1, numbers))
+        self.register_buffer("owners", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("origins", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("radius", torch.tensor(0.0))
+        self.register_buffer("fitted", torch.tensor(False))
+        size = 2 * math.ceil(4 * config.blur_sigma) + 1
+        self.register_buffer("kernel", ops.gaussian_kernel(config.blur_sigma or 1.0, size))
+
+    @property
+    @override
+    def pretrained_name(self) -> str:
+        return self.config.backbone
+
+    @override
+    def load_pretrained(self, path: Path) -> None:
+        fill_backbone(self.backbone, self.config.backbone, path)
+
+    @property
+    @override
+    def encoding_key(self) -> tuple[str, ...]:
+        return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
+
+    @property
+    @override
+    def config_buffers(self) -> set[str]:
+        return {"kernel", "place"}
+
+    @override
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the backbone's outputs as (B, h_i, w_i, C_i), those of the same size concatenated."""
+        return cells.by_cells(self.backbone(images))
+
+    def features(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Return the (B, h, w, C) features of the cells (section 3.1)."""
+        if self.config.aggregation == "mean":
+            return cells.joined(encoded)
+        planes = [part.permute(0, 3, 1, 2) for part in encoded]
+        weights = [kernel.to(planes[0]) for kernel in kernels(self.channels)]
+        return aggregate(planes, weights).permute(0, 2, 3, 1)
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Centre (..., C) features, project them and, if configured, keep their principal components."""
+        if self.config.aggregation == "published":
+            return features
+        centred = (features - self.mean) @ self.projection
+        if not self.config.dimensions:
+            return centred
+        kept, rest = centred.tensor_split([self.config.dimensions], -1)
+        return torch.cat([kept, rest.square().sum(-1, keepdim=True).sqrt()], -1)
+
+    def rows(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Return the (B, h w, D) rows that are compared: embedded features, and the cell's place."""
+        embedded = self.embed(self.features(encoded))
+        if self.config.place_weight:
+            place = self.place.expand(len(embedded), -1, -1, -1)
+            embedded = torch.cat([embedded, place], 3)
+        return embedded.flatten(1, 2)
+
+    # --- fitting ---
+
+    @override
+    def fit(self, batches: Collection[Batch], generator: torch.Generator) -> str:
+        """Remember cells of good images, in one pass; or add to those that an earlier model remembered."""
+        features, origins, owners = self.gather(batches, generator)
+        grown = bool(self.fitted)
+        if not grown:
+            self.measure(features)
+        points = self.embed(features)
+        if self.config.place_weight:
+            points = torch.cat([points, self.place.flatten(0, 1)[origins]], 1)
+        if self.config.trim:
+            kept = coreset.typical(points, owners, self.config.trim, generator)
+            points, origins, owners = points[kept], origins[kept], owners[kept]
+        if grown:
+            chosen = coreset.extend(self.bank, points, self.config.bank_size, float(self.radius))
+            before = (self.bank, self.owners, self.origins)
+        else:
+            chosen = self.choose(points, generator)
+            before = (self.bank[:0], self.owners[:0], self.origins[:0])
+            self.fitted.fill_(True)
+        self.bank = torch.cat([before[0], points[chosen]])
+        self.owners = torch.cat([before[1], owners[chosen]])
+        self.origins = torch.cat([before[2], origins[chosen]])
+        more = f"{len(chosen)} more than before" if grown else f"of {len(points)} candidates"
+        return f"{len(self.bank)} cells of good images remembered, {more}"
+
+    def gather(self, batches: Collection[Batch], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the candidates: (n, C) features, (n,) cells they come from, and (n,) images.
+
+        As many are drawn from each image, by a seed of its own, so that neither the order of the images nor
+        their number changes which; and all are kept in memory, so that their number is bounded.
+        """
+        limit = self.config.candidates or sum(self.cell_size) ** 2 * len(batches)
+        each = -(-limit // len(batches))
+        rows, places, images = [], [], []
+        for batch in islice(batches, limit):
+            features = self.features(batch.encoded).flatten(1, 2)
+            for name, found in zip(batch.names, features, strict=True):
+                draw = seeding.generator(generator.initial_seed(), "cells", name)
+                cell = torch.randperm(len(found), generator=draw)[:each].to(found.device)
+                rows.append(found[cell])
+                places.append(cell)
+                images.append(torch.full_like(cell, number_of(name)))
+        return torch.cat(rows), torch.cat(places), torch.cat(images)
+
+    def measure(self, features: Tensor) -> None:
+        """Measure mean and projection: principal axes or none, whitened or not, to a mean length of 1."""
+        if self.config.aggregation == "published":
+            return
+        wide = features.double()
+        mean = wide.mean(0)
+        covariance = (wide - mean).T @ (wide - mean) / len(wide)
+        variances = covariance.diagonal()
+        projection = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+        if self.config.dimensions or self.config.whitening:
+            values, axes = torch.linalg.eigh(covariance)
+            variances, projection = values.flip(0).clamp(min=0), axes.flip(1)
+            if self.config.whitening:
+                scale = (variances + self.config.whitening * variances.mean()).rsqrt()
+                variances, projection = variances * scale.square(), projection * scale
+        length = variances.sum().sqrt()
+        self.mean.copy_(mean)
+        self.projection.copy_(projection / (length if length > 0 else 1.0))
+
+    def choose(self, points: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the indices of the candidates to remember; set the radius that they cover."""
+        count = self.config.bank_size or max(1, int(len(points) * self.config.bank_share))
+        count = min(count, len(points))
+        if self.config.choice == "random":
+            return torch.randperm(len(points), generator=generator)[:count].to(points.device)
+        if self.config.choice == "published":
+            return coreset.draw_published(points, count, generator)
+        chosen, radius = coreset.cover(points, count)
+        self.radius.fill_(radius)
+        return chosen
+
+    # --- scoring (section 3.3) ---
+
+    def squared(self, rows: Tensor, left_out: Tensor | None = None) -> Tensor:
+        """Return the (B, n) squared distances of (B, n, D) rows, each the mean over the nearest neighbours.
+
+        left_out: (B, 1 or n, M) booleans, the rows of the bank that do not count.
+        """
+        closeness = rows @ self.bank.T - self.bank.square().sum(1) / 2
+        if left_out is not None:
+            closeness = closeness.masked_fill(left_out, -torch.inf)
+        if self.config.neighbours == 1:
+            nearest = closeness.amax(2)
+        else:
+            nearest = closeness.topk(min(self.config.neighbours, len(self.bank)), 2).values.mean(2)
+        return (rows.square().sum(2) - 2 * nearest).clamp(min=0)
+
+    def judge(self, rows: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return maps and statistics of (B, h w, D) rows."""
+        config = self.config
+        squared = self.squared(rows, left_out)
+        distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
+        planes = distances.unflatten(1, self.cell_size)
+        maps = cells.resized(planes[:, None], config.image_size)[:, 0]
+        if config.blur_sigma:
+            maps = ops.gaussian_blur(maps, self.kernel, border="symmetric")
+        statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
+        if "cell_maximum" in config.statistics:
+            statistics["cell_maximum"] = distances.amax(1)
+        if "reweighted" in config.statistics:
+            statistics["reweighted"] = reweighted(rows, squared, self.bank, config.support)
+        return maps, torch.stack([statistics[name] for name in config.statistics], 1)
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.judge(self.rows(self.encode(images)))
+
+    @override
+    def leave_out(self, encoded: tuple[Tensor, ...], names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return the outputs of `forward` without the cells that were remembered of these very images.
+
+        Where nothing else is remembered, because there was but one image, each part of it is judged without
+        the cells of that part.
+        """
+        numbers = self.owners.new_tensor([number_of(name) for name in names])
+        own = self.owners == numbers[:, None]
+        left_out = own[:, None]
+        if bool(own.all()):
+            block = blocks(self.cell_size).to(self.owners.device)
+            left_out = (block[:, None] == block[self.origins]).expand(len(names), -1, -1)
+        return self.judge(self.rows(encoded), left_out)
+
+    @override
+    def fused(self) -> nn.Module:
+        from blemish.detectors.patchcore.fused import FusedPatchCore
+
+        return FusedPatchCore(self).eval()
+
+
+def number_of(name: str) -> int:
+    """Return the number by which a bank knows an image: the first 60 bits of its digest."""
+    return int(name[:15], 16)
+
+
+def blocks(size: tuple[int, int]) -> Tensor:
+    """Return the (h w,) numbers of the blocks that cells lie in, BLOCKS along each axis."""
+    axes = [torch.arange(length) * BLOCKS // length for length in size]
+    return (axes[0][:, None] * BLOCKS + axes[1]).flatten()
+
+
+def reweighted(rows: Tensor, squared: Tensor, bank: Tensor, support: int) -> Tensor:
+    """Return the (B,) image scores of equation 7: the largest distance, weighted by the bank around it.
+
+    rows: (B, n, D), squared: (B, n) their squared distances. The weight is 1 less the softmax, at the nearest
+    row of the bank, of the distances to the `support` rows nearest to that row, itself included.
+    """
+    worst = squared.argmax(1)[:, None, None].expand(-1, -1, rows.shape[2])
+    row = rows.gather(1, worst)[:, 0]
+    halves = bank.square().sum(1) / 2
+    nearest = (row @ bank.T - halves).argmax(1)
+    around = (bank[nearest] @ bank.T - halves).topk(min(support, len(bank)), 1).indices
+    distances = (row[:, None] - bank[around]).square().sum(2).sqrt()
+    own = (row - bank[nearest]).square().sum(1).sqrt()
+    weight = 1 - torch.exp(own - torch.logsumexp(distances, 1))
+    return weight * own
