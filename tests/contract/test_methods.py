@@ -56,6 +56,17 @@ PUBLISHED = {
     "squared": True,
     "statistics": ("cell_maximum",),
 }
+GAUSSIANS = {"image_size": (64, 96), "layers": ("stage2", "stage3"), "dimensions": 16}
+SCATTERED = {
+    "image_size": (64, 64),
+    "backbone": "resnet18",
+    "layers": ("layer1", "layer2"),
+    "average": False,
+    "reduction": "random",
+    "dimensions": 20,
+    "shrinkage": 0.01,
+    "statistics": ("maximum",),
+}
 BOTH = {"statistics": ("head", "maximum")}
 HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
 CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
@@ -73,6 +84,9 @@ CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
     "simplenet": ("simplenet", "none", SMALL, 60),
     "patchcore": ("patchcore", "none", REMEMBERED, None),
     "patchcore as published": ("patchcore", "none", PUBLISHED, None),
+    "padim": ("padim", "none", GAUSSIANS, None),
+    "padim, one Gaussian": ("padim", "none", GAUSSIANS | {"place": "all", "dimensions": 0}, None),
+    "padim as published": ("padim", "none", SCATTERED, None),
     "toy": ("toy", "none", {}, None),
 }
 """Method, supervision, settings and steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_description_of_enough_images() -> None:
         ({"false_reject_rate": 0.1, "review_rate": 0.05}, "expected at least the false-reject rate, 0.1"),
     ],
 )
-def test_refuses_options(options: dict[str, float], sentence: str) -> None:
+def test_refuses_options(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         fit(np.arange(9.0)[:, None], np.arange(9.0), ("maximum",), **options)
 

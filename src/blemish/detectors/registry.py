@@ -30,6 +30,7 @@ METHODS: dict[str, str | Method] = {
     "supersimplenet": "blemish.detectors.supersimplenet:SUPERSIMPLENET",
     "simplenet": "blemish.detectors.supersimplenet:SIMPLENET",
     "patchcore": "blemish.detectors.patchcore:PATCHCORE",
+    "padim": "blemish.detectors.padim:PADIM",
 }
 """All methods by the name a user gives: a Method, or its location as MODULE:NAME, imported on first use."""
 DEFAULT = "supersimplenet"

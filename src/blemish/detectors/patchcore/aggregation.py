@@ -30,7 +30,7 @@ def kernels(channels: Sequence[int], numbers: int = NUMBERS) -> list[Tensor]:
 
     The cell's vector is the outputs of all layers added, after those of coarser layers are resized.
     """
-    joined = pooling(len(channels) * NUMBERS, numbers).split(NUMBERS, 1)
+    joined = torch.split(pooling(len(channels) * NUMBERS, numbers), NUMBERS, 1)
     return [
         (share @ pooling(9 * count, NUMBERS)).view(numbers, count, 3, 3)
         for share, count in zip(joined, channels, strict=True)

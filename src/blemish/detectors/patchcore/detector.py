@@ -217,7 +217,7 @@ class PatchCore(Detector):
         config = self.config
         squared = self.squared(rows, left_out)
         distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
-        planes = distances.unflatten(1, self.cell_size)
+        planes = distances.view(-1, *self.cell_size)
         maps = cells.resized(planes[:, None], config.image_size)[:, 0]
         if config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel, border="symmetric")

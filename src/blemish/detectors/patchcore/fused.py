@@ -12,11 +12,10 @@ Exact rewrites, equal to the plain network up to rounding:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from blemish.backbones.folding import without_norms
 from blemish.detectors import cells, ops
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.patchcore.aggregation import kernels
@@ -36,16 +35,17 @@ class FusedPatchCore(Fused):
     def __init__(self, detector: PatchCore) -> None:
         super().__init__()
         self.config, self.cell_size = detector.config, detector.cell_size
-        self.backbone = without_norms(detector.backbone)
         kernel = detector.kernel if self.config.blur_sigma else None
         sizes = zip(self.cell_size, self.config.image_size, strict=True)
         down, across = (enlarging_matrix(n, length, kernel=kernel, border="symmetric") for n, length in sizes)
         self.register_buffer("down", down)
         self.register_buffer("across", across)
-        self.published = self.config.aggregation == "published"
-        self.layers = nn.ModuleList(
-            convolution(kernel)
-            for kernel in (kernels(detector.channels) if self.published else projections(detector))
+        published = self.config.aggregation == "published"
+        self.projected = cells.Projected(
+            detector.backbone,
+            kernels(detector.channels) if published else projections(detector),
+            self.cell_size,
+            average=not published,
         )
         self.register_buffer("constant", constant(detector))
         self.register_buffer("bank", detector.bank.T.detach().clone())
@@ -53,11 +53,7 @@ class FusedPatchCore(Fused):
 
     def rows(self, images: Tensor) -> Tensor:
         """Return the (B, h w, D) rows that are compared with the bank."""
-        outputs = [x.permute(0, 3, 1, 2) for x in cells.by_cells(self.backbone(images))]
-        planes = [layer(x) for x, layer in zip(outputs, self.layers, strict=True)]
-        if not self.published:
-            planes = [cells.averaged(plane) for plane in planes]
-        joined = sum(cells.resized(plane, self.cell_size) for plane in planes) + self.constant
+        joined = self.projected(images) + self.constant
         rows = joined.flatten(2).transpose(1, 2)
         if not self.config.dimensions:
             return rows
@@ -76,7 +72,7 @@ class FusedPatchCore(Fused):
             nearest = closeness.topk(min(config.neighbours, len(self.halves)), 2).values.mean(2)
         squared = functional.relu(rows.float().square().sum(2) - 2 * nearest)
         distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
-        planes = distances.unflatten(1, self.cell_size)
+        planes = distances.view(-1, *self.cell_size)
         maps = enlarge(planes, self.down, self.across)
         statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
         if "cell_maximum" in config.statistics:
@@ -87,10 +83,9 @@ class FusedPatchCore(Fused):
 
 
 def projections(detector: PatchCore) -> list[Tensor]:
-    """Return the (D, C_i, 1, 1) kernels that project each layer; the rows of a cell's place are 0."""
+    """Return the (D, C_i, 1, 1) kernels that project each layer, with zeros for the cell's place."""
     places = 2 * bool(detector.config.place_weight)
-    rows = functional.pad(detector.projection.T, (0, 0, 0, places))
-    return [part[:, :, None, None] for part in rows.split(detector.channels, 1)]
+    return cells.projections(functional.pad(detector.projection, (0, places)), detector.channels)
 
 
 def constant(detector: PatchCore) -> Tensor:
@@ -103,11 +98,3 @@ def constant(detector: PatchCore) -> Tensor:
         fixed = shift[:, None, None].expand(-1, height, width)
     place = detector.place.permute(2, 0, 1)
     return (torch.cat([fixed, place]) if detector.config.place_weight else fixed)[None].detach().clone()
-
-
-def convolution(kernel: Tensor) -> nn.Conv2d:
-    """Return a convolution without bias, with a copy of these (outputs, inputs, k, k) weights, k odd."""
-    outputs, inputs, size, _ = kernel.shape
-    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
-    layer.weight = nn.Parameter(kernel.detach().clone().contiguous(), requires_grad=False)
-    return layer
