@@ -249,11 +249,11 @@ def metrics(found: Evaluation) -> dict[str, float | None]:
 
 def in_other_light(model: blemish.Predictor, root: Path, folder: Path) -> dict[str, Any]:
     """Evaluate on altered test images: the mean over the alterations, and each by its name."""
-    from light_variants import ALTERATIONS, write_altered
+    from light_variants import VARIANTS, altered_copy
 
     each: dict[str, Mapping[str, float | None]] = {}
-    for name, alter in ALTERATIONS.items():
-        each[name] = metrics(blemish.evaluate(model, write_altered(root, folder / name, alter)))
+    for name, alter in VARIANTS.items():
+        each[name] = metrics(blemish.evaluate(model, altered_copy(root, folder / name, alter)))
     names = next(iter(each.values()))
     means = {name: mean(float(one[name] or 0.0) for one in each.values()) for name in names}
     return means | {"each": each}

@@ -54,6 +54,7 @@ PUBLISHED = {
     "candidates": 0,
     "choice": "published",
     "squared": True,
+    "edges": "none",
     "statistics": ("cell_maximum",),
 }
 GAUSSIANS = {"image_size": (64, 96), "layers": ("stage2", "stage3"), "dimensions": 16}
@@ -65,6 +66,7 @@ SCATTERED = {
     "reduction": "random",
     "dimensions": 20,
     "shrinkage": 0.01,
+    "edges": "none",
     "statistics": ("maximum",),
 }
 BOTH = {"statistics": ("head", "maximum")}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from blemish.detectors.settings import Config, refuse_numbers
+from blemish.detectors.settings import Config, Edges, refuse_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class PaDiMConfig(Config):
     as the number of images calls for."""
     top_share: float = 0.01
     """Share of the cells whose mean is the statistic `top_mean`."""
+    edges: Edges = "cells"
+    """What is done about places where good parts score high: nothing, level rings or each cell, or leave the
+    rim blind (`detectors.edges`)."""
     blur_sigma: float = 4.0
     """Sigma of the blur of the final map, in pixels of the network's input."""
 
@@ -55,5 +58,6 @@ PAPER: dict[str, Any] = {
     "reduction": "random",
     "dimensions": 100,
     "shrinkage": 0.01,
+    "edges": "none",
     "statistics": ("maximum",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from blemish.backbones import Backbone, choose_layers, fill_backbone
-from blemish.detectors import cells, ops
+from blemish.detectors import cells, edges, ops
 from blemish.detectors.base import Detector
 from blemish.detectors.padim import gaussians
 from blemish.detectors.padim.config import PaDiMConfig
@@ -48,6 +49,8 @@ class PaDiM(Detector):
     factor: Tensor
     share: Tensor
     count: Tensor
+    gain: Tensor
+    shift: Tensor
     kernel: Tensor
 
     def __init__(self, config: PaDiMConfig) -> None:
@@ -69,6 +72,8 @@ class PaDiM(Detector):
         self.register_buffer("factor", torch.eye(size).repeat(positions, 1, 1))
         self.register_buffer("share", torch.zeros(positions))
         self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("gain", torch.ones(self.cell_size))
+        self.register_buffer("shift", torch.zeros(self.cell_size))
         taps = 2 * math.ceil(4 * config.blur_sigma) + 1
         self.register_buffer("kernel", ops.gaussian_kernel(config.blur_sigma or 1.0, taps))
 
@@ -105,7 +110,8 @@ class PaDiM(Detector):
 
     def rows(self, encoded: Sequence[Tensor]) -> Tensor:
         """Return the (B, P, D) reduced features of the cells."""
-        return self.features(encoded) @ self.projection
+        rows: Tensor = self.features(encoded) @ self.projection
+        return rows
 
     # --- fitting ---
 
@@ -124,6 +130,13 @@ class PaDiM(Detector):
         self.factor.copy_(gaussians.factors(covariances))
         self.share.copy_(share)
         self.count.fill_(images)
+        if self.config.edges in edges.MEASURED:
+            maps = (
+                self.planes(self.squared_left_out(batch.encoded)) for batch in islice(batches, edges.IMAGES)
+            )
+            gain, shift = edges.measure(maps, self.config.edges)
+            self.gain.copy_(gain)
+            self.shift.copy_(shift)
         kind = "one Gaussian" if self.pooled else f"{len(self.mean)} Gaussians"
         return f"{kind} of {self.mean.shape[1]} features, covariances shrunk by {float(share.mean()):.1%}"
 
@@ -152,10 +165,14 @@ class PaDiM(Detector):
             return (apart @ self.factor[0].T).square().sum(2)
         return (self.factor @ apart[:, :, :, None])[..., 0].square().sum(2)
 
+    def planes(self, squared: Tensor) -> Tensor:
+        """Return the (B, h, w) distances that (B, P) squared ones stand for."""
+        return squared.sqrt().view(-1, *self.cell_size)
+
     def judge(self, squared: Tensor) -> tuple[Tensor, Tensor]:
         """Return maps and statistics of (B, P) squared distances."""
         config = self.config
-        planes = squared.sqrt().view(-1, *self.cell_size)
+        planes = edges.treated(self.planes(squared), config.edges, self.gain, self.shift)
         maps = cells.resized(planes[:, None], config.image_size)[:, 0]
         if config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel)
@@ -169,10 +186,14 @@ class PaDiM(Detector):
     @override
     def leave_out(self, encoded: tuple[Tensor, ...], names: Sequence[str]) -> tuple[Tensor, ...]:
         """Return the outputs of `forward` as if the Gaussians had been measured without these very images."""
+        return self.judge(self.squared_left_out(encoded))
+
+    def squared_left_out(self, encoded: Sequence[Tensor]) -> Tensor:
+        """Return the (B, P) squared distances of images from the Gaussians of all others."""
         rows = self.rows(encoded)
         if self.pooled:
-            return self.judge(torch.stack([self.squared_without(one) for one in rows]))
-        return self.judge(gaussians.left_out(self.squared(rows), int(self.count), self.share))
+            return torch.stack([self.squared_without(one) for one in rows])
+        return gaussians.left_out(self.squared(rows), int(self.count), self.share)
 
     def squared_without(self, rows: Tensor) -> Tensor:
         """Return the (P,) squared distances of one image's (P, D) rows from the Gaussian of all others."""

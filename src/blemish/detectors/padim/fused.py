@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from blemish.detectors import cells, ops
+from blemish.detectors import cells, edges, ops
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.padim.detector import PaDiM
 
@@ -19,11 +19,13 @@ from blemish.detectors.padim.detector import PaDiM
 class FusedPaDiM(Fused):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `PaDiM.forward`."""
 
-    full_precision = ("down", "across")
+    full_precision = ("down", "across", "gain", "shift")
     down: Tensor
     across: Tensor
     factor: Tensor
     mean: Tensor
+    gain: Tensor
+    shift: Tensor
 
     def __init__(self, detector: PaDiM) -> None:
         super().__init__()
@@ -43,16 +45,19 @@ class FusedPaDiM(Fused):
             average=self.config.average,
             resize=cells.resized if self.config.average else cells.repeated,
         )
+        self.register_buffer("gain", detector.gain.detach().clone())
+        self.register_buffer("shift", detector.shift.detach().clone())
         self.register_buffer("mean", mean.detach().clone())
         self.register_buffer("factor", detector.factor.detach().clone())
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the map and the statistics."""
-        apart = self.projected(images).flatten(2).transpose(1, 2) - self.mean
+        apart: Tensor = self.projected(images).flatten(2).transpose(1, 2) - self.mean
         if not self.pooled:
             apart = torch.matmul(self.factor, apart[:, :, :, None])[..., 0]
         planes = apart.float().square().sum(2).sqrt().view(-1, *self.cell_size)
+        planes = edges.treated(planes, self.config.edges, self.gain, self.shift)
         maps = enlarge(planes, self.down, self.across)
         statistics = ops.map_statistics(maps, planes, self.config.statistics, self.config.top_share)
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from blemish.detectors.settings import STATISTICS, Config, refuse_numbers
+from blemish.detectors.settings import STATISTICS, Config, Edges, refuse_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,9 @@ class PatchCoreConfig(Config):
     """Map squared distances, as published, instead of distances."""
     top_share: float = 0.01
     """Share of the cells whose mean is the statistic `top_mean`."""
+    edges: Edges = "cells"
+    """What is done about places where good parts score high: nothing, level rings or each cell, or leave the
+    rim blind (`detectors.edges`)."""
     blur_sigma: float = 4.0
     """Sigma of the blur of the final map, in pixels of the network's input."""
 
@@ -86,5 +89,6 @@ PAPER: dict[str, Any] = {
     "candidates": 0,
     "choice": "published",
     "squared": True,
+    "edges": "none",
     "statistics": ("cell_maximum",),
 }

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from blemish import seeding
 from blemish.backbones import Backbone, choose_layers, fill_backbone
-from blemish.detectors import cells, ops
+from blemish.detectors import cells, edges, ops
 from blemish.detectors.base import Detector
 from blemish.detectors.patchcore import coreset
 from blemish.detectors.patchcore.aggregation import NUMBERS, aggregate, kernels
@@ -41,6 +41,8 @@ class PatchCore(Detector):
     origins: Tensor
     radius: Tensor
     fitted: Tensor
+    gain: Tensor
+    shift: Tensor
     kernel: Tensor
 
     def __init__(self, config: PatchCoreConfig) -> None:
@@ -65,6 +67,8 @@ class PatchCore(Detector):
         self.register_buffer("origins", torch.zeros(1, dtype=torch.long))
         self.register_buffer("radius", torch.tensor(0.0))
         self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("gain", torch.ones(self.cell_size))
+        self.register_buffer("shift", torch.zeros(self.cell_size))
         size = 2 * math.ceil(4 * config.blur_sigma) + 1
         self.register_buffer("kernel", ops.gaussian_kernel(config.blur_sigma or 1.0, size))
 
@@ -143,6 +147,11 @@ class PatchCore(Detector):
         self.bank = torch.cat([before[0], points[chosen]])
         self.owners = torch.cat([before[1], owners[chosen]])
         self.origins = torch.cat([before[2], origins[chosen]])
+        if self.config.edges in edges.MEASURED and not grown:
+            planes = (self.planes_left_out(batch) for batch in islice(batches, edges.IMAGES))
+            gain, shift = edges.measure(planes, self.config.edges)
+            self.gain.copy_(gain)
+            self.shift.copy_(shift)
         more = f"{len(chosen)} more than before" if grown else f"of {len(points)} candidates"
         return f"{len(self.bank)} cells of good images remembered, {more}"
 
@@ -212,18 +221,22 @@ class PatchCore(Detector):
             nearest = closeness.topk(min(self.config.neighbours, len(self.bank)), 2).values.mean(2)
         return (rows.square().sum(2) - 2 * nearest).clamp(min=0)
 
+    def planes(self, squared: Tensor) -> Tensor:
+        """Return the (B, h, w) distances that (B, h w) squared ones stand for."""
+        distances = squared if self.config.squared else (squared + SMOOTHING**2).sqrt()
+        return distances.view(-1, *self.cell_size)
+
     def judge(self, rows: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return maps and statistics of (B, h w, D) rows."""
         config = self.config
         squared = self.squared(rows, left_out)
-        distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
-        planes = distances.view(-1, *self.cell_size)
+        planes = edges.treated(self.planes(squared), config.edges, self.gain, self.shift)
         maps = cells.resized(planes[:, None], config.image_size)[:, 0]
         if config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel, border="symmetric")
         statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
         if "cell_maximum" in config.statistics:
-            statistics["cell_maximum"] = distances.amax(1)
+            statistics["cell_maximum"] = planes.flatten(1).amax(1)
         if "reweighted" in config.statistics:
             statistics["reweighted"] = reweighted(rows, squared, self.bank, config.support)
         return maps, torch.stack([statistics[name] for name in config.statistics], 1)
@@ -239,13 +252,21 @@ class PatchCore(Detector):
         Where nothing else is remembered, because there was but one image, each part of it is judged without
         the cells of that part.
         """
+        rows = self.rows(encoded)
+        return self.judge(rows, self.own_rows(names).expand(-1, rows.shape[1], -1))
+
+    def planes_left_out(self, batch: Batch) -> Tensor:
+        """Return the (B, h, w) distances of images that were fitted to, each without itself."""
+        return self.planes(self.squared(self.rows(batch.encoded), self.own_rows(batch.names)))
+
+    def own_rows(self, names: Sequence[str]) -> Tensor:
+        """Return which rows of the bank do not count for each cell of these images: (B, 1 or h w, M)."""
         numbers = self.owners.new_tensor([number_of(name) for name in names])
         own = self.owners == numbers[:, None]
-        left_out = own[:, None]
         if bool(own.all()):
             block = blocks(self.cell_size).to(self.owners.device)
-            left_out = (block[:, None] == block[self.origins]).expand(len(names), -1, -1)
-        return self.judge(self.rows(encoded), left_out)
+            return (block[:, None] == block[self.origins]).expand(len(names), -1, -1)
+        return own[:, None]
 
     @override
     def fused(self) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from blemish.detectors import cells, ops
+from blemish.detectors import cells, edges, ops
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.patchcore.aggregation import kernels
 from blemish.detectors.patchcore.detector import SMOOTHING, PatchCore, reweighted
@@ -25,12 +25,14 @@ from blemish.detectors.patchcore.detector import SMOOTHING, PatchCore, reweighte
 class FusedPatchCore(Fused):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `PatchCore.forward`."""
 
-    full_precision = ("down", "across", "halves")
+    full_precision = ("down", "across", "halves", "gain", "shift")
     down: Tensor
     across: Tensor
     halves: Tensor
     bank: Tensor
     constant: Tensor
+    gain: Tensor
+    shift: Tensor
 
     def __init__(self, detector: PatchCore) -> None:
         super().__init__()
@@ -47,13 +49,15 @@ class FusedPatchCore(Fused):
             self.cell_size,
             average=not published,
         )
+        self.register_buffer("gain", detector.gain.detach().clone())
+        self.register_buffer("shift", detector.shift.detach().clone())
         self.register_buffer("constant", constant(detector))
         self.register_buffer("bank", detector.bank.T.detach().clone())
         self.register_buffer("halves", detector.bank.square().sum(1).detach() / 2)
 
     def rows(self, images: Tensor) -> Tensor:
         """Return the (B, h w, D) rows that are compared with the bank."""
-        joined = self.projected(images) + self.constant
+        joined: Tensor = self.projected(images) + self.constant
         rows = joined.flatten(2).transpose(1, 2)
         if not self.config.dimensions:
             return rows
@@ -73,10 +77,11 @@ class FusedPatchCore(Fused):
         squared = functional.relu(rows.float().square().sum(2) - 2 * nearest)
         distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
         planes = distances.view(-1, *self.cell_size)
+        planes = edges.treated(planes, config.edges, self.gain, self.shift)
         maps = enlarge(planes, self.down, self.across)
         statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
         if "cell_maximum" in config.statistics:
-            statistics["cell_maximum"] = distances.amax(1)
+            statistics["cell_maximum"] = planes.flatten(1).amax(1)
         if "reweighted" in config.statistics:
             statistics["reweighted"] = reweighted(rows.float(), squared, self.bank.T.float(), config.support)
         return maps, torch.stack([statistics[name] for name in config.statistics], 1)
