@@ -151,6 +151,20 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Nearest:
+    """The most similar place in a good image to the most anomalous place of the image that was judged."""
+
+    image: str
+    """Path of the good image relative to its data set."""
+    xy: tuple[int, int]
+    """The place in the good image, in pixels of an image of the size of the one that was judged."""
+    worst_xy: tuple[int, int]
+    """The most anomalous place, in pixels of the image that was judged."""
+    distance: float
+    """Between the features of both places; on average, good features are 1 away from their mean."""
+
+
+@dataclass(frozen=True)
 class ImageResult:
     """The result for one test image of an evaluation."""
 

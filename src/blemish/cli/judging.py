@@ -74,6 +74,12 @@ def predict_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--overlays", type=Path, metavar="DIR", help="write each image with its anomaly map in colour over it"
     )
+    sub.add_argument(
+        "--why",
+        action="store_true",
+        help="name the good image and place that the most anomalous place is most like (a model that remembers them; "
+        "needs the extra train)",
+    )
     sub.add_argument("--threads", type=int, default=0, metavar="N", help="number of threads (all cores)")
 
 
@@ -87,10 +93,14 @@ def run_predict(options: argparse.Namespace) -> int:
     outputs = bulk.Outputs(options.jsonl, options.maps, options.map_format, options.overlays)
     files = bulk.gather(options.images)
     report = Terminal(progress=options.jsonl is not None)
-    write = partial(print, flush=True)
-    counts = bulk.run(
-        load(options.model, threads=options.threads), files, outputs, write=write, report=report
-    )
+    model = load(options.model, threads=options.threads)
+    write, explain = partial(print, flush=True), None
+    if options.why:
+        from blemish.inference import bundle
+        from blemish.inference.engines.pytorch import Explainer
+
+        explain = Explainer(bundle.read(options.model))
+    counts = bulk.run(model, files, outputs, write=write, explain=explain, report=report)
     print(", ".join(f"{count} {label}" for label, count in counts.items()), file=sys.stderr)
     return 2 if counts["unreadable"] else 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,21 @@ from blemish.detectors.fusing import Kept, first_convolution, round_evenly
 from blemish.detectors.settings import Config
 from blemish.errors import ConfigError
 from blemish.types import Batch, LabelRules
+
+
+@dataclass(frozen=True)
+class Match:
+    """The remembered cell that is most similar to an image's most anomalous cell."""
+
+    digest: str
+    """First hexadecimal digits of the SHA-256 of the good image that it comes from."""
+    cell: tuple[int, int]
+    """Its row and column there."""
+    worst: tuple[int, int]
+    """Row and column of the most anomalous cell."""
+    size: tuple[int, int]
+    """Number of rows and columns of cells."""
+    distance: float
 
 
 class Detector(nn.Module):
@@ -113,6 +129,13 @@ class Detector(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map (B, 3, H, W) images to (B, H, W) anomaly maps, (B, K) statistics and the parts of the map."""
         raise NotImplementedError
+
+    def matches(self, images: Tensor) -> list[Match]:
+        """Return, for each of (B, 3, H, W) images, what the most anomalous cell is most like.
+
+        Raises ConfigError for a method that does not remember good images.
+        """
+        raise ConfigError("this model does not remember good images, so it cannot say what a place is like")
 
     def fused(self) -> nn.Module:
         """Return a fused network with copied weights: the same outputs with fewer operations, for inference.

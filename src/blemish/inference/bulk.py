@@ -18,7 +18,7 @@ from blemish.files import atomic_file
 from blemish.images import overlays
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, silent, tracked
-from blemish.types import AnyArray, Verdict
+from blemish.types import AnyArray, Nearest, Verdict
 
 LOG = logging.getLogger(__name__)
 
@@ -73,11 +73,13 @@ def run(
     outputs: Outputs,
     *,
     write: Callable[[str], None],
+    explain: Callable[[AnyArray], Nearest] | None = None,
     report: Report = silent,
 ) -> dict[str, int]:
     """Judge files in order and write the results; return the number of images by label or unreadable.
 
-    write: receives each JSON line, unless `outputs` names a file for them.
+    write: receives each JSON line, unless `outputs` names a file for them. explain: returns what the most
+    anomalous place of an (H, W, 3) image is most like; its answer joins the image's line.
     """
     counts = {"ok": 0, "review": 0, "defect": 0, "unreadable": 0}
     pictures = outputs.maps is not None or outputs.overlays is not None
@@ -92,6 +94,8 @@ def run(
                 counts[outcome.verdict.label] += 1
                 write_pictures(model, file, outcome.image, outcome.verdict, outputs)
                 record = as_record(outcome.verdict)
+                if explain is not None:
+                    record["nearest"] = asdict(explain(outcome.image))
             write_line(json.dumps(record))
     return counts
 

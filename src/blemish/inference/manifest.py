@@ -26,6 +26,8 @@ class UsedFiles:
     held_out: tuple[str, ...]
     before: tuple[str, ...] = ()
     """Images that an earlier model was trained on, or from which earlier thresholds were set."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Paths, relative to the data set, of the images that a model remembers, by short digest."""
 
     @property
     def all(self) -> frozenset[str]:

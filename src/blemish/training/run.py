@@ -23,6 +23,7 @@ from blemish.data.loading.masks import read_masks
 from blemish.data.loading.sampling import FLIPS
 from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.data.loading.textures import Textures
+from blemish.data.split import relative_path
 from blemish.detectors import registry
 from blemish.detectors.base import Detector
 from blemish.detectors.settings import as_json
@@ -255,7 +256,17 @@ def training_facts(request: TrainingRequest, planned: Plan, material: Material) 
             "train": [each[:SHORT_DIGEST] for each in digests_of(material.store).values()],
             "held_out": [each[:SHORT_DIGEST] for each in digests_of(material.held).values()],
             "before": sorted(planned.seen),
+            "names": names_of(request, planned, material) if planned.method.leaves_one_out else {},
         },
+    }
+
+
+def names_of(request: TrainingRequest, planned: Plan, material: Material) -> dict[str, str]:
+    """Return the paths of the training images, relative to their data set, by short digest."""
+    earlier = planned.start.manifest.training.files if planned.start is not None else None
+    return (earlier.names if earlier else {}) | {
+        digest[:SHORT_DIGEST]: relative_path(path, request.data)
+        for path, digest in digests_of(material.store).items()
     }
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from blemish import seeding
 from blemish.backbones import Backbone, choose_layers, fill_backbone
 from blemish.detectors import cells, edges, ops
-from blemish.detectors.base import Detector
+from blemish.detectors.base import Detector, Match
 from blemish.detectors.patchcore import coreset
 from blemish.detectors.patchcore.aggregation import NUMBERS, aggregate, kernels
 from blemish.detectors.patchcore.config import PatchCoreConfig
@@ -24,6 +24,9 @@ from blemish.types import Batch
 SMOOTHING = 0.03
 """Distance added in squares under the root, in features of length 1: rounding errors of a squared distance
 near 0 would otherwise grow a thousandfold in its root."""
+
+DIGITS = 15
+"""Hexadecimal digits of an image's digest that fit into a number of 64 bits with a sign."""
 
 BLOCKS = 4
 """A single good image is judged by itself in BLOCKS x BLOCKS parts, each without its own cells."""
@@ -269,6 +272,25 @@ class PatchCore(Detector):
         return own[:, None]
 
     @override
+    def matches(self, images: Tensor) -> list[Match]:
+        rows, width = self.rows(self.encode(images)), self.cell_size[1]
+        planes = edges.treated(self.planes(self.squared(rows)), self.config.edges, self.gain, self.shift)
+        found = []
+        for one, worst in zip(rows, planes.flatten(1).argmax(1).tolist(), strict=True):
+            distances = (self.bank - one[worst]).square().sum(1)
+            nearest = int(distances.argmin())
+            found.append(
+                Match(
+                    digest=f"{int(self.owners[nearest]):0{DIGITS}x}",
+                    cell=divmod(int(self.origins[nearest]), width),
+                    worst=divmod(worst, width),
+                    size=self.cell_size,
+                    distance=float(distances[nearest].sqrt()),
+                )
+            )
+        return found
+
+    @override
     def fused(self) -> nn.Module:
         from blemish.detectors.patchcore.fused import FusedPatchCore
 
@@ -276,8 +298,8 @@ class PatchCore(Detector):
 
 
 def number_of(name: str) -> int:
-    """Return the number by which a bank knows an image: the first 60 bits of its digest."""
-    return int(name[:15], 16)
+    """Return the number by which a bank knows an image: the first digits of its digest."""
+    return int(name[:DIGITS], 16)
 
 
 def blocks(size: tuple[int, int]) -> Tensor:

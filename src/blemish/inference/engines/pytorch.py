@@ -14,7 +14,7 @@ from blemish.detectors.fusing import Lowered
 from blemish.devices import choose_device
 from blemish.inference.bundle import Bundle
 from blemish.inference.choice import Choice
-from blemish.types import FloatArray
+from blemish.types import AnyArray, FloatArray, Nearest
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -23,6 +23,31 @@ def restored(opened: Bundle) -> Detector:
     """Return the detector of a model file with its weights; raise ModelFileError if they do not fit."""
     manifest = opened.manifest
     return registry.restore(manifest.method, manifest.config, opened.weights, str(opened.path))
+
+
+class Explainer:
+    """Names the good image, and the place in it, that the most anomalous place of an image is most like.
+
+    Raises ConfigError, when it is made, for a model that does not remember good images.
+    """
+
+    def __init__(self, opened: Bundle) -> None:
+        self.detector, self.manifest = restored(opened), opened.manifest
+        self.detector.matches(torch.zeros(1, 3, *opened.manifest.preprocessing.image_size))
+
+    def __call__(self, image: AnyArray) -> Nearest:
+        """Explain an (H, W, 3) RGB image."""
+        preprocessing, files = self.manifest.preprocessing, self.manifest.training.files
+        with torch.no_grad():
+            matches = self.detector.matches(torch.from_numpy(preprocessing.inputs(image)))
+        found, size = max(matches, key=lambda match: match.distance), (image.shape[0], image.shape[1])
+        names = files.names if files else {}
+        known = (name for digest, name in names.items() if digest.startswith(found.digest))
+        there, here = (
+            preprocessing.point_to_image((column, row), found.size, size)
+            for row, column in (found.cell, found.worst)
+        )
+        return Nearest(next(known, found.digest), there, here, found.distance)
 
 
 class PyTorch:
