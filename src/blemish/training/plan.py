@@ -13,13 +13,15 @@ from typing import Any
 from blemish import data, images
 from blemish.data.folds import assign_fold
 from blemish.data.labels import choose_defects, describe, keep_masks, supervise
+from blemish.data.shapes import most_frequent
 from blemish.data.split import Split, split
-from blemish.detectors import registry
-from blemish.detectors.settings import Config, Method, read_settings
+from blemish.detectors import registry, sizing
+from blemish.detectors.settings import FROM_IMAGES, Config, Method, read_settings
 from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
+from blemish.progress import Report, silent, tell
 from blemish.training.length import Length
 from blemish.training.request import TrainingRequest
 from blemish.types import Sample, Supervision
@@ -38,6 +40,7 @@ class Plan:
     preset: str
     method: Method
     config: Config
+    """With a concrete image size."""
     supervision: Supervision
     unused_labels: str
     """For the user: what the method does not learn from; empty if nothing."""
@@ -59,10 +62,11 @@ class Plan:
         return describe(self.parts, self.supervision) + self.unused_labels
 
 
-def plan(request: TrainingRequest) -> Plan:
+def plan(request: TrainingRequest, report: Report = silent) -> Plan:
     """Determine the images, supervision, config and length of a run.
 
-    Raises a BlemishError for what does not exist or cannot be combined.
+    Reports the size of the network's input if it is derived from the images. Raises a BlemishError for what
+    does not exist or cannot be combined.
     """
     start = None if request.start is None else bundle.read(request.start)
     model, preset, given = settle_settings(request, start)
@@ -77,6 +81,8 @@ def plan(request: TrainingRequest) -> Plan:
     parts, supervision, unused = supervise(parts, request.supervision, able, model)
     config = registry.configure(model, preset, given, supervision)
     config.refuse_supervision(supervision)
+    config = with_size(config, request, [*parts.train, *parts.train_defects], report)
+    refuse_another_size(start, config)
     length = request.length
     if start is not None and length == Length():
         length = warm_length(config)
@@ -117,7 +123,52 @@ def inherit(
             )
     supervision: Any = run.supervision
     own = registry.own_settings(run.model, run.preset, supervision, config)
+    if "side" in given:
+        own.pop("image_size", None)
     return run.model, run.preset if preset == "default" else preset, own | dict(given)
+
+
+def with_size(config: Config, request: TrainingRequest, samples: Sequence[Sample], report: Report) -> Config:
+    """Return a config with a concrete image size, derived from the samples' images if need be.
+
+    Only their headers are read. Reports a size that is derived, and warns if the images have several shapes.
+    """
+    if config.image_size != FROM_IMAGES and request.scale is None and request.defect_size is None:
+        return config
+    shape = most_frequent([images.describe(sample.path).size for sample in samples])
+    if shape.others:
+        LOG.warning(
+            "the training images have several shapes: the size follows the %d that are like %s, the most "
+            "frequent; the other %d are stretched",
+            *(shape.count, sizing.written(shape.size), shape.others),
+        )
+    if request.scale is not None:
+        scale = sizing.read_scale(request.scale)
+        chosen = sizing.at_scale(shape.size, scale)
+        reason = f"scale {' x '.join(f'{each:g}' for each in dict.fromkeys(scale))}"
+    elif request.defect_size is not None:
+        defect = sizing.read_defect_size(request.defect_size)
+        chosen = sizing.for_defect(config, shape.size, defect)
+        covered = sizing.coverage(shape.size, chosen, defect)
+        reason = f"a defect of {defect:g} pixels covers {covered:g}, of {config.NEED} needed"
+    else:
+        chosen = sizing.for_shape(config, shape.size)
+        reason = sizing.comparison(shape.size, chosen)
+    seen = f"images are {sizing.written(shape.size)}: the network sees {sizing.written(chosen)}"
+    tell(report, f"{seen} ({reason})")
+    return dataclasses.replace(config, image_size=chosen)
+
+
+def refuse_another_size(start: Bundle | None, config: Config) -> None:
+    """Raise ConfigError if an earlier model's weights depend on its image size and the run has another."""
+    if start is None or "image_size" not in config.FIXED:
+        return
+    earlier = start.manifest.preprocessing.image_size
+    if config.image_size != earlier:
+        raise ConfigError(
+            f"image size {sizing.written(config.image_size)}: the weights in {start.path} were trained with "
+            f"{sizing.written(earlier)}, which cannot be changed"
+        )
 
 
 def refuse_length(request: TrainingRequest, model: str, method: Method) -> None:

@@ -77,7 +77,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
     checkpoint = checkpoint_path(request.out, request.resume)
     check_cache(request.cache)
     keep_freed_memory()
-    planned = plan(request)
+    planned = plan(request, report)
     dtype = training_precision(request.precision, planned.preset, device)
     detector = registry.build(planned.model, planned.config, request.seed)
     pretrained = load_weights(detector, planned.start, request.weights)
