@@ -39,15 +39,23 @@ def square(config: Config) -> Size:
 
 
 def at_scale(image: Size, scale: tuple[float, float]) -> Size:
-    """Return the size at which a pixel of the image becomes `scale` (vertical, horizontal) network pixels."""
-    return nearest(image[0] * scale[0], image[1] * scale[1])
+    """Return the size at which a pixel of the image becomes `scale` (vertical, horizontal) network pixels.
+
+    Each length is rounded to a multiple of 32, but at least 32.
+    """
+    height, width = (
+        STEP * max(1, math.floor(length * factor / STEP + 0.5))
+        for length, factor in zip(image, scale, strict=True)
+    )
+    return height, width
 
 
 def for_defect(config: Config, image: Size, defect: float) -> Size:
     """Return the size at which a defect covers NEED network pixels.
 
     defect: its shorter side in image pixels. The scale is NEED / defect, but at most 1, since enlarging shows
-    no more of a defect; lengths are rounded up. The result is never smaller than the default size.
+    no more of a defect; lengths are rounded up, as `nearest` does. The result is never smaller than the
+    default size.
     """
     usual, scale = for_shape(config, image), min(1.0, config.NEED / defect)
     height, width = (math.ceil(round(length * scale, 6)) for length in image)
@@ -90,7 +98,7 @@ def comparison(image: Size, size: Size) -> str:
     """Return for users how the network's input compares with the image: in its shape, and in its lengths."""
     vertical, horizontal = size[0] / image[0], size[1] / image[1]
     changed = abs(math.log(vertical / horizontal))
-    kept = "shape kept" if changed <= KEPT else f"shape kept within {changed:.0%}"
+    kept = "shape kept" if changed <= KEPT else f"shape kept within {100 * changed:.0f} %"
     return f"{kept}; {math.sqrt(vertical * horizontal):.2g} of the size"
 
 

@@ -21,7 +21,6 @@ from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
-from blemish.progress import Report, silent, tell
 from blemish.training.length import Length
 from blemish.training.request import TrainingRequest
 from blemish.types import Sample, Supervision
@@ -41,6 +40,8 @@ class Plan:
     method: Method
     config: Config
     """With a concrete image size."""
+    size_reason: str
+    """For the user: the size of the network's input, and why; empty unless it follows from the images."""
     supervision: Supervision
     unused_labels: str
     """For the user: what the method does not learn from; empty if nothing."""
@@ -62,11 +63,10 @@ class Plan:
         return describe(self.parts, self.supervision) + self.unused_labels
 
 
-def plan(request: TrainingRequest, report: Report = silent) -> Plan:
+def plan(request: TrainingRequest) -> Plan:
     """Determine the images, supervision, config and length of a run.
 
-    Reports the size of the network's input if it is derived from the images. Raises a BlemishError for what
-    does not exist or cannot be combined.
+    Raises a BlemishError for what does not exist or cannot be combined.
     """
     start = None if request.start is None else bundle.read(request.start)
     model, preset, given = settle_settings(request, start)
@@ -81,12 +81,12 @@ def plan(request: TrainingRequest, report: Report = silent) -> Plan:
     parts, supervision, unused = supervise(parts, request.supervision, able, model)
     config = registry.configure(model, preset, given, supervision)
     config.refuse_supervision(supervision)
-    config = with_size(config, request, [*parts.train, *parts.train_defects], report)
+    config, reason = with_size(config, request, [*parts.train, *parts.train_defects])
     refuse_another_size(start, config)
     length = request.length
     if start is not None and length == Length():
         length = warm_length(config)
-    return Plan(model, preset, method, config, supervision, unused, parts, length, seen, start)
+    return Plan(model, preset, method, config, reason, supervision, unused, parts, length, seen, start)
 
 
 def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str, str, dict[str, Any]]:
@@ -128,13 +128,13 @@ def inherit(
     return run.model, run.preset if preset == "default" else preset, own | dict(given)
 
 
-def with_size(config: Config, request: TrainingRequest, samples: Sequence[Sample], report: Report) -> Config:
-    """Return a config with a concrete image size, derived from the samples' images if need be.
+def with_size(config: Config, request: TrainingRequest, samples: Sequence[Sample]) -> tuple[Config, str]:
+    """Return a config with a concrete image size, and the reason for it if it follows from the images.
 
-    Only their headers are read. Reports a size that is derived, and warns if the images have several shapes.
+    Only the headers of the samples' images are read. Warns if they have several shapes.
     """
     if config.image_size != FROM_IMAGES and request.scale is None and request.defect_size is None:
-        return config
+        return config, ""
     shape = most_frequent([images.describe(sample.path).size for sample in samples])
     if shape.others:
         LOG.warning(
@@ -155,8 +155,7 @@ def with_size(config: Config, request: TrainingRequest, samples: Sequence[Sample
         chosen = sizing.for_shape(config, shape.size)
         reason = sizing.comparison(shape.size, chosen)
     seen = f"images are {sizing.written(shape.size)}: the network sees {sizing.written(chosen)}"
-    tell(report, f"{seen} ({reason})")
-    return dataclasses.replace(config, image_size=chosen)
+    return dataclasses.replace(config, image_size=chosen), f"{seen} ({reason})"
 
 
 def refuse_another_size(start: Bundle | None, config: Config) -> None:

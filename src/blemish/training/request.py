@@ -143,15 +143,15 @@ class TrainingRequest(RunRequest):
         """Convert what is given as text; raise ConfigError for an invalid length, size or rate."""
         super().__post_init__()
         object.__setattr__(self, "natural_images", as_text(self.natural_images))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", read_scale(self.scale))
+        if self.defect_size is not None:
+            object.__setattr__(self, "defect_size", read_defect_size(self.defect_size))
         sizes = {"image_size": self.settings.get("image_size")}
         sizes |= {"scale": self.scale, "defect_size": self.defect_size}
         given = [name for name, value in sizes.items() if value is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were given; expected at most one of {', '.join(sizes)}")
-        if self.scale is not None:
-            object.__setattr__(self, "scale", read_scale(self.scale))
-        if self.defect_size is not None:
-            object.__setattr__(self, "defect_size", read_defect_size(self.defect_size))
         check_shares(false_reject_rate=self.false_reject_rate)
 
     @classmethod

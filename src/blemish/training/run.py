@@ -77,7 +77,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
     checkpoint = checkpoint_path(request.out, request.resume)
     check_cache(request.cache)
     keep_freed_memory()
-    planned = plan(request, report)
+    planned = plan(request)
     dtype = training_precision(request.precision, planned.preset, device)
     detector = registry.build(planned.model, planned.config, request.seed)
     pretrained = load_weights(detector, planned.start, request.weights)
@@ -148,6 +148,8 @@ def read_images(
     """
     samples, held_out = planned.samples, planned.parts.held_out
     preprocessing = Preprocessing(planned.config.image_size, images.FULL_SCALE)
+    if planned.size_reason:
+        tell(report, planned.size_reason)
     tell(report, f"reading {len(samples)} training and {len(held_out)} held-out good images")
     store = ImageStore([sample.path for sample in samples], preprocessing, memory).fill(stop)
     held = ImageStore([sample.path for sample in held_out], preprocessing, memory).fill(stop)
