@@ -19,13 +19,13 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # a host program decides what is shown
 
 if TYPE_CHECKING:
-    from blemish.data.check import check
     from blemish.errors import BlemishError
     from blemish.evaluation.run import evaluate
     from blemish.exporting.pipeline import export
     from blemish.inference.predictor import Outcome, Predictor, load
     from blemish.inference.recalibration import calibrate
     from blemish.progress import Event
+    from blemish.training.advice import check
     from blemish.training.request import TrainingRequest
     from blemish.training.run import train
     from blemish.types import Calibration, Evaluation, Region, Verdict
@@ -60,7 +60,7 @@ _HOMES = {
     "TrainingRequest": "training.request",
     "Verdict": "types",
     "calibrate": "inference.recalibration",
-    "check": "data.check",
+    "check": "training.advice",
     "evaluate": "evaluation.run",
     "export": "exporting.pipeline",
     "load": "inference.predictor",

@@ -293,13 +293,15 @@ def test_variants_train_and_score(variant: str, tmp_path: Path) -> None:
     weights = draw_weights(tmp_path / "weights.safetensors", method, config)
     assert weights is not None
     detector.load_pretrained(weights)
-    images = torch.from_numpy(np.stack([to_input(drawn.part(n, config.image_size)) for n in range(2)]))
+    images = torch.from_numpy(
+        np.stack([to_input(drawn.part(n, detector.config.image_size)) for n in range(2)])
+    )
     loss_falls(detector, good_batch(detector, images))
     detector.eval()
     with torch.no_grad():
         detector.finish([images])
         outputs = detector(images)
-    assert outputs[0].shape == (2, *config.image_size)
+    assert outputs[0].shape == (2, *detector.config.image_size)
     assert len(outputs) == len(detector.outputs)
     assert all(output.isfinite().all() for output in outputs)
 
@@ -326,7 +328,9 @@ def figures(method: str, config: Config, file: Path) -> tuple[Tensor, Tensor]:
     detector = registry.build(method, config, 0)
     detector.load_pretrained(file)
     count = config.batch_size  # of SuperSimpleNet several: half of its masks are empty
-    images = torch.from_numpy(np.stack([to_input(drawn.part(n, config.image_size)) for n in range(count)]))
+    images = torch.from_numpy(
+        np.stack([to_input(drawn.part(n, detector.config.image_size)) for n in range(count)])
+    )
     batch = good_batch(detector, images)
     detector.prepare([batch.encoded])
     with torch.no_grad():
@@ -343,7 +347,7 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
         weights = draw_weights(tmp_path / "weights.safetensors", method, config)
         assert weights is not None
         detector.load_pretrained(weights)
-        images = torch.from_numpy(to_input(drawn.part(1, config.image_size)))[None]
+        images = torch.from_numpy(to_input(drawn.part(1, detector.config.image_size)))[None]
         batch = good_batch(detector, images)
         detector.prepare([batch.encoded])
         exact = detector.loss(batch, seeding.generator(0))

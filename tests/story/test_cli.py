@@ -294,6 +294,10 @@ TRAINING: dict[str, tuple[Words, str]] = {
     "image size in one number": (["--image-size", "64"], "expected height and width"),
     "image size in words": (["--image-size", "big"], "image_size=big does not fit"),
     "image size that is tiny": (["--image-size", "16x64"], "expected height and width of at least 32"),
+    "size and scale": (["--scale", "0.5"], "image_size and scale were given; expected at most one of "),
+    "size and defect": (["--defect-size", "9px"], "image_size and defect_size were given; expected at most"),
+    "scale in words": (["--scale", "half"], "scale half: expected a number above 0, or two as in 0.5x0.25"),
+    "defect in millimetres": (["--defect-size", "0.3mm"], "defect size 0.3mm: expected pixels of the image"),
     "no batch": (["--set", "batch_size=0"], "batch size 0: expected at least 1"),
     "two lengths": (["--steps", 5, "--epochs", 5], "argument --epochs: not allowed with argument --steps"),
     "no steps": (["--steps", 0], "steps 0: expected more than 0"),
@@ -766,6 +770,43 @@ def test_a_process_that_crashes_ends_with_70() -> None:
     assert "ZeroDivisionError" in done.stderr
 
 
+# --- sizes ---
+
+
+def test_train_says_what_the_network_sees(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = drawn.data_set(tmp_path / "parts", size=(126, 50)), tmp_path / "m.blemish"
+    fixed = training(tiny, file, "--steps", 1, data=data)
+    words = [word for word in fixed if not str(word).startswith("--set=image_size")]
+    for more, expected, says in (
+        (["--set=side=64"], [160, 64], "160 x 64 (shape kept; 1.3 of the size)"),
+        (["--scale", "0.5x1"], [64, 64], "64 x 64 (scale 0.5 x 1)"),
+        (
+            ["--set=side=64", "--defect-size", "9px"],
+            [160, 64],
+            "160 x 64 (a defect of 9 pixels covers 11.4, ",
+        ),
+    ):
+        assert run([*words, *more]) == 0
+        assert f"images are 126 x 50: the network sees {says}" in capsys.readouterr().err
+        assert bundle.read(file).manifest.config["image_size"] == expected
+    assert run(fixed) == 0
+    assert "the network sees" not in capsys.readouterr().err
+
+
+def test_check_answers_for_the_smallest_defect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = drawn.data_set(tmp_path / "parts", good=0, bad=2, size=(280, 560))
+    assert run(["check", data]) == 0
+    assert capsys.readouterr().out.endswith("\n\nno problems found\n")
+    assert run(["check", data, "--defect-size", "12px"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a defect of 12 pixels covers 8.2 pixels of the default 192 x 384, of 12 needed" in said
+    assert "train with --defect-size 12px (288 x 576, 2.2 times the pixels)" in said
+    assert "a defect of 12 pixels covers 11" not in said  # EfficientAD's default size is enough
+    assert "defect size big: expected pixels" in refused(["check", data, "--defect-size=big"], data, capsys)
+
+
 # --- Python ---
 
 
@@ -813,22 +854,28 @@ def test_every_field_of_a_training_request_is_an_option_of_train() -> None:
     words = "train parts --model simplenet --out a/m.blemish --from old.blemish --layout mvtec "
     words += "--supervision full --train-defects 3 --train-masks 0.5 --weights w.pth --natural-images none "
     words += "--preset paper --schedule paper --seed 4 --device cpu --precision bf16 --memory 1 --cache off "
-    words += "--false-reject-rate 0.2 --resume --set noise_ratio=0.5 --image-size 64x32"
+    words += "--false-reject-rate 0.2 --resume --set noise_ratio=0.5"
     given: dict[str, Any] = {
         **{"data": Path("parts"), "model": "simplenet", "out": Path("a/m.blemish")},
         **{"start": Path("old.blemish"), "layout": "mvtec", "supervision": "full"},
         **{"train_defects": "3", "train_masks": "0.5", "weights": Path("w.pth"), "natural_images": "none"},
         **{"preset": "paper", "schedule": "paper", "seed": 4, "device": "cpu", "precision": "bf16"},
         **{"memory": 1 << 30, "cache": "off", "false_reject_rate": 0.2, "resume": True},
-        "settings": {"noise_ratio": "0.5", "image_size": "64x32"},
+        "settings": {"noise_ratio": "0.5"},
     }
-    lengths: list[tuple[str, Any]] = [("steps", 7), ("epochs", 8), ("budget", 90.0)]
-    for name, value in lengths:
-        asked = [*words.split(), f"--{name}", "90s" if name == "budget" else str(value)]
-        request = request_of(main.parser().parse_args(asked))
-        assert request == blemish.TrainingRequest(**given, **{name: value})
+    either: list[tuple[str, str, dict[str, Any]]] = [
+        ("--steps", "7", {"steps": 7}),
+        ("--epochs", "8", {"epochs": 8}),
+        ("--budget", "90s", {"budget": 90.0}),
+        ("--scale", "0.5x0.25", {"scale": (0.5, 0.25)}),
+        ("--defect-size", "12px", {"defect_size": 12.0}),
+        ("--image-size", "64x32", {"settings": {"noise_ratio": "0.5", "image_size": "64x32"}}),
+    ]
+    for option, value, expected in either:
+        request = request_of(main.parser().parse_args([*words.split(), option, value]))
+        assert request == blemish.TrainingRequest(**given | expected)
     # `fold` is set by --folds, in one request for each fold.
-    names = {*given, *(name for name, _ in lengths), "fold"}
+    names = {*given, *(name for _, _, expected in either for name in expected), "fold"}
     assert names == {field.name for field in fields(blemish.TrainingRequest)}
 
 

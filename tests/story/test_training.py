@@ -698,6 +698,31 @@ def test_the_schedule_sets_the_rates(
     np.testing.assert_allclose(detector.rates, expected)
 
 
+def test_parts_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
+    data, file = drawn.data_set(tmp_path / "parts", train=8, size=(126, 50)), tmp_path / "m.blemish"
+    settings = {"layers": ("stage2",), "hidden_channels": 16}
+    weights = drawn.tiny_weights(tmp_path / "lite0.safetensors", layers=("stage2",))
+    events = list[Event]()
+    model = run.train(
+        data, out=file, model="supersimplenet", weights=weights, settings=settings, steps=2, device="cpu",
+        report=events.append,
+    )  # fmt: skip
+    says = "images are 126 x 50: the network sees 416 x 160 (shape kept; 3.3 of the size)"
+    assert [event.message for event in events].count(says) == 1
+    manifest = model.manifest
+    assert (manifest.config["image_size"], manifest.config["side"]) == ([416, 160], 256)
+    assert manifest.preprocessing.image_size == (416, 160)
+    assert registry.restore(
+        manifest.method, manifest.config, bundle.read(file).weights, "m"
+    ).config.image_size == (416, 160)
+    part = drawn.part(70, (126, 50))
+    assert model.predict(part).map.shape == (416, 160)
+    assert model.predict(part, full_size=True).map.shape == (126, 50)
+    square = drawn.data_set(tmp_path / "square", train=8)
+    later = plan(TrainingRequest(data=square, out=tmp_path / "later.blemish", start=file))
+    assert (later.config.image_size, later.size_reason) == ((416, 160), "")
+
+
 def test_the_settings_change_the_result(tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]) -> None:
     """A setting, a seed and a schedule that did nothing would show here."""
     for changes in (

@@ -25,7 +25,8 @@ SOURCE = Path(blemish.__file__).parent
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = (
     *("errors", "types", "files", "tables", "progress", "seeding", "devices", "images", "demo"),
-    *("data", "data.check", "data.folds", "data.split", "detectors.registry", "detectors.settings"),
+    *("data", "data.check", "data.folds", "data.split", "data.shapes", "data.defects"),
+    *("detectors.registry", "detectors.settings", "detectors.sizing", "training.advice"),
     *("inference.predictor", "inference.bulk", "inference.recalibration", "inference.measure"),
     *("inference.engines.onnxruntime", "inference.engines.openvino", "evaluation.run"),
     *("evaluation.report", "sweeps.repeats", "sweeps.summary", "benchmark.run", "benchmark.tables"),

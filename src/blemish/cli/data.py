@@ -6,21 +6,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from blemish.cli.options import add_layout, share_cores
+from blemish.cli.options import DEFECT_HELP, add_layout, share_cores
 from blemish.detectors.registry import DEFAULT
 
 
 def check_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the arguments of `check`."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest of a data set")
+    sub.add_argument("--defect-size", metavar="N", help=f"{DEFECT_HELP}, to advise a size for each method")
     add_layout(sub)
 
 
 def run_check(options: argparse.Namespace) -> int:
     """Print the contents and problems of a data set; return 1 if there are problems."""
-    from blemish.data.check import check, format_report
+    from blemish.data.check import format_report
+    from blemish.training.advice import check
 
-    report = check(options.data, options.layout)
+    report = check(options.data, options.layout, defect_size=options.defect_size)
     print(format_report(report))
     return int(not report.passed)
 

@@ -16,6 +16,7 @@ Command = Callable[[argparse.Namespace], int]
 BUSY = 0.5
 """Cores that others keep busy, from which on threads of a training sleep while they wait."""
 RATE_HELP = "accepted share of good parts that are called defective (0.01)"
+DEFECT_HELP = "shorter side of the smallest defect that must be found, in pixels of the image"
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blemish.cli.options import (
+    DEFECT_HELP,
     RATE_HELP,
     add_layout,
     add_length,
@@ -73,7 +74,13 @@ def label_arguments(sub: argparse.ArgumentParser) -> None:
 
 def method_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the options of `train` for the method."""
-    sub.add_argument("--image-size", metavar="HxW", help="size of the network's input (256x256)")
+    sub.add_argument(
+        "--image-size", metavar="HxW", help="size of the network's input (derived from the images' shape)"
+    )
+    sub.add_argument(
+        "--scale", metavar="S|SYxSX", help="pixels of the network's input for one pixel of the image"
+    )
+    sub.add_argument("--defect-size", metavar="N", help=f"{DEFECT_HELP}, from which the size follows")
     halves = sub.add_mutually_exclusive_group()
     halves.add_argument(
         "--structural-only",
@@ -151,7 +158,7 @@ def request_of(options: argparse.Namespace) -> TrainingRequest:
     names = (
         *("data", "model", "out", "start", "layout", "supervision", "train_defects", "train_masks"),
         *("weights", "natural_images", "preset", "schedule", "steps", "epochs", "budget", "seed"),
-        *("device", "precision", "false_reject_rate", "cache", "resume"),
+        *("device", "precision", "false_reject_rate", "cache", "resume", "scale", "defect_size"),
     )
     given = {name: getattr(options, name) for name in names}
     return TrainingRequest(settings=settings_of(options), memory=gigabytes(options.memory), **given)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from blemish import images
+from blemish.data.defects import DefectSizes, shorter_sides, summarise
 from blemish.data.layouts import LAYOUTS, recognise, scan
 from blemish.data.layouts.folder import GOOD
 from blemish.data.layouts.saturation import regions
+from blemish.data.shapes import most_frequent
 from blemish.errors import BlemishError, ImageError
 from blemish.images.reading import ImageInfo
 from blemish.tables import aligned
@@ -68,6 +70,10 @@ class Report:
     layout: str
     rows: tuple[Row, ...]
     problems: tuple[Problem, ...]
+    size: tuple[int, int] | None = None
+    """Height and width that most images of the most frequent shape have; None if no image can be read."""
+    defects: DefectSizes | None = None
+    """The size of the marked defects; None without masks."""
 
     @property
     def passed(self) -> bool:
@@ -81,6 +87,8 @@ class _Inspected:
 
     sample: Sample
     problems: tuple[Problem, ...]
+    sides: tuple[int, ...] = ()
+    """Shorter sides of the regions of its mask."""
     info: ImageInfo | None = None
     digest: bytes = b""
     colour: bool = False
@@ -110,7 +118,14 @@ def check(data: str | Path, layout: str = "auto") -> Report:
         *_unmasked(samples),
         *_lossy_masks(samples),
     ]
-    return Report(root, layout, tuple(_rows(inspected)), tuple(problems))
+    return Report(
+        root,
+        layout,
+        tuple(_rows(inspected)),
+        tuple(problems),
+        _usual_size(whole),
+        summarise([side for item in inspected for side in item.sides]),
+    )
 
 
 def format_report(report: Report) -> str:
@@ -134,10 +149,11 @@ def _inspect(sample: Sample) -> _Inspected:
         image = images.read(sample.path)
     except ImageError as error:
         return _Inspected(sample, (Problem("problem", str(error)),))
-    size = (image.shape[0], image.shape[1])
+    problems, sides = _inspect_mask(sample, (image.shape[0], image.shape[1]))
     return _Inspected(
         sample,
-        tuple(_mask_problems(sample, size)),
+        problems,
+        sides,
         info,
         hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest(),
         bool((image != image[..., :1]).any()),
@@ -145,17 +161,25 @@ def _inspect(sample: Sample) -> _Inspected:
     )
 
 
-def _mask_problems(sample: Sample, size: tuple[int, int]) -> Iterator[Problem]:
+def _inspect_mask(sample: Sample, size: tuple[int, int]) -> tuple[tuple[Problem, ...], tuple[int, ...]]:
+    """Return the problems of a sample's masks, and the shorter sides of the regions that they mark."""
     try:
         mask = images.read_mask(sample.masks, size)
         if sample.saturations:
             regions(sample, size)
     except BlemishError as error:
-        yield Problem("problem", str(error))
-        return
-    if sample.masks and not mask.any():
-        names = " and ".join(str(path) for path in sample.masks)
-        yield Problem("problem", f"{names} marks no pixel; expected the defect in {sample.path}")
+        return (Problem("problem", str(error)),), ()
+    if mask.any() or not sample.masks:
+        return (), shorter_sides(mask)
+    names = " and ".join(str(path) for path in sample.masks)
+    return (Problem("problem", f"{names} marks no pixel; expected the defect in {sample.path}"),), ()
+
+
+def _usual_size(whole: Sequence[_Inspected]) -> tuple[int, int] | None:
+    """Return the most frequent size of the images that can be trained on or, without such, of all."""
+    sizes = [(item.sample.split, item.info.size) for item in whole if item.info]
+    chosen = [size for split, size in sizes if split in ("train", "")] or [size for _, size in sizes]
+    return most_frequent(chosen).size if chosen else None
 
 
 def _stray_masks(samples: Sequence[Sample], mask_files: Sequence[Path]) -> Iterator[Problem]:

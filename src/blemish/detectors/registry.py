@@ -7,7 +7,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from blemish.detectors import sizing
 from blemish.detectors.settings import (
+    FROM_IMAGES,
     Config,
     Method,
     Preset,
@@ -86,13 +88,15 @@ def configure(
 ) -> Config:
     """Return a method's config from a preset, the supervision, and settings by field name.
 
-    A setting is a string, as on a command line, or a value of the field's type. Raises ConfigError for a name
-    or a value that does not fit.
+    A setting is a string, as on a command line, or a value of the field's type. The image size may be left
+    open. Raises ConfigError for a name or a value that does not fit.
     """
     chosen, found, given = preset(name, wanted), method(name), dict(settings or {})
     changes = read_settings(name, found.config, {**chosen.changes, **chosen.regimes[supervision], **given})
     if changes.get("steps") and "steps" in given and "epochs" not in given:
         changes["epochs"] = 0
+    if "side" in given and "image_size" not in given:
+        changes["image_size"] = FROM_IMAGES
     config = dataclasses.replace(found.config, **found.config.reconciled(changes, given))
     check(config, has_steps=found.has_steps)
     return config
@@ -110,9 +114,15 @@ def own_settings(
 
 
 def build(name: str, config: Config, seed: int) -> Detector:
-    """Return a detector initialised at random from the seed; its pretrained weights are not loaded yet."""
+    """Return a detector initialised at random from the seed; its pretrained weights are not loaded yet.
+
+    An image size that the config leaves open becomes a square, for there are no images here to derive it
+    from.
+    """
     import torch
 
+    if config.image_size == FROM_IMAGES:
+        config = dataclasses.replace(config, image_size=sizing.square(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(initial_seed(seed, "weights"))
         return method(name).build(config)

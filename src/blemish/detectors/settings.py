@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
 """Statistics of an anomaly map that every method can be scored by; `ops.map_statistics` computes them."""
+FROM_IMAGES = (0, 0)
+"""The image size of a config that leaves it open: a run derives it from the training images."""
 
 Edges = Literal["none", "rings", "cells", "blind"]
 """What can be done about places of a map where good parts score high; the module `edges` does it."""
@@ -33,9 +35,15 @@ class Config:
     """Names of the settings that determine how long, how fast and in what batches a method learns."""
     FIXED: ClassVar[frozenset[str]] = frozenset()
     """Names of the settings that trained weights depend on, so that a warm start cannot change them."""
+    LEAST: ClassVar[int] = 32
+    """Least height and width of the network's input."""
+    NEED: ClassVar[int] = 12
+    """Pixels of the network's input that the shorter side of a defect should cover, as a rule of thumb."""
 
-    image_size: tuple[int, int] = (256, 256)
-    """Height and width of the network's input."""
+    image_size: tuple[int, int] = FROM_IMAGES
+    """Height and width of the network's input; 0 x 0: derived from the images, as `side` describes."""
+    side: int = 256
+    """Square root of the number of pixels of the network's input if its size is derived from the images."""
     statistics: tuple[str, ...] = STATISTICS
     """Statistics combined into the image score by robust z-scores on held-out images; one alone is used as
     is."""
@@ -151,8 +159,7 @@ def check(config: Config, *, has_steps: bool = True) -> None:
     """Raise ConfigError for values that cannot work; has_steps: whether the method is trained by steps."""
     if config.schedule not in SCHEDULES:
         raise ConfigError(f"unknown schedule {config.schedule!r}; {nearest(config.schedule, SCHEDULES)}")
-    if len(config.image_size) != 2 or min(config.image_size) < 32:
-        raise ConfigError(f"image size {config.image_size}: expected height and width of at least 32")
+    check_size(config)
     if has_steps and (config.steps < 0 or config.epochs < 0 or not config.steps + config.epochs):
         raise ConfigError(f"steps {config.steps} and epochs {config.epochs}: expected one of them above 0")
     if config.batch_size < 1:
@@ -166,6 +173,15 @@ def check(config: Config, *, has_steps: bool = True) -> None:
             raise ConfigError(f"unknown statistic {name!r}; {nearest(name, known)}")
     if not config.statistics:
         raise ConfigError(f"no statistics; expected some of {', '.join(known)}")
+
+
+def check_size(config: Config) -> None:
+    """Raise ConfigError for an image size, or a side to derive one from, that cannot work."""
+    size, least = config.image_size, Config.LEAST
+    if size != FROM_IMAGES and (len(size) != 2 or min(size) < least):
+        raise ConfigError(f"image size {size}: expected height and width of at least {least}")
+    if config.side < least:
+        raise ConfigError(f"side {config.side}: expected at least {least}")
 
 
 def refuse_numbers(rules: Iterable[tuple[str, float, bool, str]]) -> None:

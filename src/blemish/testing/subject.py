@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish.detectors import registry
+from blemish.detectors import registry, sizing
 from blemish.detectors.base import Detector
-from blemish.detectors.settings import Config, as_json
+from blemish.detectors.settings import FROM_IMAGES, Config, as_json
 from blemish.images import to_input
 from blemish.inference import bundle
 from blemish.inference.engines.pytorch import restored
@@ -26,6 +26,8 @@ from blemish.types import Batch, Supervision
 
 MASKED: Mapping[Supervision, int | None] = {"none": None, "weak": 0, "mixed": 2, "full": None}
 """How many of the four training defects keep their masks."""
+SIZE = (80, 100)
+"""Height and width of the rendered parts."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class Subject:
 
     @property
     def config(self) -> Config:
-        """The method's config."""
-        return registry.configure(self.name, settings=self.request.settings, supervision=self.supervision)
+        """The method's config, with the image size that training derives if the settings leave it open."""
+        made = registry.configure(self.name, settings=self.request.settings, supervision=self.supervision)
+        open_size = made.image_size == FROM_IMAGES
+        return dataclasses.replace(made, image_size=sizing.for_shape(made, SIZE)) if open_size else made
 
     @property
     def has_steps(self) -> bool:
@@ -94,7 +98,7 @@ def train(
 
     steps: as few as let the method find a checkered spot; None for a method that is fitted without steps.
     """
-    data = parts.data_set(folder / "parts", train=10, good=2, bad=2, train_bad=4, size=(80, 100))
+    data = parts.data_set(folder / "parts", train=10, good=2, bad=2, train_bad=4, size=SIZE)
     request = TrainingRequest(
         data=data,
         out=folder / "model.blemish",

@@ -13,9 +13,10 @@ from typing import Any
 from blemish import data, images
 from blemish.data.folds import assign_fold
 from blemish.data.labels import choose_defects, describe, keep_masks, supervise
+from blemish.data.shapes import most_frequent
 from blemish.data.split import Split, split
-from blemish.detectors import registry
-from blemish.detectors.settings import Config, Method, read_settings
+from blemish.detectors import registry, sizing
+from blemish.detectors.settings import FROM_IMAGES, Config, Method, read_settings
 from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
 from blemish.inference import bundle
@@ -38,6 +39,9 @@ class Plan:
     preset: str
     method: Method
     config: Config
+    """With a concrete image size."""
+    size_reason: str
+    """For the user: the size of the network's input, and why; empty unless it follows from the images."""
     supervision: Supervision
     unused_labels: str
     """For the user: what the method does not learn from; empty if nothing."""
@@ -77,10 +81,12 @@ def plan(request: TrainingRequest) -> Plan:
     parts, supervision, unused = supervise(parts, request.supervision, able, model)
     config = registry.configure(model, preset, given, supervision)
     config.refuse_supervision(supervision)
+    config, reason = with_size(config, request, [*parts.train, *parts.train_defects])
+    refuse_another_size(start, config)
     length = request.length
     if start is not None and length == Length() and method.has_steps:
         length = warm_length(config)
-    return Plan(model, preset, method, config, supervision, unused, parts, length, seen, start)
+    return Plan(model, preset, method, config, reason, supervision, unused, parts, length, seen, start)
 
 
 def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str, str, dict[str, Any]]:
@@ -117,7 +123,51 @@ def inherit(
             )
     supervision: Any = run.supervision
     own = registry.own_settings(run.model, run.preset, supervision, config)
+    if "side" in given:
+        own.pop("image_size", None)
     return run.model, run.preset if preset == "default" else preset, own | dict(given)
+
+
+def with_size(config: Config, request: TrainingRequest, samples: Sequence[Sample]) -> tuple[Config, str]:
+    """Return a config with a concrete image size, and the reason for it if it follows from the images.
+
+    Only the headers of the samples' images are read. Warns if they have several shapes.
+    """
+    if config.image_size != FROM_IMAGES and request.scale is None and request.defect_size is None:
+        return config, ""
+    shape = most_frequent([images.describe(sample.path).size for sample in samples])
+    if shape.others:
+        LOG.warning(
+            "the training images have several shapes: the size follows the %d that are like %s, the most "
+            "frequent; the other %d are stretched",
+            *(shape.count, sizing.written(shape.size), shape.others),
+        )
+    if request.scale is not None:
+        scale = sizing.read_scale(request.scale)
+        chosen = sizing.at_scale(shape.size, scale)
+        reason = f"scale {' x '.join(f'{each:g}' for each in dict.fromkeys(scale))}"
+    elif request.defect_size is not None:
+        defect = sizing.read_defect_size(request.defect_size)
+        chosen = sizing.for_defect(config, shape.size, defect)
+        covered = sizing.coverage(shape.size, chosen, defect)
+        reason = f"a defect of {defect:g} pixels covers {covered:g}, of {config.NEED} needed"
+    else:
+        chosen = sizing.for_shape(config, shape.size)
+        reason = sizing.comparison(shape.size, chosen)
+    seen = f"images are {sizing.written(shape.size)}: the network sees {sizing.written(chosen)}"
+    return dataclasses.replace(config, image_size=chosen), f"{seen} ({reason})"
+
+
+def refuse_another_size(start: Bundle | None, config: Config) -> None:
+    """Raise ConfigError if an earlier model's weights depend on its image size and the run has another."""
+    if start is None or "image_size" not in config.FIXED:
+        return
+    earlier = start.manifest.preprocessing.image_size
+    if config.image_size != earlier:
+        raise ConfigError(
+            f"image size {sizing.written(config.image_size)}: the weights in {start.path} were trained with "
+            f"{sizing.written(earlier)}, which cannot be changed"
+        )
 
 
 def refuse_length(request: TrainingRequest, model: str, method: Method) -> None:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from blemish.data.folds import Fold
 from blemish.detectors.settings import nearest
+from blemish.detectors.sizing import read_defect_size, read_scale
 from blemish.errors import ConfigError
 from blemish.files import to_json_types
 from blemish.inference.calibration import check_shares
@@ -128,14 +129,29 @@ class TrainingRequest(RunRequest):
     "none" to switch the penalty off."""
     schedule: str = "default"
     """default, or paper for the paper's own length, learning rates and batch size, under any preset."""
+    scale: str | float | tuple[float, float] | None = None
+    """Pixels of the network's input for one pixel of the image, also vertical and horizontal, or as text such
+    as "0.5" or "0.5x0.25". At most one of image_size (a setting), scale and defect_size may be given."""
+    defect_size: str | float | None = None
+    """Shorter side of the smallest defect that must be found, in pixels of the image, or as text such as
+    "12px"; the size of the network's input follows from it."""
     false_reject_rate: float = 0.01
     """Share of good parts that may be called defective."""
 
     @override
     def __post_init__(self) -> None:
-        """Convert paths and durations given as text; raise ConfigError for an invalid length or rate."""
+        """Convert what is given as text; raise ConfigError for an invalid length, size or rate."""
         super().__post_init__()
         object.__setattr__(self, "natural_images", as_text(self.natural_images))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", read_scale(self.scale))
+        if self.defect_size is not None:
+            object.__setattr__(self, "defect_size", read_defect_size(self.defect_size))
+        sizes = {"image_size": self.settings.get("image_size")}
+        sizes |= {"scale": self.scale, "defect_size": self.defect_size}
+        given = [name for name, value in sizes.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} were given; expected at most one of {', '.join(sizes)}")
         check_shares(false_reject_rate=self.false_reject_rate)
 
     @classmethod

@@ -7,6 +7,7 @@ Departures from the paper, each a single setting, all undone by `--preset paper`
 - 70,000 iterations at 1e-4 take days on a CPU. The default is a shorter run with Muon and a one-cycle
   schedule, on random crops of the images, in which the student learns from more of its errors (hard quantile
   0.9);
+- images keep their shape, where the paper resizes them to 256 x 256;
 - the image score combines the maximum of the map with its smoothed maximum and its top mean.
 
 In either preset, the natural images of the penalty are rendered unless photographs are given. The networks

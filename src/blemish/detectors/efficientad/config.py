@@ -19,6 +19,8 @@ class EfficientADConfig(Config):
 
     SCHEDULE: ClassVar[frozenset[str]] = Config.SCHEDULE | {"optimiser", "crop", "learning_rate"}
     FIXED: ClassVar[frozenset[str]] = frozenset({"size", "padding", "edges", "autoencoder"})
+    LEAST: ClassVar[int] = 256
+    NEED: ClassVar[int] = 8
 
     size: Literal["small", "medium"] = "small"
     padding: bool = False
@@ -103,6 +105,7 @@ class EfficientADConfig(Config):
 
 
 PAPER = {
+    "image_size": (256, 256),
     "steps": 70_000,
     "batch_size": 1,
     "crop": 0,

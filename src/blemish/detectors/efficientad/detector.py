@@ -77,10 +77,11 @@ class EfficientAD(Detector):
 
     def __init__(self, config: EfficientADConfig) -> None:
         super().__init__()
-        if min(config.image_size) < 256:
+        if min(config.image_size) < config.LEAST:
             height, width = config.image_size
             raise ConfigError(
-                f"image size {height}x{width}: EfficientAD needs at least 256 pixels in each direction"
+                f"image size {height}x{width}: EfficientAD needs at least {config.LEAST} pixels in each "
+                "direction"
             )
         if any(length % CELL for length in config.image_size):
             height, width = config.image_size

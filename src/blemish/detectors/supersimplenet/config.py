@@ -103,6 +103,7 @@ class SuperSimpleNetConfig(Config):
 PUBLISHED_NOISE = {"wide_resnet50_2": 0.015}
 """Standard deviation of the noise in the paper, by the backbone whose weights it was tuned for."""
 PAPER: dict[str, Any] = {
+    "image_size": (256, 256),
     "backbone": "wide_resnet50_2",
     "batch_size": 32,
     "steps": 0,

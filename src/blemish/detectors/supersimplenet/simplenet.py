@@ -16,6 +16,7 @@ from blemish.types import Supervision
 DEFAULT = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)
 
 PAPER: dict[str, Any] = {
+    "image_size": (256, 256),
     "backbone": "wide_resnet50_2",
     "batch_size": 8,
     "steps": 0,

@@ -45,6 +45,7 @@ SMALLEST = 64
 class DistillationConfig(Config):
     """The settings of algorithm 3."""
 
+    image_size: tuple[int, int] = (256, 256)
     size: Literal["small", "medium"] = "small"
     source: str = "wide_resnet101_2"
     """The backbone whose features are distilled; it reads each image at twice the teacher's size."""
