@@ -18,7 +18,7 @@ class PatchCoreConfig(Config):
         {"image_size", "backbone", "layers", "aggregation", "place_weight", "whitening", "dimensions"}
     )
 
-    image_size: tuple[int, int] = (384, 384)
+    side: int = 384
     backbone: str = "efficientnet_lite0"
     layers: tuple[str, ...] = ("stage3", "stage5")
     """Names of the backbone outputs that are joined, finest first; empty: the backbone's default."""
