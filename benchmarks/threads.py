@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from blemish.detectors.registry import DEFAULT
+from blemish.detectors.registry import LABELLED
 from blemish.tables import aligned
 
 SETTINGS: dict[str, dict[str, str]] = {
@@ -46,7 +46,7 @@ print(json.dumps((len(marks) - first - 1) / (marks[-1] - marks[first])))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", type=Path, metavar="PARTS")
-    parser.add_argument("--model", default=DEFAULT, metavar="M")
+    parser.add_argument("--model", default=LABELLED, metavar="M")
     parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="WAY")
     parser.add_argument("--steps", type=int, default=60, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")

@@ -13,11 +13,11 @@ from blemish.cli import main
 from blemish.demo import dataset as demo
 from blemish.demo.defects import DEFECTS
 from blemish.demo.part import BORE, draw_scene, pose
-from blemish.detectors.registry import DEFAULT
+from blemish.detectors.registry import FIRST
 from blemish.errors import ConfigError
 from blemish.inference import bundle
 from blemish.training import run
-from drawn import TINY, tiny_weights
+from drawn import tiny_weights
 
 SIZE = demo.SMALLEST
 KINDS = sorted(DEFECTS)
@@ -161,11 +161,12 @@ def test_the_command_ends_with_a_model_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = partial(demo.draw, train=8, test_good=2, per_kind=1, size=SIZE)
-    small = partial(run.train, weights=tiny_weights(tmp_path / "weights.safetensors"), settings=TINY)
+    settings = {"image_size": (64, 64), "layers": ("stage1", "stage2"), "bank_size": 100}
+    small = partial(run.train, weights=tiny_weights(tmp_path / "weights.safetensors"), settings=settings)
     monkeypatch.setattr("blemish.demo.draw", few)
     monkeypatch.setattr("blemish.training.run.train", small)
     out = tmp_path / "d"
-    assert main.main(["demo", "--out", str(out), "--seed", "3", "--steps", "2"]) == 0
+    assert main.main(["demo", "--out", str(out), "--seed", "3"]) == 0
     said = capsys.readouterr()
     table, places = said.out.split("\n\n")[:2]
     assert [line.split()[0] for line in table.splitlines()] == ["kind", "all", *KINDS]
@@ -174,7 +175,7 @@ def test_the_command_ends_with_a_model_and_a_report(
     assert files == {"parts": out / "parts", "model": out / "demo.blemish", "report": out / "report.html"}
     assert "evaluating: 100%" in said.err
     training = bundle.read(out / "demo.blemish").manifest.training
-    assert (training.run.seed, training.steps, training.run.model) == (3, 2, DEFAULT)
+    assert (training.run.seed, training.run.model) == (3, FIRST)
     assert (out / "report.html").stat().st_size > 10_000
 
 

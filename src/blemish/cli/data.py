@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from blemish.cli.options import DEFECT_HELP, add_layout, share_cores
-from blemish.detectors.registry import DEFAULT
 
 
 def check_arguments(sub: argparse.ArgumentParser) -> None:
@@ -35,7 +34,6 @@ def demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of the images and the training (0)"
     )
-    sub.add_argument("--steps", type=int, metavar="N", help="number of optimiser steps")
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -52,9 +50,7 @@ def run_demo(options: argparse.Namespace) -> int:
     demo.draw(parts, options.seed)
     terminal = Terminal()
     with stop_requests() as stop:
-        model = train(
-            parts, model=DEFAULT, out=file, seed=options.seed, steps=options.steps, report=terminal, stop=stop
-        )
+        model = train(parts, out=file, seed=options.seed, report=terminal, stop=stop)
         found = evaluate(model, parts, report=terminal, stop=stop)
     report.write_html(found, page)
     print(table(found))
@@ -62,7 +58,7 @@ def run_demo(options: argparse.Namespace) -> int:
         f"\nparts   {parts}\nmodel   {file}\nreport  {page}\n\n"
         "To use your own images, start with a folder of good ones:\n"
         "  blemish check MY_IMAGES\n"
-        f"  blemish train MY_IMAGES --model {DEFAULT} --out mine.blemish\n"
+        "  blemish train MY_IMAGES --out mine.blemish\n"
         "  blemish predict mine.blemish NEW_IMAGES --overlays overlays"
     )
     return 0

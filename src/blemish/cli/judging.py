@@ -77,8 +77,8 @@ def predict_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--why",
         action="store_true",
-        help="name the good image and place that the most anomalous place is most like (a model that remembers them; "
-        "needs the extra train)",
+        help="name the good image and place that the most anomalous place is most like (for a model that "
+        "remembers good images; needs the extra train)",
     )
     sub.add_argument("--threads", type=int, default=0, metavar="N", help="number of threads (all cores)")
 

@@ -34,7 +34,9 @@ SHORTHANDS = (
 def train_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the arguments of `train`."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with good images")
-    sub.add_argument("--model", metavar="M", help=f"method (not needed with --from): {', '.join(METHODS)}")
+    sub.add_argument(
+        "--model", metavar="M", help=f"method (chosen by what the data offer): {', '.join(METHODS)}"
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
     sub.add_argument(
         "--from",

@@ -35,8 +35,10 @@ METHODS: dict[str, str | Method] = {
     "padim": "blemish.detectors.padim:PADIM",
 }
 """All methods by the name a user gives: a Method, or its location as MODULE:NAME, imported on first use."""
-DEFAULT = "supersimplenet"
-"""The method that the demo trains."""
+FIRST = "patchcore"
+"""The method for good images alone, by the battery (docs/accuracy.md)."""
+LABELLED = "supersimplenet"
+"""The method that learns from defects, too, and the one for a run whose steps or epochs are given."""
 
 
 def method(name: str) -> Method:

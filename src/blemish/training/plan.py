@@ -21,6 +21,7 @@ from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
+from blemish.training.choosing import choose
 from blemish.training.length import Length
 from blemish.training.request import TrainingRequest
 from blemish.types import Sample, Supervision
@@ -38,6 +39,8 @@ class Plan:
     model: str
     preset: str
     method: Method
+    reason: str
+    """For the user: why it is this method; empty if the user named it."""
     config: Config
     """With a concrete image size."""
     size_reason: str
@@ -69,6 +72,7 @@ def plan(request: TrainingRequest) -> Plan:
     Raises a BlemishError for what does not exist or cannot be combined.
     """
     start = None if request.start is None else bundle.read(request.start)
+    request, why = with_model(request, start)
     model, preset, given = settle_settings(request, start)
     method = registry.method(model)
     refuse_length(request, model, method)
@@ -86,16 +90,27 @@ def plan(request: TrainingRequest) -> Plan:
     length = request.length
     if start is not None and length == Length() and method.has_steps:
         length = warm_length(config)
-    return Plan(model, preset, method, config, reason, supervision, unused, parts, length, seen, start)
+    return Plan(model, preset, method, why, config, reason, supervision, unused, parts, length, seen, start)
+
+
+def with_model(request: TrainingRequest, start: Bundle | None) -> tuple[TrainingRequest, str]:
+    """Return a request that names a method, and why it is that one if the user left it open.
+
+    A budget is dropped for a chosen method without steps, which is done as soon as it can be.
+    """
+    if request.model is not None:
+        return request, ""
+    if start is not None:
+        return dataclasses.replace(request, model=start.manifest.training.run.model), ""
+    model, why = choose(request)
+    if request.budget is not None and not registry.method(model).has_steps:
+        request, why = dataclasses.replace(request, budget=None), f"{why}, so the budget is not needed"
+    return dataclasses.replace(request, model=model), why
 
 
 def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str, str, dict[str, Any]]:
     """Return method, preset and settings of a run; raise ConfigError if they cannot be combined."""
-    model = request.model
-    if model is None and start is not None:
-        model = start.manifest.training.run.model
-    if model is None:
-        raise ConfigError("no model was named; expected --model, or --from a model file")
+    model = str(request.model)
     given = registry.with_schedule(model, request.schedule, request.settings)
     if start is None:
         return model, request.preset, given

@@ -111,7 +111,7 @@ class TrainingRequest(RunRequest):
     data: Path
     """Folder or manifest of a data set."""
     model: str | None = None
-    """The method; None: that of `start`."""
+    """The method; None: that of `start` or, without one, the best for what the data offer."""
     start: Path | None = None
     """A model file for a warm start, with its method and settings, in a shorter run."""
     layout: str = "auto"

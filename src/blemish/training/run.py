@@ -174,8 +174,9 @@ def read_images(
     """
     samples, held_out = planned.samples, planned.parts.held_out
     preprocessing = Preprocessing(planned.config.image_size, images.FULL_SCALE)
-    if planned.size_reason:
-        tell(report, planned.size_reason)
+    for reason in (planned.reason, planned.size_reason):
+        if reason:
+            tell(report, reason)
     tell(report, f"reading {len(samples)} training and {len(held_out)} held-out good images")
     store = ImageStore([sample.path for sample in samples], preprocessing, memory).fill(stop)
     held = ImageStore([sample.path for sample in held_out], preprocessing, memory).fill(stop)
