@@ -38,12 +38,14 @@ def finalise(
     held_out: ImageStore,
     facts: dict[str, Any],
     false_reject_rate: float,
+    light_limit: float = 0.0,
     report: Report = silent,
 ) -> Predictor:
     """Finalise a trained detector on held-out good images and write its model file.
 
-    facts: the fields of TrainingRecord that are known so far. Before anything is written, the graph is
-    compared with the detector on the held-out images; raises ExportError if they differ.
+    facts: the fields of TrainingRecord that are known so far. light_limit: see `calibration.fit_light`.
+    Before anything is written, the graph is compared with the detector on the held-out images; raises
+    ExportError if they differ.
     """
     detector.eval().to("cpu")  # where float32 has its full precision, as in the runtime
     with torch.no_grad():
@@ -58,12 +60,14 @@ def finalise(
         false_reject_rate=false_reject_rate,
     )
     tell(report, calibration.describe(found))
+    lights = held_out.light_scores()
     manifest = Manifest(
         method=facts["run"]["model"],
         config=as_json(detector.config),
         preprocessing=held_out.preprocessing,
         outputs=tuple(detector.outputs),
         calibration=found,
+        light_calibration=calibration.fit_light(lights, light_limit) if lights else None,
         training=msgspec.convert(facts | {"graph_difference": difference}, TrainingRecord),
         versions={
             "blemish": __version__,

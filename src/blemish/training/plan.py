@@ -18,7 +18,7 @@ from blemish.detectors import registry
 from blemish.detectors.settings import Config, Method, read_settings
 from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
-from blemish.inference import bundle
+from blemish.inference import bundle, calibration
 from blemish.inference.bundle import Bundle
 from blemish.training.length import Length
 from blemish.training.request import TrainingRequest
@@ -47,6 +47,8 @@ class Plan:
     """Short digests of the images that earlier models were trained on."""
     start: Bundle | None
     """The model that a warm start begins with."""
+    light: str = "off"
+    """off or standardise."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -80,7 +82,20 @@ def plan(request: TrainingRequest) -> Plan:
     length = request.length
     if start is not None and length == Length():
         length = warm_length(config)
-    return Plan(model, preset, method, config, supervision, unused, parts, length, seen, start)
+    light = settle_light(request, start, len(parts.held_out))
+    return Plan(model, preset, method, config, supervision, unused, parts, length, seen, start, light)
+
+
+def settle_light(request: TrainingRequest, start: Bundle | None, held_out: int) -> str:
+    """Return what to do about the light of images; raise ConfigError for a light limit that does not fit.
+
+    held_out: number of held-out images.
+    """
+    light = request.light or ("off" if start is None else start.manifest.training.run.light)
+    if light == "off" and request.light_limit:
+        raise ConfigError(f"light limit {request.light_limit:g}: expected it with light standardise only")
+    calibration.check_light_limit(request.light_limit, held_out)
+    return light
 
 
 def settle_settings(request: TrainingRequest, start: Bundle | None) -> tuple[str, str, dict[str, Any]]:

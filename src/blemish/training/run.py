@@ -30,6 +30,7 @@ from blemish.devices import choose_device, choose_precision, keep_freed_memory
 from blemish.errors import ConfigError, ModelFileError
 from blemish.files import SHORT_DIGEST, check_writable, digest, to_json_types
 from blemish.images import Preprocessing
+from blemish.images.light import Light, measure
 from blemish.inference.bundle import Bundle
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, Stop, never, silent, tell, tracked
@@ -95,7 +96,6 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         "pretrained": pretrained,
     }
     facts = training_facts(request, planned, material)
-    warm = planned.start is not None
     if planned.method.has_steps:
         session = Run(
             detector=detector,
@@ -119,13 +119,14 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
             planned.length,
             request.resume,
             lambda: reserve,
-            partial(prepare, session, material, warm),
+            partial(prepare, session, material, warm=planned.start is not None),
         )
         loop.loop(session)
         learned = loop.provenance(session)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
-    opened = finalise(request.out, detector, held, learned | facts, request.false_reject_rate, report)
+    limits = request.false_reject_rate, request.light_limit
+    opened = finalise(request.out, detector, held, learned | facts, *limits, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
     return opened
@@ -160,7 +161,17 @@ def read_images(
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     for each in (store, held):
         each.set_white(images.white_level(deepest) if deepest else images.FULL_SCALE)
+    if planned.light != "off":
+        light = measure_light(store, len(planned.parts.train), stop)
+        for each in (store, held):
+            each.set_light(light)
     return planned, store, held
+
+
+def measure_light(store: ImageStore, good: int, stop: Stop) -> Light:
+    """Measure the light of the training images, of which the first are good."""
+    inputs = (store.inputs(index)[0] for index in range(good))
+    return measure(tracked(inputs, good, silent, "measuring light", stop=stop))
 
 
 def digests_of(store: ImageStore) -> dict[Path, str]:
@@ -180,10 +191,11 @@ def assemble(
 ) -> Material:
     """Assemble what the run learns from; pretrained: the digest of the frozen part's weights."""
     config, rules = planned.config, detector.label_rules
-    made_of = [str(torch.__version__), __version__, pretrained, *detector.encoding_key, *config.image_size]
-    features = open_cache(
-        request.cache, request.out, request.memory, [*made_of, held.preprocessing.white, device]
-    )
+    made_of: list[Any] = [str(torch.__version__), __version__, pretrained, *detector.encoding_key]
+    made_of += [*config.image_size, held.preprocessing.white, device]
+    if (light := held.preprocessing.light) is not None:
+        made_of += [light.mean, light.deviation, light.gain_limits, light.offset_limit]
+    features = open_cache(request.cache, request.out, request.memory, made_of)
     encode = detector.encode if detector.frozen else None
     batches = Batches(
         planned.samples,
@@ -205,6 +217,7 @@ def fingerprint_of(planned: Plan, material: Material, natural: NaturalImages | N
         "model": planned.model,
         "preset": planned.preset,
         "supervision": planned.supervision,
+        "light": planned.light,
         "config": as_json(planned.config),
         "images": fingerprint.digest_samples(planned.samples, digests_of(material.store).__getitem__),
         "held_out": fingerprint.digest_all(digests_of(material.held).values()),
@@ -329,7 +342,7 @@ def encode_all(material: Material, report: Report, stop: Stop) -> Iterator[tuple
     tell(report, f"feature cache: {material.features.describe()}")
 
 
-def prepare(run: Run, material: Material, warm: bool) -> None:
+def prepare(run: Run, material: Material, *, warm: bool) -> None:
     """Encode all images, and let the detector measure what it needs on the good ones.
 
     warm: whether that is already known from an earlier model.
