@@ -2,19 +2,19 @@
 
     python benchmarks/battery.py run FOLDER... --variants patchcore padim --seeds 3 --out battery.jsonl
     python benchmarks/battery.py run FOLDER... --variants "patchcore place_weight=1 layers=stage3,stage5" ...
-    python benchmarks/battery.py show battery.jsonl [--only bottle,pill] [--conditions clean] [--values aupro]
+    python benchmarks/battery.py show battery.jsonl [--only bottle,pill] [--conditions clean]
 
-A category is the folder of a data set, or "demo" for rendered parts. A variant is a method followed by settings
-KEY=VALUE; the options light, edges, image_size, scale, supervision, preset and steps are understood, too. Conditions:
+A category is the folder of a data set, or "demo" for rendered parts. A variant is a method followed by
+settings KEY=VALUE, or by options of a training that OPTIONS lists. Conditions:
 
     clean       as the data set is, but without training images that are also test images
-    dirty5 ...  so many percent of the good training images are in fact defective ones, taken from the test set
+    dirty5 ...  so many percent of the good training images are defective ones, taken from the test set
     few1 ...    only so many good training images, drawn by the seed
     light       trained on clean images; the test images are altered in light, sharpness and place
 
-Each cell runs in a process of its own and is one line of JSON; cells that are in the file already are not run
-again, so that a battery that was stopped goes on. Nothing is chosen here: `show` prints what was measured, the
-mean over the seeds with its standard deviation, and the mean over all columns.
+Each cell runs in a process of its own and is one line of JSON; cells that are in the file already are not
+run again, so that a battery that was stopped goes on. Nothing is chosen here: `show` prints what was
+measured, the mean over the seeds with its standard deviation, and the mean over all columns.
 """
 
 from __future__ import annotations

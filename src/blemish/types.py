@@ -20,6 +20,8 @@ SplitName = Literal["train", "validation", "test", ""]
 Supervision = Literal["none", "weak", "mixed", "full"]
 """Labels of the training images: good images only, or also defective ones with no, some or all masks."""
 Label = Literal["ok", "review", "defect"]
+Reason = Literal["", "light"]
+"""Why a part is labelled otherwise than by its score: "light", its light p-value is at the limit or below."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,16 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class LightCalibration:
+    """The light scores of held-out good images, of a model that standardises light."""
+
+    scores: tuple[float, ...]
+    """Ascending."""
+    limit: float = 0.0
+    """Light p-value up to which a part is labelled at least review; 0: never, as p-values are above 0."""
+
+
+@dataclass(frozen=True)
 class Region:
     """A connected region of the map above the pixel threshold, in pixels of the image.
 
@@ -148,6 +160,10 @@ class Verdict:
     """Raw values at the network's input size (h, w), or at the image's own size (H, W) on request."""
     parts: dict[str, FloatArray] = field(default_factory=dict, repr=False, compare=False)
     """The maps of which `map` is composed, on request and if the method has several; same size as `map`."""
+    light_p: float | None = None
+    """Estimated share of good parts whose light is at least as unusual; None if light is left as it is."""
+    reason: Reason = ""
+    """Why the label is not that of the score."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +192,8 @@ class ImageResult:
     label: Label
     score: float
     p_value: float
+    light_p: float | None = None
+    reason: Reason = ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The benchmarks: EfficientAD's step and the transcription minimise the same thing, and the others run."""
 
 import importlib
+import io
 import re
 import sys
 import threading
@@ -13,15 +14,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 import blemish
 import drawn
 from blemish import images, seeding
 from blemish.backbones.pdn import CHANNELS, PDN, PDNS
+from blemish.data import scan
 from blemish.detectors.efficientad.detector import EfficientAD, jitter, sometimes_grey
 from blemish.detectors.registry import build, configure
-from blemish.errors import ImageError
+from blemish.errors import ConfigError, DataError, ImageError
 from blemish.training import loop
 from blemish.types import Batch
 
@@ -210,3 +214,83 @@ def test_every_stage_of_every_image_is_timed(folder_of_benchmarks: None, tmp_pat
 def test_help_loads_no_package_but_our_own(folder_of_benchmarks: None) -> None:
     found = importlib.import_module("startup").modules()
     assert [name for name in found if name not in sys.stdlib_module_names] == ["blemish"]
+
+
+# --- other light ---
+
+
+@pytest.fixture(scope="module")
+def variants(folder_of_benchmarks: None) -> ModuleType:
+    return importlib.import_module("light_variants")
+
+
+def test_the_battery_changes_light_and_optics_as_it_says(variants: ModuleType) -> None:
+    assert list(variants.VARIANTS) == [
+        *("gain 0.7", "gain 0.85", "gain 1.15", "gain 1.3", "gamma 0.85", "gamma 1.15", "ramp"),
+        *("jpeg", "blur", "shift"),
+    ]
+    image = drawn.spotted(1, (40, 56))[0]
+    before = image.copy()
+    share = image / 255.0
+    expected = {f"gain {factor}": np.minimum(factor * share, 1) for factor in (0.7, 0.85, 1.15, 1.3)}
+    expected |= {f"gamma {exponent}": share**exponent for exponent in (0.85, 1.15)}
+    expected["ramp"] = share * np.linspace(1, 0.85, 56)[:, None]
+    expected["shift"] = share[:, np.maximum(np.arange(56) - 4, 0)]
+    blurred = gaussian_filter(image.astype(np.float64), (1, 1, 0), mode="nearest", truncate=4.0)
+    expected["blur"] = blurred / 255
+    for name, alter in variants.VARIANTS.items():
+        found = alter(image)
+        assert (found.dtype, found.shape) == (np.uint8, image.shape)
+        assert not np.array_equal(found, image)
+        assert np.array_equal(image, before)
+        if name != "jpeg":
+            np.testing.assert_allclose(found, 255 * expected[name], atol=0.51, err_msg=name)
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, "JPEG", quality=75)
+    assert np.array_equal(variants.VARIANTS["jpeg"](image), np.asarray(Image.open(encoded)))
+    red = variants.TINTS["red 0.85"](image)
+    assert np.array_equal(red[..., 1:], image[..., 1:])
+    np.testing.assert_allclose(red[..., 0], 0.85 * image[..., 0], atol=0.51)
+    assert len(variants.TINTS) == 6
+
+
+@pytest.mark.parametrize("name", ["gain 0.7", "shift"])
+def test_an_altered_copy_has_other_test_images_and_the_same_training(
+    variants: ModuleType, tmp_path: Path, name: str
+) -> None:
+    root = drawn.data_set(tmp_path / "parts", train=4, good=2, bad=2)
+    before, alter = drawn.snapshot(root), variants.VARIANTS[name]
+    out = variants.altered_copy(root, tmp_path / "copies" / "one", alter)
+    assert drawn.snapshot(root) == before
+    assert [path.name for path in out.parent.iterdir()] == ["one"]
+    original, found = (scan(folder) for folder in (root, out))
+    assert [(one.path.relative_to(root), one.split, one.kind, len(one.masks)) for one in original] == [
+        (one.path.relative_to(out), one.split, one.kind, len(one.masks)) for one in found
+    ]
+    for one, other in zip(original, found, strict=True):
+        image = images.read(one.path)
+        expected = alter(image) if one.split == "test" else image
+        assert np.array_equal(images.read(other.path), expected)
+        for mask, moved in zip(one.masks, other.masks, strict=True):
+            marked = images.read_mask((mask,), (64, 64))
+            expected = variants.shift(marked) if name == "shift" else marked
+            assert np.array_equal(images.read_mask((moved,), (64, 64)), expected)
+    with pytest.raises(DataError, match="expected a new folder"):
+        variants.altered_copy(root, out, alter)
+    with pytest.raises(DataError, match="expected the layout mvtec"):
+        variants.altered_copy(root / "train", tmp_path / "other", alter)
+
+
+def test_the_battery_is_written_once(
+    variants: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = drawn.data_set(tmp_path / "parts", train=4, good=1, bad=1)
+    words = ["light_variants.py", str(root), str(tmp_path / "out"), "--only", "gain 0.7,blue 1.15"]
+    monkeypatch.setattr(sys, "argv", words)
+    for _ in range(2):
+        variants.main()
+        folders = capsys.readouterr().out.split()
+        assert folders == [str(tmp_path / "out" / name) for name in ("gain-0.7", "blue-1.15")]
+    monkeypatch.setattr(sys, "argv", [*words[:-1], "glare"])
+    with pytest.raises(ConfigError, match=r"unknown alteration 'glare'; expected one of gain 0\.7,"):
+        variants.main()

@@ -491,7 +491,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "something else": (write_no_bundle, "is not a model file, or is damaged"),
     "truncated": (truncate, "is not a model file, or is damaged"),
     "damaged": (flip, "damaged"),
-    "foreign": (make_foreign, "has format 99; this version of Blemish reads format 1"),
+    "foreign": (make_foreign, "has format 99; this version of Blemish reads formats 1 and 2"),
 }
 
 
@@ -854,13 +854,14 @@ def test_every_field_of_a_training_request_is_an_option_of_train() -> None:
     words = "train parts --model simplenet --out a/m.blemish --from old.blemish --layout mvtec "
     words += "--supervision full --train-defects 3 --train-masks 0.5 --weights w.pth --natural-images none "
     words += "--preset paper --schedule paper --seed 4 --device cpu --precision bf16 --memory 1 --cache off "
-    words += "--false-reject-rate 0.2 --resume --set noise_ratio=0.5"
+    words += "--false-reject-rate 0.2 --resume --set noise_ratio=0.5 --light standardise --light-limit 0.1"
     given: dict[str, Any] = {
         **{"data": Path("parts"), "model": "simplenet", "out": Path("a/m.blemish")},
         **{"start": Path("old.blemish"), "layout": "mvtec", "supervision": "full"},
         **{"train_defects": "3", "train_masks": "0.5", "weights": Path("w.pth"), "natural_images": "none"},
         **{"preset": "paper", "schedule": "paper", "seed": 4, "device": "cpu", "precision": "bf16"},
         **{"memory": 1 << 30, "cache": "off", "false_reject_rate": 0.2, "resume": True},
+        **{"light": "standardise", "light_limit": 0.1},
         "settings": {"noise_ratio": "0.5"},
     }
     either: list[tuple[str, str, dict[str, Any]]] = [

@@ -278,6 +278,7 @@ def refused(
         ({"steps": None, "epochs": 7}, "its training epochs is 4.0, not 7"),
         ({"steps": None}, "its training steps is 4, not "),
         ({"false_reject_rate": 0.05}, "its calibration false_reject_rate is 0.01, not 0.05"),
+        ({"light": "standardise"}, "its training run light is off, not standardise"),
         ({"weights": Path(drawn.__file__)}, "its training run pretrained is "),
     ],
 )
@@ -301,7 +302,7 @@ def test_what_is_expected_of_a_file_is_what_is_found(series: Series) -> None:
     for each in series.trials:
         wanted, found = expected(each.request(series.base)), bundle.read(each.out).manifest.to_json()
         assert difference(found, wanted, "") == ""
-        compared = {"model", "preset", "seed", "config", "supervision", "images", "from", "held_out"}
+        compared = {"model", "preset", "seed", "config", "supervision", "light", "images", "from", "held_out"}
         assert wanted["training"]["run"].keys() == compared | {"pretrained"}
         assert wanted["training"].keys() == {"run", "steps"}
         assert found["training"]["run"].keys() > compared

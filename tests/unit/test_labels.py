@@ -31,7 +31,7 @@ from blemish.evaluation.run import evaluate
 from blemish.files import short_digest
 from blemish.images import Preprocessing
 from blemish.progress import Event, silent
-from blemish.training import fingerprint, run
+from blemish.training import fingerprint, material
 from blemish.training.plan import Plan, plan
 from blemish.training.request import TrainingRequest
 from blemish.types import AnyArray, BoolArray, FloatArray, LabelRules, Sample, Supervision
@@ -578,7 +578,7 @@ def test_a_copy_of_a_held_out_image_does_not_train(tmp_path: Path, caplog: pytes
     for path in sorted((root / "train/good").iterdir()):
         shutil.copy(path, path.with_name(f"copy_{path.name}"))
     before = planned(root)
-    found, store, held = run.read_images(before, Memory(1 << 30), silent)
+    found, store, held = material.read_images(before, Memory(1 << 30), silent)
     trained = {path.read_bytes() for path in store.paths}
     assert not trained & {path.read_bytes() for path in held.paths}
     assert [sample.path for sample in found.samples] == store.paths
@@ -595,7 +595,7 @@ def test_good_images_that_are_all_copies_of_one_are_refused(tmp_path: Path) -> N
     for path in files[1:]:
         shutil.copy(files[0], path)
     with pytest.raises(DataError, match="all 7 good training images are copies of held-out ones"):
-        run.read_images(planned(root), Memory(1 << 30), silent)
+        material.read_images(planned(root), Memory(1 << 30), silent)
 
 
 def test_masks_that_are_all_empty_leave_image_labels(tmp_path: Path) -> None:

@@ -26,15 +26,17 @@ from blemish.data.folds import FoldRecord
 from blemish.detectors import onnx_graph
 from blemish.detectors.registry import build, configure
 from blemish.errors import ModelFileError
-from blemish.images import Preprocessing
+from blemish.images import Light, Preprocessing
 from blemish.images.resizing import to_input
 from blemish.inference import bundle
-from blemish.inference.bundle import FORMAT, GRAPH, MANIFEST, WEIGHTS, Bundle
+from blemish.inference.bundle import FORMATS, GRAPH, MANIFEST, WEIGHTS, Bundle
 from blemish.inference.calibration import fit
 from blemish.inference.choice import Choice
 from blemish.inference.engines import open_graph
 from blemish.inference.manifest import ExportRecord, Manifest, UsedFiles, recalibrated
+from blemish.inference.predictor import Predictor
 from blemish.training import finalise
+from blemish.types import LightCalibration
 from drawn import Tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,9 +45,12 @@ CALIBRATION = fit(np.array([[1.0], [2.0], [4.0]]), np.array([3.0, 5.0, 6.0]), ("
 LEAST = Manifest.untrained("none", {}, Preprocessing((4, 4), 65535.0), ("map", "statistics"))
 LEAST = replace(LEAST, calibration=CALIBRATION, training=replace(LEAST.training, notes=("ä",)))
 """What a model file must say, and no more."""
+LIGHT = Light((0.5,) * 3, (0.1,) * 3, (0.01,) * 6, tuple(map(tuple, np.diag([0.1, 0.2] * 3).tolist())))
 FULL = replace(
     LEAST,
     config={"image_size": [4, 4], "noise": 0.5, "upscale": True},
+    preprocessing=replace(LEAST.preprocessing, light=LIGHT),
+    light_calibration=LightCalibration((0.5, 1.5, 2.5), 0.25),
     training=replace(
         LEAST.training,
         history=({"step": 2.0, "loss": 0.1},),
@@ -113,11 +118,17 @@ def test_the_manifest_is_written_under_the_names_of_the_documentation(small: Pat
         *("format", "method", "config", "preprocessing", "outputs", "calibration", "training", "versions"),
         "members",
     ]
-    assert said["format"] == FORMAT
+    assert said["format"] == 1
+    assert list(said["preprocessing"]) == ["image_size", "white", "color"]
     assert said["members"] == {
         WEIGHTS: hashlib.sha256(b"the weights").hexdigest(),
         GRAPH: hashlib.sha256(b"the graph").hexdigest(),
     }
+    bundle.write(small, FULL, b"the weights", b"the graph")
+    assert list(manifest_of(small)) == [
+        *("format", "requires", "method", "config", "preprocessing", "outputs", "calibration", "training"),
+        *("versions", "engine", "export", "light_calibration", "members"),
+    ]
     record = as_json(FULL)
     assert record["training"]["run"]["from"] == ""
     assert record["export"]["in floating point"] == ["head"]
@@ -251,6 +262,62 @@ def test_format_1_keeps_loading_and_scoring_the_same() -> None:
         assert (verdict.label, verdict.p_value) == (expected["label"], expected["p_value"])
 
 
+def test_format_2_keeps_loading_and_scoring_the_same() -> None:
+    """Its light is part of how it judges, so a reader that ignored it would reach other scores."""
+    opened = bundle.read(FILES / "format2.blemish")
+    said = manifest_of(FILES / "format2.blemish")
+    assert (said["format"], said["requires"]) == (2, ["light"])
+    model, ignorant = (
+        Predictor(replace(opened, manifest=manifest))
+        for manifest in (
+            opened.manifest,
+            replace(opened.manifest, preprocessing=replace(opened.manifest.preprocessing, light=None)),
+        )
+    )
+    parts = [drawn.part(number) for number in GOOD] + [drawn.spotted(number)[0] for number in BAD]
+    differs = False
+    for part, expected in zip(parts, json.loads((FILES / "format2.json").read_text()), strict=True):
+        verdict = model.predict(part)
+        assert verdict.score == pytest.approx(expected["score"], rel=1e-4, abs=1e-3)
+        assert float(verdict.map.max()) == pytest.approx(expected["peak"], rel=1e-4, abs=1e-5)
+        assert (verdict.label, verdict.p_value) == (expected["label"], expected["p_value"])
+        assert verdict.light_p == expected["light_p"]
+        differs |= ignorant.predict(part).score != pytest.approx(expected["score"], rel=1e-3, abs=1e-2)
+    assert differs
+
+
+def test_only_what_an_earlier_reader_would_misjudge_gets_format_2(tiny: Tiny, small: Path) -> None:
+    """What reads format 1 alone looks at the number first, and refuses the file by it."""
+    assert [manifest_of(path)["format"] for path in (tiny.file, small)] == [1, 1]
+    assert "requires" not in manifest_of(tiny.file)
+    bundle.write(small, replace(FULL, engine=Choice(), export=None), b"", b"")
+    assert manifest_of(small)["format"] == 2
+    dark = replace(FULL, preprocessing=LEAST.preprocessing, light_calibration=None)
+    bundle.write(small, dark, b"", b"")
+    assert manifest_of(small)["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda said: said.update(requires=["light", "tiles"]), "requires 'tiles', which this version of"),
+        (lambda said: said.update(requires=[["light"]]), "requires ['light'], which this version of"),
+        (lambda said: said.update(requires="light"), "'requires' in its manifest.json is no list"),
+        (lambda said: said.update(requires=[]), "what it requires and what it contains differ"),
+        (lambda said: said.pop("requires"), "what it requires and what it contains differ"),
+        (lambda said: said.pop("light_calibration"), "one of light and light_calibration; expected both"),
+        (lambda said: said["preprocessing"].pop("light"), "one of light and light_calibration"),
+        (lambda said: said["light_calibration"].update(scores=[2, 1]), "no ascending scores, or a limit"),
+        (lambda said: said["light_calibration"].update(limit=1), "no ascending scores, or a limit"),
+        (lambda said: said["preprocessing"]["light"].update(mean=[0.5]), "preprocessing.light has levels of"),
+    ],
+)
+def test_light_that_does_not_fit_is_refused(small: Path, change: Callable[[Any], Any], says: str) -> None:
+    bundle.write(small, FULL, b"", b"")
+    rewrite(small, say(change))
+    assert says in refused(small)
+
+
 def test_format_1_is_read_completely() -> None:
     """What the first files lack gets the value that it had then; the rest is as the file says."""
     said = manifest_of(FILES / "format1.blemish")
@@ -270,7 +337,8 @@ def test_format_1_is_read_completely() -> None:
 
 
 def test_there_is_a_file_of_every_format() -> None:
-    assert all((FILES / f"format{number}.blemish").is_file() for number in range(1, FORMAT + 1))
+    found = {path.name: manifest_of(path)["format"] for path in FILES.glob("*.blemish")}
+    assert found == {f"format{number}.blemish": number for number in FORMATS}
 
 
 # --- damage ---
@@ -362,15 +430,17 @@ def say(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, bytes]],
     return apply
 
 
-@pytest.mark.parametrize("number", [0, 2, 99, "1", None, [1]])
+@pytest.mark.parametrize("number", [0, 3, 99, "1", None, [1]])
 def test_a_foreign_format_number(small: Path, number: Any) -> None:
     rewrite(small, say(lambda said: said.update(format=number)))
-    assert refused(small).endswith(f"has format {number}; this version of Blemish reads format {FORMAT}")
+    assert refused(small).endswith(f"has format {number}; this version of Blemish reads formats 1 and 2")
 
 
 def test_a_foreign_format_is_refused_before_anything_else(small: Path) -> None:
-    rewrite(small, lambda members: members.update({MANIFEST: b'{"format": 2}'}))
-    assert "has format 2; this version of Blemish reads format 1" in refused(small)
+    rewrite(small, lambda members: members.update({MANIFEST: b'{"format": 3}'}))
+    assert "has format 3; this version of Blemish reads formats 1 and 2" in refused(small)
+    rewrite(small, lambda members: members.update({MANIFEST: b'{"format": 2, "requires": ["tiles"]}'}))
+    assert "requires 'tiles', which this version of Blemish does not know" in refused(small)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b'"format"', b"{}", b"\xff\xfe"])
@@ -404,7 +474,9 @@ LATER = {
     *("preprocessing.color", "training.fold", "training.files", "training.files.before"),
     *("training.defective_images", "training.masked_images"),
     *(f"training.run.{name}" for name in ("supervision", "natural_images", "from", "white", "device")),
-    *("training.run.torch", "training.run.blemish"),
+    *("training.run.torch", "training.run.blemish", "training.run.light"),
+    *("preprocessing.light", "preprocessing.light.gain_limits", "preprocessing.light.offset_limit"),
+    *("light_calibration", "light_calibration.limit"),
 }
 """Fields that the first files of format 1 lack, or that only some files have."""
 
@@ -454,6 +526,10 @@ def test_a_manifest_may_lack_a_later_field(path: str) -> None:
     del holder[name]
     if path == "engine.backend":  # which bf16 does not go with
         holder["precision"] = "fp32"
+    if path == "preprocessing.light":  # which goes with its calibration
+        del record["light_calibration"]
+    if path == "light_calibration":
+        del record["preprocessing"]["light"]
     assert Manifest.from_json(record, "m.blemish").method == FULL.method
 
 
@@ -469,6 +545,7 @@ VALUES: dict[type, Any] = {
 """A value of every type that JSON has."""
 ALSO: dict[str, type] = {"training.run.natural_images": int}
 ALSO |= dict.fromkeys(("export", "training.fold", "training.files", "training.fold.file"), type(None))
+ALSO |= dict.fromkeys(("preprocessing.light", "light_calibration"), type(None))
 """The second type of fields that have two."""
 
 

@@ -24,9 +24,10 @@ from blemish.cli.main import main
 from blemish.errors import ConfigError, ImageError
 from blemish.images import Preprocessing
 from blemish.inference import bundle, predictor
+from blemish.inference.bulk import as_record
 from blemish.inference.calibration import image_scores, p_value
 from blemish.inference.predictor import Outcome, Predictor, regions
-from blemish.types import AnyArray, Calibration, FloatArray, Region, Verdict
+from blemish.types import AnyArray, Calibration, FloatArray, LightCalibration, Region, Verdict
 
 MODEL = FILES / "format1.blemish"
 
@@ -231,7 +232,7 @@ class Faulty(Preprocessing):
     """Preprocessing with a bug."""
 
     @override
-    def inputs(self, image: AnyArray) -> FloatArray:
+    def resized(self, image: AnyArray) -> AnyArray:
         raise ZeroDivisionError
 
 
@@ -347,6 +348,65 @@ def test_labels_follow_the_thresholds(model: Predictor) -> None:
     ):
         changed = replace(model.calibration, review_threshold=review, defect_threshold=defect)
         assert calibrated(model, changed).predict(image).label == label
+
+
+def test_a_model_that_leaves_light_as_it_is_says_nothing_of_it(model: Predictor) -> None:
+    verdict = model.predict(drawn.part(10))
+    assert (verdict.light_p, verdict.reason) == (None, "")
+    assert model.prepare(drawn.part(10)).light is None
+    assert list(as_record(verdict)) == ["path", "score", "label", "p_value", "regions"]
+
+
+LIT = FILES / "format2.blemish"
+
+
+@pytest.fixture(scope="module")
+def lit() -> Predictor:
+    return blemish.load(LIT, threads=1)
+
+
+def with_light_limit(model: Predictor, scores: tuple[float, ...], limit: float) -> Predictor:
+    """Return a predictor with another light calibration that runs on the same engine."""
+    opened = bundle.read(LIT)
+    known = LightCalibration(scores, limit)
+    return Predictor(
+        replace(opened, manifest=replace(opened.manifest, light_calibration=known)), engine=model.engine
+    )
+
+
+def test_the_light_p_value_is_a_rank_among_held_out_good_parts(lit: Predictor) -> None:
+    known, preprocessing = lit.manifest.light_calibration, lit.preprocessing
+    assert known is not None
+    assert known.limit == 0
+    for image in (drawn.part(10), (0.6 * drawn.part(10)).astype(np.uint8)):
+        score = preprocessing.with_light_score(preprocessing.resized(image))[1]
+        assert score is not None
+        verdict = lit.predict(image)
+        assert verdict.light_p == (1 + sum(other >= score for other in known.scores)) / (
+            1 + len(known.scores)
+        )
+        record = as_record(verdict)
+        assert (record["light_p"], record["reason"]) == (verdict.light_p, "")
+    assert verdict.light_p == 1 / (1 + len(known.scores))
+
+
+def test_a_light_limit_makes_an_ok_part_review_and_changes_nothing_else(lit: Predictor) -> None:
+    part, spot = drawn.part(10), drawn.spotted(6000)[0]
+    plain = lit.predict(part), lit.predict(spot)
+    assert [verdict.label for verdict in plain] == ["ok", "defect"]
+    cases: list[tuple[tuple[float, ...], float, dict[str, Any]]] = [
+        ((1e-9,) * 19, 0.05, {"label": "review", "light_p": 0.05, "reason": "light"}),
+        ((1e-9,) * 19, 0.0, {"label": "ok", "light_p": 0.05}),
+        ((1e-9,) * 18, 0.05, {"label": "ok", "light_p": 1 / 19}),
+        ((1e9,) * 19, 0.05, {"label": "ok", "light_p": 1.0}),
+    ]
+    for scores, limit, changes in cases:
+        limited = with_light_limit(lit, scores, limit)
+        assert same(limited.predict(part), replace(plain[0], **changes))
+        changes |= {"label": "defect", "reason": ""}
+        assert same(limited.predict(spot), replace(plain[1], **changes))
+        for batched in limited.predict_batch([part, part]):
+            assert batched.light_p == limited.predict(part).light_p
 
 
 def test_the_score_is_the_statistics_joined(model: Predictor) -> None:

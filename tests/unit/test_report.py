@@ -178,6 +178,26 @@ def test_wilson_interval(count: int, total: int, interval: tuple[float, float]) 
     assert report._wilson(count, total) == pytest.approx(interval, abs=6e-5)
 
 
+def test_unusual_light_is_shown_beside_its_picture(tmp_path: Path) -> None:
+    plain = evaluation()
+    for word in ("unusual light", "for its light", "for their light"):
+        assert word not in written(plain, tmp_path)
+    exhibits = [
+        replace(exhibit, result=replace(exhibit.result, label="review", light_p=light_p, reason="light"))
+        for exhibit, light_p in zip(plain.exhibits, (0.03, 0.06), strict=True)
+    ]
+    what = replace(
+        plain,
+        exhibits=tuple(exhibits),
+        images=(*plain.images[:2], replace(plain.images[2], label="review", light_p=0.03, reason="light")),
+    )
+    text = written(what, tmp_path)
+    assert text.count("unusual light, p-value 0.03") == 1
+    assert "0.06" not in text
+    assert text.count("labelled review for its light") == 2
+    assert "Set aside for review: 0 defective and 1 good, 1 of them only for their light." in text
+
+
 def test_an_undefined_metric_is_an_empty_cell(page: Page) -> None:
     assert page.row("dent") == ["dent", "4", "3", "0", "0.875", "0.875", "0.875", "", "0.875", "0.875", ""]
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
@@ -309,7 +329,8 @@ def test_csv_has_a_row_for_each_image(tmp_path: Path) -> None:
     report.write_csv(evaluation(), tmp_path / "images.csv")
     with (tmp_path / "images.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert rows == [{name: str(value) for name, value in asdict(result).items()} for result in results()]
+    written = [asdict(result) | {"light_p": ""} for result in results()]  # None is an empty cell
+    assert rows == [{name: str(value) for name, value in row.items()} for row in written]
 
 
 def test_json_holds_everything_but_pixels(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from blemish.errors import ConfigError, ModelFileError, StoppedError
 from blemish.images import Preprocessing
 from blemish.progress import Event, silent
 from blemish.training import checkpoint, run
+from blemish.training import material as materials
 from blemish.training.plan import plan
 from blemish.training.request import TrainingRequest
 from blemish.types import AnyArray, Sample
@@ -205,7 +206,7 @@ def opened(wanting: Detector, messages: list[str] | None = None, **given: Any) -
             messages.append(event.message)
 
     request = TrainingRequest(data=Path("parts"), out=Path("m.blemish"), **given)
-    return run.open_natural(request, wanting, Memory(0), report)
+    return materials.open_natural(request, wanting, Memory(0), report)
 
 
 def test_images_are_drawn_unless_others_are_chosen(parts: Path) -> None:
@@ -275,8 +276,8 @@ def test_training_draws_unless_told_otherwise(tmp_path: Path) -> None:
 def test_runs_with_other_photographs_are_other_runs(parts: Path) -> None:
     wanting = detector("efficientad-s")
     request = TrainingRequest(data=parts, out=Path("m.blemish"), model="efficientad-s", cache="off")
-    planned, store, held = run.read_images(plan(request), Memory(0), silent)
-    material = run.assemble(request, planned, wanting, store, held, None, "", "cpu")
+    planned, store, held = materials.read_images(plan(request), Memory(0), silent)
+    material = materials.assemble(request, planned, wanting, store, held, None, "", "cpu")
     said = [
         run.fingerprint_of(planned, material, opened(wanting, natural_images=folder))["natural_images"]
         for folder in ("drawn", "none", parts / "train/good", parts / "test/good")

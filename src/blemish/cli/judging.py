@@ -10,6 +10,7 @@ from pathlib import Path
 from blemish.cli.options import (
     RATE_HELP,
     add_layout,
+    add_light_limit,
     check_outputs,
     gigabytes,
 )
@@ -115,6 +116,7 @@ def calibrate_arguments(sub: argparse.ArgumentParser) -> None:
         help="folder of good images that the model was not trained on",
     )
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
+    add_light_limit(sub, default=None)
     sub.add_argument("--out", type=Path, required=True, metavar="F2.blemish", help="the model file to write")
 
 
@@ -129,6 +131,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
         options.images,
         out=options.out,
         false_reject_rate=options.false_reject_rate,
+        light_limit=options.light_limit,
         report=Terminal(),
     )
     print(describe(calibration))

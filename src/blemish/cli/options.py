@@ -111,6 +111,17 @@ def share_cores() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def add_light_limit(sub: argparse.ArgumentParser, default: float | None) -> None:
+    """Declare the option for the light p-value that is reviewed."""
+    sub.add_argument(
+        "--light-limit",
+        type=float,
+        default=default,
+        metavar="P",
+        help="review parts with a light p-value of P or less (with --light standardise only; 0: off)",
+    )
+
+
 def add_layout(sub: argparse.ArgumentParser) -> None:
     """Declare the option for the layout of a data set."""
     sub.add_argument(

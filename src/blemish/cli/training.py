@@ -11,6 +11,7 @@ from blemish.cli.options import (
     RATE_HELP,
     add_layout,
     add_length,
+    add_light_limit,
     add_machine,
     check_outputs,
     chosen_settings,
@@ -52,6 +53,12 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     )
     method_arguments(sub)
     sub.add_argument("--false-reject-rate", type=float, default=0.01, metavar="SHARE", help=RATE_HELP)
+    sub.add_argument(
+        "--light",
+        metavar="L",
+        help="off, or standardise: bring each image to the light of the training images (off, or as --from)",
+    )
+    add_light_limit(sub, default=0.0)
     add_machine(sub)
     sweep_arguments(sub)
     add_layout(sub)
@@ -160,7 +167,8 @@ def request_of(options: argparse.Namespace) -> TrainingRequest:
     names = (
         *("data", "model", "out", "start", "layout", "supervision", "train_defects", "train_masks"),
         *("weights", "natural_images", "preset", "schedule", "steps", "epochs", "budget", "seed"),
-        *("device", "precision", "false_reject_rate", "cache", "resume", "scale", "defect_size"),
+        *("device", "precision", "false_reject_rate", "light", "light_limit", "cache", "resume"),
+        *("scale", "defect_size"),
     )
     given = {name: getattr(options, name) for name in names}
     return TrainingRequest(settings=settings_of(options), memory=gigabytes(options.memory), **given)

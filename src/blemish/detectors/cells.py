@@ -92,7 +92,7 @@ class Projected(nn.Module):
         if self.average:
             planes = [averaged(plane) for plane in planes]
         planes = [self.resize(plane, self.size) for plane in planes]
-        total = planes[0]
+        total: Tensor = planes[0]
         for plane in planes[1:]:
             total = total + plane
         return total

@@ -29,6 +29,9 @@ from blemish.types import AnyArray, BoolArray, Calibration, Evaluation, Exhibit,
 PICTURE_SIDE = 448
 """Longest side in pixels of a picture on the page; larger ones are reduced."""
 
+UNUSUAL = 0.05
+"""Light p-value up to which the page shows it beside a picture."""
+
 NORMAL_QUANTILE = 1.959964
 """97.5 % quantile of the standard normal distribution."""
 
@@ -95,6 +98,8 @@ def _page(evaluation: Evaluation) -> str:
         headline=_headline(rates),
         counts=Counter((result.truth, result.label) for result in evaluation.images),
         rates=rates,
+        for_light=sum(result.reason == "light" for result in evaluation.images),
+        unusual=UNUSUAL,
         metrics={field: metric.title for field, metric in shown(evaluation.rows).items()},
         box=(charts.ROC_WIDTH, charts.ROC_HEIGHT),
         roc=charts.lay_out_roc(evaluation.images),

@@ -91,7 +91,16 @@ def evaluate(
 def result_of(sample: Sample, root: Path, verdict: Verdict) -> ImageResult:
     """Return what a verdict says of a sample of the data set at `root`."""
     name = relative_path(sample.path, root)
-    return ImageResult(name, sample.kind, sample.label, verdict.label, verdict.score, verdict.p_value)
+    return ImageResult(
+        path=name,
+        kind=sample.kind,
+        truth=sample.label,
+        label=verdict.label,
+        score=verdict.score,
+        p_value=verdict.p_value,
+        light_p=verdict.light_p,
+        reason=verdict.reason,
+    )
 
 
 def with_recorded_fold(samples: list[Sample], root: Path, model: Predictor) -> list[Sample]:
@@ -154,6 +163,7 @@ def provenance(model: Predictor) -> dict[str, Any]:
         "seed": training.run.seed,
         "preset": training.run.preset,
         "precision": training.run.precision,
+        "light": training.run.light,
         "training time": f"{training.seconds:.0f} s on {training.device}",
         "training images SHA-256": training.run.images,
         "image score": ", ".join(model.calibration.statistics),

@@ -1,7 +1,7 @@
 """The files that an export is written to: a model file, or a bare graph for another program.
 
-A bare graph takes (B, 3, H, W) float32 images in [0, 1], resized by its caller. Its metadata repeat what the
-manifest of a model file says: preprocessing, statistics, thresholds.
+A bare graph takes (B, 3, H, W) float32 images in [0, 1], resized and brought to the light of training by its
+caller. Its metadata repeat what the manifest of a model file says: preprocessing, statistics, thresholds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from blemish.files import write_atomically
 from blemish.inference import bundle
 from blemish.inference.bundle import Bundle
 
-METADATA_FIELDS = ("method", "preprocessing", "outputs", "calibration", "engine", "export", "versions")
+METADATA_FIELDS = (
+    *("method", "preprocessing", "outputs", "calibration", "light_calibration"),
+    *("engine", "export", "versions"),
+)
 """Fields of the manifest that a bare graph repeats, under the key "blemish"."""
 
 

@@ -3,6 +3,7 @@
 The only package that uses Pillow; what other packages need of it is exported here.
 """
 
+from blemish.images.light import Light
 from blemish.images.preprocessing import Preprocessing
 from blemish.images.reading import (
     LOSSY_MASK_LEVEL,
@@ -28,6 +29,7 @@ __all__ = [
     "FULL_SCALE",
     "LOSSY_MASK_LEVEL",
     "ImageInfo",
+    "Light",
     "Preprocessing",
     "as_image",
     "describe",

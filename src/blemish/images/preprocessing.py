@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from blemish.images.light import Light
 from blemish.images.resizing import resize, resize_map, to_input
 from blemish.types import AnyArray, FloatArray
 
@@ -28,6 +29,8 @@ class Preprocessing:
     """White level of 16-bit data, which becomes 1; 8-bit images are divided by 255."""
     color: Literal["RGB"] = "RGB"
     """Channel order."""
+    light: Light | None = None
+    """The light that each image is brought to; None: images are left as they are."""
 
     def resized(self, image: AnyArray) -> AnyArray:
         """Resize an (H, W, 3) image to (h, w, 3); the pixel values keep the units of the file."""
@@ -35,11 +38,17 @@ class Preprocessing:
 
     def scaled(self, resized: AnyArray) -> FloatArray:
         """Return a resized (h, w, 3) image as the network's (N, 3, h, w) inputs, float32 in [0, 1]; N = 1."""
-        return to_input(resized, self.white)[None]
+        return self.with_light_score(resized)[0]
 
     def inputs(self, image: AnyArray) -> FloatArray:
         """Return an (H, W, 3) image as the network's (N, 3, h, w) inputs, float32 in [0, 1]; N = 1."""
         return self.scaled(self.resized(image))
+
+    def with_light_score(self, resized: AnyArray) -> tuple[FloatArray, float | None]:
+        """Return the inputs for a resized (h, w, 3) image, and its light score; None without `light`."""
+        inputs = to_input(resized, self.white)
+        score = None if self.light is None else self.light.standardise(inputs)
+        return inputs[None], score
 
     def merge(self, maps: FloatArray) -> FloatArray:
         """Merge the (N, h, w) maps of one image's inputs into its anomaly map."""

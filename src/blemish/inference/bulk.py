@@ -111,12 +111,14 @@ def lines(path: Path | None, write: Callable[[str], None]) -> Iterator[Callable[
 
 
 def as_record(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as plain values, without its map."""
+    """Return a verdict as plain values, without its map; of its light if the model standardises it."""
+    light = {} if verdict.light_p is None else {"light_p": verdict.light_p, "reason": verdict.reason}
     return {
         "path": verdict.path,
         "score": verdict.score,
         "label": verdict.label,
         "p_value": verdict.p_value,
+        **light,
         "regions": [asdict(region) for region in verdict.regions],
     }
 

@@ -4,6 +4,9 @@ NAME.blemish
     manifest.json        format number, method, config, preprocessing, calibration, training, versions
     weights.safetensors  every parameter and buffer of the detector
     model.onnx           images (B, 3, H, W) in [0, 1] to anomaly maps and statistics
+
+A file has format 1, or format 2 if a reader that knows only the first would judge wrongly. It then lists
+under `requires` what its reader has to know; a reader refuses a file that lists anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from blemish.errors import ModelFileError
 from blemish.files import atomic_file
 from blemish.inference.manifest import Manifest
 
-FORMAT = 1
+FORMATS = (1, 2)
+KNOWN = ("light",)
+"""What files of format 2 may require."""
 MANIFEST, WEIGHTS, GRAPH = "manifest.json", "weights.safetensors", "model.onnx"
 
 # What Python's zip reader raises on damaged files, found by trial. RuntimeError: a flipped "encrypted" bit.
@@ -42,7 +47,9 @@ def write(path: Path, manifest: Manifest, weights: bytes, graph: bytes) -> None:
     """Write a model file atomically; the digests of its members are added to the manifest here."""
     members = {WEIGHTS: weights, GRAPH: graph}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in members.items()}
-    record = {"format": FORMAT} | manifest.to_json() | {"members": digests}
+    required = manifest.requires
+    head = {"format": 2, "requires": list(required)} if required else {"format": 1}
+    record = head | manifest.to_json() | {"members": digests}
     text = json.dumps(record, indent=1, allow_nan=False)
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, data in {MANIFEST: text.encode(), **members}.items():
@@ -58,6 +65,8 @@ def read(path: Path) -> Bundle:
         with zipfile.ZipFile(path) as archive:
             record = _manifest(path, archive)
             manifest = Manifest.from_json(record, str(path))
+            if record.get("requires", []) != list(manifest.requires):
+                raise ModelFileError(f"{path} is damaged: what it requires and what it contains differ")
             data = {name: _member(path, archive, record, name) for name in (WEIGHTS, GRAPH)}
     except _DAMAGE as error:
         raise ModelFileError(f"{path} is not a model file, or is damaged: {error}") from error
@@ -85,9 +94,20 @@ def _manifest(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         found = record["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path} is not a model file: its {MANIFEST} has no format number") from error
-    if found != FORMAT:
-        raise ModelFileError(f"{path} has format {found}; this version of Blemish reads format {FORMAT}")
+    if found not in FORMATS:
+        raise ModelFileError(f"{path} has format {found}; this version of Blemish reads formats 1 and 2")
+    _refuse_unknown(path, record)
     return dict(record)
+
+
+def _refuse_unknown(path: Path, record: dict[str, Any]) -> None:
+    """Raise ModelFileError for a file that requires what this version does not know."""
+    required = record.get("requires", [])
+    if not isinstance(required, list):
+        raise ModelFileError(f"{path} is damaged: 'requires' in its {MANIFEST} is no list")
+    for word in required:
+        if word not in KNOWN:
+            raise ModelFileError(f"{path} requires {word!r}, which this version of Blemish does not know")
 
 
 def _member(path: Path, archive: zipfile.ZipFile, record: dict[str, Any], name: str) -> bytes:

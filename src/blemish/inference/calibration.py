@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from blemish.errors import ConfigError, DataError
-from blemish.types import AnyArray, Calibration, Label
+from blemish.types import AnyArray, Calibration, Label, LightCalibration
 
 Doubles = npt.NDArray[np.float64]
 
@@ -184,9 +185,33 @@ def p_value(score: float, calibration: Calibration) -> float:
 
     On average over samples of held-out images, at most a share p of good parts has a p-value of p or less.
     """
-    _check_score(score)
-    count = len(calibration.scores)
-    return (1 + count - bisect_left(calibration.scores, score)) / (count + 1)
+    return _rank(score, calibration.scores)
+
+
+def fit_light(scores: Sequence[float], limit: float = 0.0) -> LightCalibration:
+    """Return the light calibration from the light scores of held-out good images.
+
+    limit: light p-value up to which a part is labelled at least review; 0: never. Raises ConfigError for a
+    limit that no p-value can reach with so few images.
+    """
+    check_light_limit(limit, len(scores))
+    return LightCalibration(tuple(sorted(scores)), limit)
+
+
+def check_light_limit(limit: float, count: int) -> None:
+    """Raise ConfigError for a limit outside [0, 1), or below any p-value that `count` images can give."""
+    if not 0 <= limit < 1:
+        raise ConfigError(f"the light limit is {limit:g}; expected 0 (off) to below 1")
+    if 0 < limit < 1 / (count + 1):
+        raise ConfigError(
+            f"the light limit is {limit:g}, but {count} held-out images give no p-value below "
+            f"{1 / (count + 1):.3g}; expected at least that, or {math.ceil(1 / limit) - 1} held-out images"
+        )
+
+
+def light_p_value(score: float, calibration: LightCalibration) -> float:
+    """Return the p-value of a light score, a rank among those of the held-out images like `p_value`."""
+    return _rank(score, calibration.scores)
 
 
 def verdict_label(score: float, calibration: Calibration) -> Label:
@@ -258,6 +283,12 @@ def _with_thresholds(
         pixel_threshold=pixel_maxima[-1 - r],
         left_out=left_out,
     )
+
+
+def _rank(score: float, scores: Sequence[float]) -> float:
+    """Return (1 + number of ascending scores that are at least as large) / (m + 1)."""
+    _check_score(score)
+    return (1 + len(scores) - bisect_left(scores, score)) / (len(scores) + 1)
 
 
 def _review_index(count: int, rate: float) -> int:

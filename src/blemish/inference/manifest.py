@@ -15,7 +15,7 @@ from blemish.data.folds import FoldRecord
 from blemish.errors import ConfigError, ModelFileError
 from blemish.images import Preprocessing
 from blemish.inference.choice import Choice
-from blemish.types import Calibration
+from blemish.types import Calibration, LightCalibration
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True, rename={"start": "fro
     model: str
     preset: str
     supervision: str = "none"
+    light: str = "off"
     config: dict[str, Any]
     images: str
     """SHA-256 over the training images, their labels and masks."""
@@ -109,6 +110,12 @@ class Manifest:
     versions: dict[str, str]
     engine: Choice = field(default_factory=Choice)
     export: ExportRecord | None = None
+    light_calibration: LightCalibration | None = None
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What a reader has to know to judge as this model does, beyond the first format."""
+        return () if self.preprocessing.light is None else ("light",)
 
     @property
     def used(self) -> frozenset[str]:
@@ -150,10 +157,13 @@ class Manifest:
         return cls(method, config, preprocessing, outputs, calibration, training, {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON values. Only an export names its engine."""
+        """Return the manifest as JSON values. Only an export names its engine; what is off is left out."""
         record: dict[str, Any] = msgspec.to_builtins(self)
         if self.export is None:
             record = {name: value for name, value in record.items() if name not in ("engine", "export")}
+        if self.preprocessing.light is None:
+            record["preprocessing"].pop("light", None)  # msgspec sets no default on what it has read
+            record.pop("light_calibration", None)
         return record
 
     @classmethod
@@ -192,6 +202,18 @@ class Manifest:
             return f"preprocessing.image_size in its manifest is {size}; expected the config's"
         if self.preprocessing.white <= 0:
             return f"preprocessing.white in its manifest is {self.preprocessing.white}; expected more than 0"
+        return self.inconsistent_light()
+
+    def inconsistent_light(self) -> str:
+        """Describe what does not fit in the light and its calibration; "" where all does."""
+        light, known = self.preprocessing.light, self.light_calibration
+        if light is None or known is None:
+            one = (light is None) != (known is None)
+            return "its manifest has one of light and light_calibration; expected both" if one else ""
+        if complaint := light.inconsistency():
+            return f"preprocessing.{complaint}"
+        if not known.scores or list(known.scores) != sorted(known.scores) or not 0 <= known.limit < 1:
+            return "light_calibration in its manifest has no ascending scores, or a limit outside [0, 1)"
         return ""
 
 
@@ -205,8 +227,13 @@ def sentence(complaint: str) -> str:
     return f"{place} in its manifest does not fit: {what[0].lower()}{what[1:]}"
 
 
-def recalibrated(manifest: Manifest, calibration: Calibration, used: tuple[str, ...]) -> Manifest:
-    """Return a manifest with another calibration; used: short digests of the good images behind it.
+def recalibrated(
+    manifest: Manifest,
+    calibration: Calibration,
+    used: tuple[str, ...],
+    light: LightCalibration | None = None,
+) -> Manifest:
+    """Return a manifest with other calibrations; used: short digests of the good images behind them.
 
     These become the held-out images. The earlier ones stay recorded, so that no evaluation counts them.
     """
@@ -214,4 +241,5 @@ def recalibrated(manifest: Manifest, calibration: Calibration, used: tuple[str, 
     if files is not None:
         before = tuple(sorted({*files.before, *files.held_out}))
         files = replace(files, held_out=used, before=before)
-    return replace(manifest, calibration=calibration, training=replace(manifest.training, files=files))
+    training = replace(manifest.training, files=files)
+    return replace(manifest, calibration=calibration, light_calibration=light, training=training)

@@ -18,12 +18,12 @@ import numpy as np
 from blemish.errors import ConfigError, ImageError
 from blemish.images import Preprocessing, as_image
 from blemish.inference import bundle
-from blemish.inference.calibration import image_scores, p_value, verdict_label
+from blemish.inference.calibration import image_scores, light_p_value, p_value, verdict_label
 from blemish.inference.choice import Choice
 from blemish.inference.engines import Engine, open_engine
 from blemish.inference.manifest import Manifest
 from blemish.inference.measure import Measured, run
-from blemish.types import AnyArray, Calibration, FloatArray, Region, Verdict
+from blemish.types import AnyArray, Calibration, FloatArray, Label, Reason, Region, Verdict
 
 READERS = min(os.cpu_count() or 1, 8)
 """Threads that read images while others are being judged."""
@@ -41,6 +41,8 @@ class Prepared:
     """(H, W, 3), upright RGB."""
     inputs: FloatArray
     """(N, 3, h, w), the network's inputs."""
+    light: float | None = None
+    """Light score; None if the model leaves light as it is."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -151,7 +153,8 @@ class Predictor:
         """Read one image and convert it to the network's inputs; raise ImageError if it cannot be read."""
         array = as_image(image, self.preprocessing.white)
         path = str(image) if isinstance(image, (str, Path)) else ""
-        return Prepared(path, array, self.preprocessing.inputs(array))
+        inputs, light = self.preprocessing.with_light_score(self.preprocessing.resized(array))
+        return Prepared(path, array, inputs, light)
 
     def finish(
         self, batch: Sequence[Prepared], *, parts: bool = False, full_size: bool = False
@@ -173,15 +176,28 @@ class Predictor:
         """
         inside = regions(found.map, self.calibration.pixel_threshold)
         height, width = found.map.shape
+        label, light_p, reason = self.label(score, image.light)
         return Verdict(
             path=image.path,
-            label=verdict_label(score, self.calibration),
+            label=label,
             score=score,
             p_value=p_value(score, self.calibration),
             regions=tuple(self.in_image(region, (height, width), image.size) for region in inside),
             map=found.map,
             parts=found.parts if parts else {},
+            light_p=light_p,
+            reason=reason,
         )
+
+    def label(self, score: float, light: float | None) -> tuple[Label, float | None, Reason]:
+        """Return label, light p-value and reason for an image with these scores."""
+        label, known = verdict_label(score, self.calibration), self.manifest.light_calibration
+        if light is None or known is None:
+            return label, None, ""
+        light_p = light_p_value(light, known)
+        if label == "ok" and light_p <= known.limit:
+            return "review", light_p, "light"
+        return label, light_p, ""
 
     def in_image(self, region: Region, map_size: tuple[int, int], size: tuple[int, int]) -> Region:
         """Convert a region from pixels of the map to pixels of the image; sizes are height and width.

@@ -81,6 +81,7 @@ def expected(request: TrainingRequest) -> dict[str, Any]:
         "seed": request.seed,
         "config": as_json(config),
         "supervision": planned.supervision,
+        "light": planned.light,
         "images": fingerprint.digest_samples(planned.samples),
         "from": fingerprint.digest_start(planned.start),
         "held_out": fingerprint.digest_all(digest(sample.path) for sample in planned.parts.held_out),
@@ -95,7 +96,11 @@ def expected(request: TrainingRequest) -> dict[str, Any]:
         usual = planned.length if planned.start else Length(config.steps, config.epochs)
         length = asked if asked != Length() else usual
         training |= {"epochs": length.epochs} if length.epochs else {"steps": length.steps}
-    return {"training": training, "calibration": {"false_reject_rate": request.false_reject_rate}}
+    found: dict[str, Any] = {
+        "training": training,
+        "calibration": {"false_reject_rate": request.false_reject_rate},
+    }
+    return found if planned.light == "off" else found | {"light_calibration": {"limit": request.light_limit}}
 
 
 def difference(found: Any, wanted: Any, name: str) -> str:

@@ -27,7 +27,7 @@ from blemish.inference.manifest import Manifest, TrainingRecord
 from blemish.inference.measure import measure
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, silent, tell
-from blemish.types import Batch, Calibration
+from blemish.types import Batch, Calibration, LightCalibration
 
 TOLERANCE = 1e-4
 """Largest relative difference allowed between the graph and the detector."""
@@ -43,13 +43,15 @@ def finalise(
     good: ImageStore,
     facts: dict[str, Any],
     calibrate: Callable[[Engine], Calibration],
+    light: LightCalibration | None = None,
     report: Report = silent,
 ) -> Predictor:
     """Finalise a trained detector on good images and write its model file.
 
     good: held-out images or, where there are none, some that it was fitted to. facts: the fields of
-    TrainingRecord that are known so far. calibrate: sets the thresholds, given the graph. Before anything is
-    written, the graph is compared with the detector on the images; raises ExportError if they differ.
+    TrainingRecord that are known so far. calibrate: sets the thresholds, given the graph. light: the light of
+    good images, if it is standardised. Before anything is written, the graph is compared with the detector on
+    the images; raises ExportError if they differ.
     """
     detector.eval().to("cpu")  # where float32 has its full precision, as in the runtime
     with torch.no_grad():
@@ -65,6 +67,7 @@ def finalise(
         preprocessing=good.preprocessing,
         outputs=tuple(detector.outputs),
         calibration=found,
+        light_calibration=light,
         training=msgspec.convert(facts | {"graph_difference": difference}, TrainingRecord),
         versions={
             "blemish": __version__,

@@ -19,7 +19,7 @@ from blemish.detectors import registry, sizing
 from blemish.detectors.settings import FROM_IMAGES, Config, Method, read_settings
 from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
-from blemish.inference import bundle
+from blemish.inference import bundle, calibration
 from blemish.inference.bundle import Bundle
 from blemish.training.choosing import choose
 from blemish.training.length import Length
@@ -54,6 +54,8 @@ class Plan:
     """Short digests of the images that earlier models were trained on."""
     start: Bundle | None
     """The model that a warm start begins with."""
+    light: str = "off"
+    """off or standardise."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -90,7 +92,22 @@ def plan(request: TrainingRequest) -> Plan:
     length = request.length
     if start is not None and length == Length() and method.has_steps:
         length = warm_length(config)
-    return Plan(model, preset, method, why, config, reason, supervision, unused, parts, length, seen, start)
+    light = settle_light(request, start, len(parts.held_out or parts.train))
+    return Plan(
+        model, preset, method, why, config, reason, supervision, unused, parts, length, seen, start, light
+    )
+
+
+def settle_light(request: TrainingRequest, start: Bundle | None, scored: int) -> str:
+    """Return what to do about the light of images; raise ConfigError for a light limit that does not fit.
+
+    scored: number of good images that the thresholds are set from.
+    """
+    light = request.light or ("off" if start is None else start.manifest.training.run.light)
+    if light == "off" and request.light_limit:
+        raise ConfigError(f"light limit {request.light_limit:g}: expected it with light standardise only")
+    calibration.check_light_limit(request.light_limit, scored)
+    return light
 
 
 def with_model(request: TrainingRequest, start: Bundle | None) -> tuple[TrainingRequest, str]:

@@ -22,6 +22,9 @@ from blemish.files import to_json_types
 from blemish.inference.calibration import check_shares
 from blemish.training.length import Length, seconds
 
+LIGHTS = ("off", "standardise")
+"""What can be done about the light of images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
@@ -137,6 +140,11 @@ class TrainingRequest(RunRequest):
     "12px"; the size of the network's input follows from it."""
     false_reject_rate: float = 0.01
     """Share of good parts that may be called defective."""
+    light: str | None = None
+    """off, or standardise: bring the brightness and contrast of each image to those of the training images.
+    None: as in `start`, or off."""
+    light_limit: float = 0.0
+    """Light p-value up to which a part is labelled at least review; 0: never."""
 
     @override
     def __post_init__(self) -> None:
@@ -153,6 +161,8 @@ class TrainingRequest(RunRequest):
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were given; expected at most one of {', '.join(sizes)}")
         check_shares(false_reject_rate=self.false_reject_rate)
+        if self.light not in (None, *LIGHTS):
+            raise ConfigError(f"light {self.light!r}: expected {' or '.join(LIGHTS)}")
 
     @classmethod
     @override

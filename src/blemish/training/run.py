@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from torch import Tensor
 
-from blemish import __version__, data, images, seeding
+from blemish import __version__, data, seeding
 from blemish.backbones import weights
 from blemish.data.folds import record
-from blemish.data.loading.batches import Batches, NaturalImages, Pass, Photographs
-from blemish.data.loading.cache import FeatureCache, Memory, check_cache, open_cache
-from blemish.data.loading.masks import read_masks
-from blemish.data.loading.sampling import FLIPS
-from blemish.data.loading.stores import EncodedStore, ImageStore
-from blemish.data.loading.textures import Textures
+from blemish.data.loading.batches import NaturalImages, Pass
+from blemish.data.loading.cache import Memory, check_cache
+from blemish.data.loading.stores import ImageStore
 from blemish.data.split import relative_path
 from blemish.detectors import registry
 from blemish.detectors.base import Detector
@@ -30,15 +25,16 @@ from blemish.detectors.settings import as_json
 from blemish.devices import choose_device, choose_precision, keep_freed_memory
 from blemish.errors import ConfigError, ModelFileError
 from blemish.files import SHORT_DIGEST, check_writable, digest, to_json_types
-from blemish.images import Preprocessing
+from blemish.inference import calibration
 from blemish.inference.bundle import Bundle
 from blemish.inference.engines import Engine
 from blemish.inference.predictor import Predictor
-from blemish.progress import Report, Stop, never, silent, tell, tracked
+from blemish.progress import Report, Stop, never, silent, tell
 from blemish.training import fingerprint, loop
 from blemish.training.finalise import COMPARED, finalise, from_held_out, from_left_out
 from blemish.training.loop import Run
-from blemish.training.plan import Plan, drop_copies, find_copies, plan, warn_of_missing
+from blemish.training.material import Material, assemble, digests_of, encode_all, open_natural, read_images
+from blemish.training.plan import Plan, plan
 from blemish.training.request import TrainingRequest
 from blemish.training.session import checkpoint_path, start_or_resume
 from blemish.types import Calibration
@@ -61,19 +57,6 @@ def train(
 
 LEFT_OUT = 1000
 """Training images, at most, from which thresholds are set by scoring each without itself."""
-
-
-@dataclass(frozen=True)
-class Material:
-    """The images, features and batches of a run."""
-
-    store: ImageStore
-    """Training images, in the order of the plan's samples."""
-    held: ImageStore
-    """Held-out good images."""
-    encoded_held: EncodedStore
-    features: FeatureCache
-    batches: Batches
 
 
 def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never) -> Predictor:
@@ -102,7 +85,6 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         "pretrained": pretrained,
     }
     facts = training_facts(request, planned, material)
-    warm = planned.start is not None
     if planned.method.has_steps:
         session = Run(
             detector=detector,
@@ -126,14 +108,16 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
             planned.length,
             request.resume,
             lambda: reserve,
-            partial(prepare, session, material, warm),
+            partial(prepare, session, material, warm=planned.start is not None),
         )
         loop.loop(session)
         learned = loop.provenance(session)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
     good, calibrate = thresholds(request, planned, detector, material, report, stop)
-    opened = finalise(request.out, detector, good, learned | facts, calibrate, report)
+    lights = (held if held.paths else store).light_scores()
+    light = calibration.fit_light(lights, request.light_limit) if lights else None
+    opened = finalise(request.out, detector, good, learned | facts, calibrate, light, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
     return opened
@@ -164,76 +148,13 @@ def training_precision(precision: str, preset: str, device: str) -> torch.dtype:
     return choose_precision("fp32" if faithful else precision, device)
 
 
-def read_images(
-    planned: Plan, memory: Memory, report: Report, stop: Stop = never
-) -> tuple[Plan, ImageStore, ImageStore]:
-    """Read every training and held-out image once, to decode and digest it at the same time.
-
-    Returns the plan without training images that are copies of held-out ones, and the stores of training and
-    held-out images.
-    """
-    samples, held_out = planned.samples, planned.parts.held_out
-    preprocessing = Preprocessing(planned.config.image_size, images.FULL_SCALE)
-    for reason in (planned.reason, planned.size_reason):
-        if reason:
-            tell(report, reason)
-    tell(report, f"reading {len(samples)} training and {len(held_out)} held-out good images")
-    store = ImageStore([sample.path for sample in samples], preprocessing, memory).fill(stop)
-    held = ImageStore([sample.path for sample in held_out], preprocessing, memory).fill(stop)
-    digests = digests_of(store) | digests_of(held)
-    left_out = find_copies(planned.parts, digests.__getitem__)
-    planned, store = drop_copies(planned, left_out), store.without(left_out) if left_out else store
-    tell(report, planned.description)
-    if planned.start is not None and planned.method.has_steps:
-        warn_of_missing(planned.start, digests_of(store).values())
-    deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
-    for each in (store, held):
-        each.set_white(images.white_level(deepest) if deepest else images.FULL_SCALE)
-    return planned, store, held
-
-
-def digests_of(store: ImageStore) -> dict[Path, str]:
-    """Return the digests of a store's files, by path."""
-    return {path: store.digest(index) for index, path in enumerate(store.paths)}
-
-
-def assemble(
-    request: TrainingRequest,
-    planned: Plan,
-    detector: Detector,
-    store: ImageStore,
-    held: ImageStore,
-    natural: NaturalImages | None,
-    pretrained: str,
-    device: str,
-) -> Material:
-    """Assemble what the run learns from; pretrained: the digest of the frozen part's weights."""
-    config, rules = planned.config, detector.label_rules
-    made_of = [str(torch.__version__), __version__, pretrained, *detector.encoding_key, *config.image_size]
-    features = open_cache(
-        request.cache, request.out, request.memory, [*made_of, held.preprocessing.white, device]
-    )
-    encode = detector.encode if detector.frozen else None
-    batches = Batches(
-        planned.samples,
-        store,
-        EncodedStore(encode, store, features, device),
-        batch_size=config.batch_size,
-        seed=request.seed,
-        with_images=detector.wants_images,
-        natural=natural,
-        masks=read_masks(planned.samples, config.image_size, rules),
-        flips=FLIPS if rules.flips else 1,
-    )
-    return Material(store, held, EncodedStore(encode, held, features, device), features, batches)
-
-
 def fingerprint_of(planned: Plan, material: Material, natural: NaturalImages | None) -> dict[str, Any]:
     """Return what identifies a run: its settings, its images with their labels, and the versions."""
     return {
         "model": planned.model,
         "preset": planned.preset,
         "supervision": planned.supervision,
+        "light": planned.light,
         "config": as_json(planned.config),
         "images": fingerprint.digest_samples(planned.samples, digests_of(material.store).__getitem__),
         "held_out": fingerprint.digest_all(digests_of(material.held).values()),
@@ -324,51 +245,7 @@ def time_one_image(detector: Detector, device: str) -> float:
     return time.monotonic() - begun
 
 
-def open_natural(
-    request: TrainingRequest, detector: Detector, memory: Memory, report: Report
-) -> NaturalImages | None:
-    """Open the natural images for the pretraining penalty, or report that the penalty is off.
-
-    Raises ConfigError for a folder without images, and for a choice of images where there is no penalty.
-    """
-    chosen, size = request.natural_images, detector.config.image_size
-    if not detector.config.reads_natural_images:
-        if chosen != "drawn":
-            raise ConfigError(f"natural images {chosen}: this run has no pretraining penalty; leave it out")
-        return None
-    if chosen == "none":
-        tell(report, "natural images none: the pretraining penalty is off")
-        return None
-    if chosen == "drawn":
-        return Textures(size, request.seed)
-    folder = Path(chosen)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"found no folder at {folder}; expected a folder of photographs for the pretraining penalty"
-        )
-    paths = images.list_images(folder, recursive=True)
-    if not paths:
-        raise ConfigError(f"no images in {folder}; expected photographs for the pretraining penalty")
-    store = ImageStore(paths, Preprocessing(size, images.FULL_SCALE), memory, crop=True)
-    return Photographs(store, request.seed, fingerprint.digest_names(paths))
-
-
-def encode_all(material: Material, report: Report, stop: Stop) -> Iterator[tuple[Tensor, ...]]:
-    """Run the frozen part over every entry of an epoch; yield those of good images, as batches of one."""
-    batches = material.batches
-    chosen = [
-        (index, flip)
-        for index, label in enumerate(batches.labels)
-        for flip in range(batches.flips if label else 1)
-    ]
-    for index, flip in tracked(chosen, len(chosen), report, "encoding", stop=stop):
-        entry = batches.encoded.batch([(index, flip)])
-        if not batches.labels[index]:
-            yield entry
-    tell(report, f"feature cache: {material.features.describe()}")
-
-
-def prepare(run: Run, material: Material, warm: bool) -> None:
+def prepare(run: Run, material: Material, *, warm: bool) -> None:
     """Encode all images, and let the detector measure what it needs on the good ones.
 
     warm: whether that is already known from an earlier model.

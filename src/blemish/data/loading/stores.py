@@ -15,7 +15,7 @@ from blemish import images
 from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.loading.sampling import Entry, flipped
 from blemish.files import digest
-from blemish.images import Preprocessing
+from blemish.images import Light, Preprocessing
 from blemish.progress import Stop, never, silent, tracked
 from blemish.types import AnyArray
 
@@ -61,6 +61,10 @@ class ImageStore:
         """Set the white level of 16-bit data for later reads."""
         self.preprocessing = dataclasses.replace(self.preprocessing, white=white)
 
+    def set_light(self, light: Light) -> None:
+        """Bring the images to this light in later reads."""
+        self.preprocessing = dataclasses.replace(self.preprocessing, light=light)
+
     def without(self, left_out: frozenset[int]) -> ImageStore:
         """Return a store without these images that keeps what has been read of the others."""
         kept = [index for index in range(len(self.paths)) if index not in left_out]
@@ -99,6 +103,13 @@ class ImageStore:
     def inputs(self, index: int) -> AnyArray:
         """Return the (N, 3, h, w) inputs of one image, float32 in [0, 1]."""
         return self.preprocessing.scaled(self.resized(index))
+
+    def light_scores(self) -> list[float]:
+        """Return the light score of each image; none if their light is left as it is."""
+        found = (
+            self.preprocessing.with_light_score(self.resized(index))[1] for index in range(len(self.paths))
+        )
+        return [score for score in found if score is not None]
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Return the images as a (B, 3, h, w) float32 tensor in [0, 1]."""

@@ -154,7 +154,8 @@ class PaDiM(Detector):
             return torch.eye(channels)[:, torch.randperm(channels, generator=generator)[:size]]
         whole = gaussians.moments(Samples(batches, self.features, pooled=True))
         _, axes = torch.linalg.eigh(whole.covariance[0])
-        return axes.flip(1)[:, :size]
+        main: Tensor = axes.flip(1)[:, :size]
+        return main
 
     # --- scoring ---
 
@@ -162,8 +163,8 @@ class PaDiM(Detector):
         """Return the (B, P) squared Mahalanobis distances of (B, P, D) rows."""
         apart = rows - self.mean
         if self.pooled:
-            return (apart @ self.factor[0].T).square().sum(2)
-        return (self.factor @ apart[:, :, :, None])[..., 0].square().sum(2)
+            return torch.matmul(apart, self.factor[0].T).square().sum(2)
+        return torch.matmul(self.factor, apart[:, :, :, None])[..., 0].square().sum(2)
 
     def planes(self, squared: Tensor) -> Tensor:
         """Return the (B, h, w) distances that (B, P) squared ones stand for."""

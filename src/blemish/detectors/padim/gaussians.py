@@ -71,9 +71,10 @@ def shrunk(found: Moments, constant: float = 0.0) -> tuple[Tensor, Tensor]:
 
 def factors(covariances: Tensor) -> Tensor:
     """Return the (P, D, D) matrices W for which |W x| is the Mahalanobis length of x."""
-    lower = torch.linalg.cholesky(covariances)
+    lower: Tensor = torch.linalg.cholesky(covariances)
     identity = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    found: Tensor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    return found
 
 
 def left_out(squared: Tensor, count: int, share: Tensor) -> Tensor:
@@ -84,5 +85,6 @@ def left_out(squared: Tensor, count: int, share: Tensor) -> Tensor:
     that the distance follows from the old one (Sherman and Morrison, 1950).
     """
     taken = (1 - share) * count / (count - 1) ** 2
-    farther: Tensor = squared / (1 - taken * squared).clamp(min=1e-6)
-    return farther * (count / (count - 1)) ** 2 * ((count - 2) / (count - 1))
+    scale = (count / (count - 1)) ** 2 * ((count - 2) / (count - 1))
+    farther: Tensor = scale * squared / (1 - taken * squared).clamp(min=1e-6)
+    return farther
