@@ -1,398 +1,311 @@
-"""Whether the methods train and score on a GPU as they do on the processor, and how fast.
+"""Whether every method trains and scores on a GPU as on the processor, and how fast: one command.
 
-    python benchmarks/gpu.py --json gpu.json
-    python benchmarks/gpu.py --only efficientad --seconds 2 --rounds 3
-    python benchmarks/gpu.py --device cpu --steps 2 --runs 3 --rounds 1 --no-compile    tries the script out
+    python benchmarks/gpu.py --out gpu                     at most 8 minutes on one card
+    python benchmarks/gpu.py --out gpu --minutes 30 --only efficientad --compile --distil
+    python benchmarks/gpu.py --out trial --dry-run         everything at its smallest, on the processor
 
-Each row trains a method for a few steps on rendered parts (`blemish demo`), with `blemish.train`. Its model
-file is then opened in ONNX Runtime on the processor and in PyTorch on the device, there in every precision,
-and all judge the same images.
+What is done, for each method of the registry:
 
-Times follow the papers' protocol (EfficientAD's supplement): one image of 256 x 256 that lies resized on the
-host; a run copies it to the device, computes, and copies map and statistics back, which waits for the device.
-1,000 runs to warm up, then 1,000 timed ones, five times, or as many as fit a limit of seconds; the variants
-take turns in every round. The throughput is that of batches. With the default limit a model takes about three
-minutes. The variants:
+1. It is trained or fitted on rendered parts (`blemish demo`) with its defaults, by `blemish.train`. A step is
+   timed with and without loading its batch, and so is the loading; a method without steps is timed whole.
+2. A few steps, or the fit, from the same weights and with the same random numbers on both devices in float32:
+   losses, weights and maps are compared.
+3. The model file judges images on the device in every precision, and in ONNX Runtime on the processor:
+   scores, labels and maps are compared, by the limits of `blemish export`.
+4. Inference is timed by the papers' protocol, as plain and as fused network and as the CUDA graph that
+   `blemish.load` records; networks of other presets that differ from the default's, too.
 
-    plain       the method's own network, as a peer ships it, each operation launched by itself
-    fused       the network that a model file runs, launched operation by operation
-    graph       that, as one recorded CUDA graph: what `blemish.load(..., device="cuda")` runs
-    searched    that graph, recorded with the fastest of cuDNN's algorithms (torch.backends.cudnn.benchmark)
-    compiled    that graph, with kernels made by torch.compile
-
-in float32 with and without TF32, float16 and bfloat16. "tf32" allows TF32 in convolutions and in products of
-matrices; PyTorch's own default, in convolutions alone, is what model files run in at precision fp32.
+The parts run one after the other, so that nothing is timed while something else is on the card, and share the
+time that is left by their weights. One that takes three times its share, and more than 45 seconds, is ended,
+and so is the run at its limit. DIR/gpu.json and DIR/gpu.md are written after each part. The exit status is 1
+if a part failed, or a check in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import statistics
+import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
+import gpu_card
+import gpu_checks
+import gpu_job
+import gpu_learning
+import gpu_page
+import gpu_times
 import torch
-from torch import nn
+from gpu_job import Job
 
-import blemish
-from blemish.benchmark import machine
-from blemish.demo import dataset
-from blemish.detectors.fusing import Lowered
-from blemish.errors import BlemishError
-from blemish.inference import bundle
-from blemish.inference.engines.pytorch import restored
-from blemish.progress import Event
+from blemish import files
+from blemish.detectors import registry
 
-SIZE = (256, 256)
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What the layers of a variant compute in; "fp32" and "tf32" differ in a switch of PyTorch's."""
-VARIANTS = (
-    *("plain:fp32", "plain:tf32", "plain:fp16", "plain:bf16"),
-    *("fused:fp32", "fused:tf32", "fused:fp16", "fused:bf16"),
-    *("graph:fp32", "graph:tf32", "graph:fp16", "graph:bf16"),
-    *("searched:tf32", "searched:fp16", "searched:bf16"),
-    "compiled:fp16",
-)
-REFERENCE = "plain:tf32"
-"""Ratios are to this variant."""
-Images = np.ndarray[Any, np.dtype[np.float32]]
+START_AND_END = 15.0
+"""Seconds of the limit for what comes before the first part and after the last."""
+OVERRUN, ALWAYS = 3.0, 45.0
+"""A part is ended after so many times its share, but not before so many seconds."""
+Found = dict[str, Any]
+
+
+class OutOfTimeError(BaseException):
+    """Ends a part; no part catches it."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One method under one supervision."""
+class Part:
+    """One thing to do."""
 
-    model: str
-    supervision: str = "none"
-    timed: bool = True
-    """Whether its inference is timed; that of another case would be the same."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """More of `blemish.train`'s."""
-
-
-DEFECTS: dict[str, Any] = {"train_defects": 8}
-CASES = {
-    "efficientad-s": Case("efficientad-s"),
-    "efficientad-m": Case("efficientad-m"),
-    "supersimplenet": Case("supersimplenet"),
-    "supersimplenet weak": Case("supersimplenet", "weak", False, DEFECTS),
-    "supersimplenet mixed": Case("supersimplenet", "mixed", False, DEFECTS | {"train_masks": 4}),
-    "supersimplenet full": Case("supersimplenet", "full", True, DEFECTS),
-    "simplenet": Case("simplenet"),
-}
+    name: str
+    weight: float
+    """Its share of the time, relative to the other parts'."""
+    work: Callable[[float], Any]
+    """Does it within so many seconds, if it can, and returns JSON values."""
+    place: tuple[str, ...]
+    """Where in the JSON file its result belongs."""
+    begun: Found | None = None
+    """Its result as far as it got, if it keeps one."""
+    most: float = ALWAYS
+    """Seconds that it may take whatever its share."""
 
 
-# --- training ---
+@dataclass
+class Progress:
+    """What has been found, and where it is written after each part."""
 
+    found: Found
+    folder: Path
+    limit: float
+    """Seconds, for all parts."""
+    start: float = field(default_factory=time.monotonic)
 
-def train(case: Case, parts: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a case and write its model file; return the time of a step and the loss's course."""
-    marks: list[float] = []
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.limit - (time.monotonic() - self.start)
 
-    def note(event: Event) -> None:
-        if event.phase == "training":
-            marks.append(time.perf_counter())  # a step has waited for the device: its losses are numbers
+    def put(self, place: Sequence[str], value: Any) -> None:
+        """Keep a part's result."""
+        found = self.found
+        for name in place[:-1]:
+            found = found.setdefault(name, {})
+        found[place[-1]] = value
 
-    start = time.perf_counter()
-    blemish.train(
-        parts,
-        out=out,
-        report=note,
-        model=case.model,
-        layout="mvtec",
-        supervision=case.supervision,
-        steps=options.steps,
-        device=options.device,
-        seed=options.seed,
-        natural_images=options.natural,
-        **case.options,
-    )
-    seconds = [after - before for before, after in pairwise(marks)]
-    manifest = bundle.read(out).manifest
-    losses = [point["loss"] for point in manifest.training.history]
-    tenth = max(1, len(losses) // 10)
-    return {
-        "step_ms": 1e3 * statistics.median(seconds[len(seconds) // 4 :]),
-        "first_step_ms": 1e3 * seconds[0],
-        "steps": len(seconds),
-        "seconds": time.perf_counter() - start,
-        "batch_size": manifest.config["batch_size"],
-        "precision": manifest.training.run.precision,
-        "loss_first": float(np.mean(losses[:tenth])),
-        "loss_last": float(np.mean(losses[-tenth:])),
-    }
-
-
-def same_twice(case: Case, parts: Path, first: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a case once more; return whether its weights are the same bytes, and how far apart they are."""
-    from safetensors.torch import load
-
-    again = first.with_name(f"again_{first.name}")
-    train(case, parts, again, options)
-    one, other = (load(bundle.read(path).weights) for path in (first, again))
-    gaps = [
-        float((one[name].double() - other[name].double()).norm() / (one[name].double().norm() + 1e-12))
-        for name in one
-    ]
-    return {"same": all(torch.equal(one[name], other[name]) for name in one), "largest_gap": max(gaps)}
-
-
-# --- agreement ---
-
-
-def agreement(path: Path, files: Sequence[Path], device: str) -> dict[str, Any]:
-    """Compare verdicts of a model file on the processor with those of PyTorch on the device.
-
-    Differences of maps and scores are in standard deviations of the processor's.
-    """
-    expected = blemish.load(path).predict_batch(files)
-    spread = float(np.std([verdict.map for verdict in expected]))
-    scores = np.array([verdict.score for verdict in expected])
-    found: dict[str, Any] = {}
-    for name, precision in (("fp32", "fp32"), ("tf32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16")):
-        with products(name):
-            model = blemish.load(path, backend="torch", device=device, precision=precision)
-            together = model.predict_batch(files)
-            alone = [model.predict(file) for file in files]
-        pairs = list(zip(together, expected, strict=True))
-        found[name] = {
-            "map_largest": max(float(np.abs(a.map - b.map).max()) for a, b in pairs) / spread,
-            "map_rms": float(np.sqrt(np.mean([np.square(a.map - b.map).mean() for a, b in pairs]))) / spread,
-            "score_largest": float(
-                np.abs(np.array([a.score for a in together]) - scores).max() / scores.std()
-            ),
-            "labels_changed": sum(a.label != b.label for a, b in pairs),
-            "alone_and_in_a_batch": max(
-                float(np.abs(a.map - b.map).max()) for a, b in zip(alone, together, strict=True)
-            )
-            / spread,
-            "images": len(files),
-        }
-    return found
+    def write(self) -> None:
+        """Write both files."""
+        self.found["about"]["seconds"] = round(time.monotonic() - self.start, 1)
+        files.write_json(self.folder / "gpu.json", self.found)
+        with printed_errors():  # the page can be made from the JSON, but not the run from the page
+            files.write_text(self.folder / "gpu.md", gpu_page.page(files.to_json_types(self.found)))
 
 
 @contextlib.contextmanager
-def products(name: str) -> Iterator[None]:
-    """Let float32 compute in TF32 unless a variant is named fp32, and cuDNN search where it says so."""
-    convolutions, matrices = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, matrices.allow_tf32, convolutions.benchmark
-    convolutions.allow_tf32 = matrices.allow_tf32 = not name.endswith("fp32")
-    convolutions.benchmark = name.startswith("searched")
+def printed_errors() -> Iterator[None]:
+    """Print what goes wrong, and go on."""
+    try:
+        yield
+    except Exception:
+        print(traceback.format_exc(), flush=True)
+
+
+# --- parts ---
+
+
+def parts(job: Job, methods: Sequence[str], options: argparse.Namespace) -> list[Part]:
+    """List what is to be done: what cannot be shortened first; the times, which fill what is left, last."""
+    listed: list[Part] = []
+    for method in methods:
+        listed += method_parts(job, method)
+    for size in ("small", "medium") if options.distil else ():
+        listed.append(Part(f"distillation, {size}", 2, partial(distilled, job, size), ("distillation", size)))
+    forms = (*gpu_times.USUAL, *["searched"] * options.searched)
+    for method in methods:
+        for preset in gpu_times.networks(method):
+            listed.append(timed(job, method, preset, "times", 6 if preset == "default" else 4, forms=forms))
+    for method in methods if options.compile else ():
+        compiled = {"forms": ("compiled",), "precisions": (job.half,)}
+        listed.append(timed(job, method, "default", "compiled", 6, 240.0, **compiled))
+    return listed
+
+
+def method_parts(job: Job, method: str) -> list[Part]:
+    """List the training of a method and its checks."""
+    listed = [Part(f"{method}: training", 2, partial(trained, job, method), ("methods", method, "training"))]
+    for name, compare in (("learning", gpu_checks.training), ("judging", gpu_checks.judging)):
+        place = ("methods", method, "checks", name)
+        listed.append(Part(f"{method}: checks of {name}", 2, partial(checked, job, method, compare), place))
+    return listed
+
+
+def timed(
+    job: Job, method: str, preset: str, place: str, weight: float, most: float = ALWAYS, **options: Any
+) -> Part:
+    """Return the part that times one network."""
+    begun: Found = {}
+    work = partial(gpu_times.inference, job, method, preset, begun, **options)
+    name = f"{method}, {preset}: {place}"
+    return Part(name, weight, work, ("methods", method, place, preset), begun, most)
+
+
+def trained(job: Job, method: str, seconds: float) -> Found:
+    """Train a method, whatever time it takes."""
+    return gpu_learning.train(job, method)
+
+
+def distilled(job: Job, size: str, seconds: float) -> Found:
+    """Distil a teacher, whatever time it takes."""
+    return gpu_learning.distillation(job, size)
+
+
+def checked(
+    job: Job, method: str, compare: Callable[[Job, str], list[gpu_checks.Check]], seconds: float
+) -> list[Found]:
+    """Compare the devices, whatever time it takes."""
+    return [check.to_json() for check in compare(job, method)]
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Raise OutOfTimeError in what takes longer, where the system has alarms."""
+
+    def end(*_: object) -> NoReturn:
+        raise OutOfTimeError
+
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)  # again, if something swallows it
     try:
         yield
     finally:
-        convolutions.allow_tf32, matrices.allow_tf32, convolutions.benchmark = before
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-# --- inference ---
+def carry_out(todo: Sequence[Part], progress: Progress, device: str) -> None:
+    """Do one part after the other within the limit, and write what there is after each of them."""
+    for number, part in enumerate(todo):
+        left = progress.left
+        share = left * part.weight / sum(each.weight for each in todo[number:])
+        record: Found = {"part": part.name, "share_seconds": round(share, 1), "state": "not reached"}
+        start = time.monotonic()
+        if left > 0:
+            print(f"{progress.limit - left:5.0f} s  {part.name}, {share:.0f} s", flush=True)
+            record |= outcome(part, share, min(left, max(part.most, OVERRUN * share)), progress)
+        record["seconds"] = round(time.monotonic() - start, 1)
+        progress.found["parts"].append(record)
+        gpu_times.release(device)
+        progress.write()
 
 
-def runner(name: str, path: Path, device: str) -> Callable[[Images], Any]:
-    """Return what runs (B, 3, H, W) images through a model file as a variant does, outputs copied back."""
-    kind, precision = name.split(":")
-    if kind in ("graph", "searched", "compiled"):
-        opened = blemish.load(
-            path,
-            backend="torch",
-            device=device,
-            precision="fp32" if precision == "tf32" else precision,
-            compiled=kind == "compiled",
-        )
-        return opened.engine.run
-    detector = restored(bundle.read(path)).eval()
-    network = detector if kind == "plain" else detector.fused()
-    layout = torch.contiguous_format if kind == "plain" else torch.channels_last
-    lowered = Lowered(network, DTYPES[precision])
-    ready: nn.Module = lowered.eval().to(device).to(memory_format=layout)  # type: ignore[call-overload]
+def outcome(part: Part, share: float, most: float, progress: Progress) -> Found:
+    """Do a part and keep its result; return how it ended.
 
-    def run(inputs: Images) -> list[Images]:
-        with torch.inference_mode():
-            found = ready(torch.from_numpy(inputs).to(device).contiguous(memory_format=layout))
-            return [np.asarray(tensor.cpu()) for tensor in found]
-
-    return run
+    Whatever goes wrong in it is recorded: it must not cost the parts after it.
+    """
+    try:
+        with ended_after(most):
+            progress.put(part.place, part.work(share))
+    except OutOfTimeError:
+        if part.begun:
+            progress.put(part.place, part.begun)
+        return {"state": "cut off"}
+    except Exception as error:
+        print(traceback.format_exc(), flush=True)
+        return {"state": "failed", "error": gpu_job.in_a_line(error), "trace": traceback.format_exc()}
+    return {"state": "done"}
 
 
-def times(path: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Time every variant of a model file: latency of one image, throughput of a batch."""
-    rng = np.random.default_rng(0)
-    one = rng.random((1, 3, *SIZE), np.float32)
-    many = rng.random((options.batch, 3, *SIZE), np.float32)
-    found: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Callable[[Images], Any]] = {}
-    for name in variants(options):
-        try:
-            with products(name):
-                start = time.perf_counter()
-                run = runner(name, path, options.device)
-                for inputs in (one, many):
-                    run(inputs)
-                found[name] = {"open_seconds": time.perf_counter() - start, "latency": [], "batches": []}
-                clocked(run, one, options.warm_up, options.seconds)
-            ready[name] = run
-        except (RuntimeError, BlemishError, TypeError) as error:
-            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    for _ in range(options.rounds):
-        for name, run in ready.items():
-            with products(name):
-                clocked(run, one, options.warm_up // 10, options.seconds / 10)
-                found[name]["latency"] += clocked(run, one, options.runs, options.seconds)
-                clocked(run, many, 2, options.seconds / 10)
-                found[name]["batches"] += clocked(run, many, options.runs // 10, options.seconds)
-    for row in found.values():
-        if "error" not in row:
-            latency, batches = np.array(row.pop("latency")), np.array(row.pop("batches"))
-            row["median_ms"], row["p99_ms"] = (1e3 * float(np.quantile(latency, q)) for q in (0.5, 0.99))
-            row["mean_ms"], row["runs"] = 1e3 * float(latency.mean()), len(latency)
-            row["images_a_second"] = options.batch / float(np.median(batches))
-    return found
-
-
-def variants(options: argparse.Namespace) -> list[str]:
-    """List the variants that the device has and the options ask for."""
-    return [
-        name
-        for name in VARIANTS
-        if (options.device != "cpu" or name.startswith(("plain:fp32", "fused:fp32")))
-        and not (options.no_compile and name.startswith("compiled"))
-    ]
-
-
-def clocked(run: Callable[[Images], Any], inputs: Images, runs: int, limit: float) -> list[float]:
-    """Return the seconds of each of so many runs, at least one, fewer where they take longer than a limit."""
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < runs and sum(seconds) < limit):
-        start = time.perf_counter()
-        run(inputs)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def failed(found: Mapping[str, Any]) -> list[str]:
+    """Return what failed: parts, and checks in float32."""
+    names = [f"{each['part']}: {each['error']}" for each in found["parts"] if each["state"] == "failed"]
+    for method, about in found["methods"].items():
+        for checks in about["checks"].values():
+            names += [
+                f"{method}: {each['check']} is {each['value']}, at most {each['limit']}"
+                for each in checks or ()
+                if each["passed"] is False and each["precision"] == "fp32"
+            ]
+    return names
 
 
 # --- the whole ---
 
 
-def measure(name: str, case: Case, parts: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train, compare and time one case; return what was found, and the error where one ended it."""
-    path = folder / f"{name.replace(' ', '_')}.blemish"
-    found: dict[str, Any] = {"case": name}
-    files = sorted((parts / "test").glob("*/*.png"))[: options.images]
-    stages: dict[str, Callable[[], Any]] = {
-        "training": lambda: train(case, parts, path, options),
-        "agreement": lambda: agreement(path, files, options.device),
-    }
-    if case.timed and not options.no_times:
-        stages["times"] = lambda: times(path, options)
-    if options.twice:
-        stages["twice"] = lambda: same_twice(case, parts, path, options)
-    for stage, work in stages.items():
-        start = time.perf_counter()
-        try:
-            found[stage] = work()
-        except (RuntimeError, BlemishError, TypeError) as error:
-            found["error"] = f"{stage}: {type(error).__name__}: {error}"
-            print(f"{name}: {found['error']}", flush=True)
-            if stage == "training":
-                break
-        finally:
-            found[f"{stage}_wall"] = round(time.perf_counter() - start, 1)
-    return found
-
-
-def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write the rows as text."""
-    lines = ["Training", f"{'':24}{'ms a step':>10}{'batch':>7}  {'precision':10}{'loss':>18}"]
-    for row in rows:
-        if t := row.get("training"):
-            losses = f"{t['loss_first']:.3f} to {t['loss_last']:.3f}"
-            lines.append(
-                f"{row['case']:24}{t['step_ms']:10.2f}{t['batch_size']:7}  {t['precision']:10}{losses:>18}"
-            )
-    lines += ["", "Agreement with ONNX Runtime on the processor, in standard deviations", ""]
-    lines.append(f"{'':24}{'':6}{'map, largest':>14}{'map, rms':>12}{'score':>12}{'labels':>8}")
-    for row in rows:
-        for precision, each in row.get("agreement", {}).items():
-            lines.append(
-                f"{row['case']:24}{precision:6}{each['map_largest']:14.1e}{each['map_rms']:12.1e}"
-                f"{each['score_largest']:12.1e}{each['labels_changed']:8}"
-            )
-    lines += ["", f"Inference; ratios to {REFERENCE}", ""]
-    lines.append(f"{'':24}{'':16}{'median ms':>10}{'p99 ms':>9}{'ratio':>7}{'images/s':>10}{'ratio':>7}")
-    for row in rows:
-        timed = row.get("times", {})
-        base = timed.get(REFERENCE, {})
-        for variant, each in timed.items():
-            if "error" in each:
-                lines.append(f"{row['case']:24}{variant:16}{each['error']}")
-                continue
-            ratios = ("", "")
-            if "median_ms" in base:
-                ratios = (
-                    f"{base['median_ms'] / each['median_ms']:.2f}",
-                    f"{each['images_a_second'] / base['images_a_second']:.2f}",
-                )
-            lines.append(
-                f"{row['case']:24}{variant:16}{each['median_ms']:10.3f}{each['p99_ms']:9.3f}{ratios[0]:>7}"
-                f"{each['images_a_second']:10.0f}{ratios[1]:>7}"
-            )
-    lines += ["", *(f"{row['case']}: {row['error']}" for row in rows if "error" in row)]
-    lines += [f"{row['case']} trained twice: {row['twice']}" for row in rows if "twice" in row]
-    return "\n".join(lines)
-
-
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for gpu.json and gpu.md")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole run, at most (8)")
     parser.add_argument(
-        "--only", nargs="*", default=[], metavar="PART", help="cases with this in their names"
+        "--only", nargs="*", default=[], metavar="PART", help="methods with one of these in their names"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--steps", type=int, default=40, help="of training, for each case (40)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--natural", default="drawn", metavar="FOLDER", help="photographs for a penalty")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile, which takes minutes")
+    parser.add_argument("--searched", action="store_true", help="time cuDNN's fastest algorithms")
     parser.add_argument(
-        "--natural",
-        default="drawn",
-        metavar="FOLDER",
-        help="photographs for EfficientAD's penalty (rendered)",
+        "--distil", action="store_true", help="time a step of distilling EfficientAD's teachers"
     )
-    parser.add_argument("--images", type=int, default=24, help="that both engines judge (24)")
     parser.add_argument(
-        "--warm-up", type=int, default=1000, metavar="N", help="runs before the timed ones (1000)"
+        "--dry-run", action="store_true", help="do everything at its smallest, on the processor"
     )
-    parser.add_argument("--runs", type=int, default=1000, help="timed runs of one image in a round (1000)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--seconds", type=float, default=0.5, help="for a variant's runs in a round, at most (0.5)"
-    )
-    parser.add_argument("--batch", type=int, default=16, help="images in a run for the throughput (16)")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile out, which takes minutes"
-    )
-    parser.add_argument("--no-times", action="store_true", help="train and compare alone")
-    parser.add_argument("--twice", action="store_true", help="train each case twice and compare the weights")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    gpu = torch.cuda.get_device_name() if options.device == "cuda" else "no GPU"
-    rows = []
-    about: dict[str, Any] = {"gpu": gpu, "machine": asdict(machine.describe())}
-    about["options"] = {key: str(value) for key, value in vars(options).items()}
-    with tempfile.TemporaryDirectory() as temporary:
-        parts = Path(temporary) / "parts"
-        dataset.draw(parts, options.seed, train=60, test_good=12, per_kind=4, size=SIZE[0])
-        for name, case in CASES.items():
-            if not options.only or any(part in name for part in options.only):
-                rows.append(measure(name, case, parts, Path(temporary), options))
-                if options.json:
-                    options.json.write_text(json.dumps(about | {"rows": rows}, indent=1))
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    print(f"{gpu}, PyTorch {torch.__version__}, cuDNN {cudnn}", tables(rows), sep="\n\n")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device; --dry-run tries everything out on the processor")
+    return options
+
+
+def nothing_yet(job: Job, methods: Sequence[str], options: argparse.Namespace, card: Found) -> Found:
+    """Return what is written before the first part: what is known, and a place for what is to be found."""
+    own = {"minutes": options.minutes, "command": gpu_card.command(options.out), "half": job.half}
+    return {
+        "about": card | own | {"dry_run": job.dry},
+        "methods": {
+            name: {
+                "has_steps": registry.method(name).has_steps,
+                "training": None,
+                "checks": {"learning": None, "judging": None},
+                "times": dict.fromkeys(gpu_times.networks(name)),
+            }
+            for name in methods
+        },
+        "distillation": {},
+        "published": gpu_page.published(),
+        "parts": [],
+    }
+
+
+def main() -> int:
+    options = read_options()
+    card = gpu_card.describe(dry=options.dry_run)  # before this process is on the card itself
+    methods = [
+        name for name in registry.METHODS if not options.only or any(part in name for part in options.only)
+    ]
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        job = Job("cuda", Path(temporary), seed=options.seed, natural=options.natural)
+        if options.dry_run:
+            torch.set_num_threads(1)
+            stack.enter_context(gpu_job.narrow())
+            job = Job.smallest(Path(temporary), options.seed)
+        progress = Progress(
+            nothing_yet(job, methods, options, card), options.out, 60 * options.minutes - START_AND_END
+        )
+        progress.write()
+        gpu_job.lay_out(job)
+        carry_out(parts(job, methods, options), progress, job.device)
+    print((options.out / "gpu.md").read_text(encoding="utf-8"))
+    problems = failed(progress.found)
+    print(*problems, sep="\n")
+    return int(bool(problems))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
