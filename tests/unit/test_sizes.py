@@ -87,7 +87,7 @@ def test_the_nearest_size_is_that_of_an_exhaustive_search() -> None:
         width = height * math.exp(rng.uniform(-1.5, 1.5))
         least = tuple(int(length) for length in rng.choice([32, 64, 250, 256], 2))
         lengths = [range(-(-length // 32) * 32, 6000, 32) for length in least]
-        best = min(distance(pair, height, width) for pair in itertools.product(*lengths))
+        best = min(distance(pair, height, width) for pair in itertools.product(lengths[0], lengths[1]))
         found = sizing.nearest(height, width, (least[0], least[1]))
         assert distance(found, height, width) == pytest.approx(best)
         assert found[0] >= least[0]
@@ -284,8 +284,8 @@ def test_of_several_shapes_the_most_frequent_decides(
         images.write_png(tmp_path / f"validation/good/{number}.png", drawn.part(50 + number, (64, 640)))
     assert planned(tmp_path)[0] == (416, 160)
     assert caplog.messages == [
-        "the training images have several shapes: the size follows the 8 that are like 126 x 50, the most "
-        "frequent; the other 4 are stretched"
+        "the training images have several shapes: the network's input has that of 126 x 50, the most "
+        "frequent; the others are stretched (4 of 12)"
     ]
 
 
@@ -344,7 +344,7 @@ def test_check_advises_a_size_where_marked_defects_are_small(tmp_path: Path) -> 
         "11 regions are marked as defects: their shorter side is 11 pixels at the 10 % quantile and 15 at "
         "the median",
         "with supersimplenet, simplenet, a defect of 11 pixels covers 7 pixels of the default 192 x 384, of "
-        "12 needed: train with --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
+        "12 needed: try --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
     ]
 
 

@@ -109,7 +109,9 @@ def benchmark_arguments(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of rounds in which the entries take turns (5)",
     )
-    sub.add_argument("--image-size", metavar="HxW", help="input size of an untrained detector (its default square)")
+    sub.add_argument(
+        "--image-size", metavar="HxW", help="input size of an untrained detector (its default square)"
+    )
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of an untrained detector"
     )
