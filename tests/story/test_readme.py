@@ -19,6 +19,7 @@ import blemish
 from blemish.cli import main
 from blemish.demo import dataset as demo
 from blemish.demo.defects import DEFECTS
+from blemish.detectors import sizing
 from blemish.detectors.registry import METHODS, configure
 from blemish.evaluation.metric_table import METRICS
 from blemish.exporting.gate import LIMITS
@@ -244,6 +245,13 @@ def test_the_table_of_guaranteed_rates_is_true() -> None:
         number = stated.removesuffix(" %")
         digits = len(number.partition(".")[2])
         assert number == f"{rate:.{digits}f}"
+
+
+def test_the_table_of_image_sizes_is_true() -> None:
+    for image, *stated in rows_of("training.md", "## Image size"):
+        height, width = map(int, image.split(" x "))
+        for method, size in zip(("supersimplenet", "efficientad-s"), stated, strict=True):
+            assert sizing.written(sizing.for_shape(configure(method), (height, width))) == size
 
 
 @pytest.mark.parametrize("method", METHODS)

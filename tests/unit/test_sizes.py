@@ -284,8 +284,8 @@ def test_of_several_shapes_the_most_frequent_decides(
         images.write_png(tmp_path / f"validation/good/{number}.png", drawn.part(50 + number, (64, 640)))
     assert planned(tmp_path)[0] == (416, 160)
     assert caplog.messages == [
-        "the training images have several shapes: the size follows the 8 that are like 126 x 50, the most "
-        "frequent; the other 4 are stretched"
+        "the training images have several shapes: the network's input has that of 126 x 50, the most "
+        "frequent; the others are stretched (4 of 12)"
     ]
 
 
@@ -344,7 +344,7 @@ def test_check_advises_a_size_where_marked_defects_are_small(tmp_path: Path) -> 
         "11 regions are marked as defects: their shorter side is 11 pixels at the 10 % quantile and 15 at "
         "the median",
         "with supersimplenet, simplenet, a defect of 11 pixels covers 7 pixels of the default 192 x 384, of "
-        "12 needed: train with --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
+        "12 needed: try --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
     ]
 
 

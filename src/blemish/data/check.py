@@ -17,7 +17,7 @@ from blemish.data.defects import DefectSizes, shorter_sides, summarise
 from blemish.data.layouts import LAYOUTS, recognise, scan
 from blemish.data.layouts.folder import GOOD
 from blemish.data.layouts.saturation import regions
-from blemish.data.shapes import most_frequent
+from blemish.data.shapes import SAME_SHAPE, most_frequent
 from blemish.errors import BlemishError, ImageError
 from blemish.images.reading import ImageInfo
 from blemish.tables import aligned
@@ -25,9 +25,6 @@ from blemish.types import Sample, SplitName
 
 FEWEST_GOOD = 10
 """Number of good training images below which a data set is too small: half of them would be held out."""
-
-ASPECT_TOLERANCE = 0.05
-"""Largest relative difference of height / width at which sizes count as the same shape."""
 
 WIDTH = 100
 """Columns to which the report is wrapped."""
@@ -240,7 +237,7 @@ def _mixed_sizes(whole: Sequence[_Inspected]) -> Iterator[Problem]:
     named = ", ".join(f"{_size(size)} ({count}, the first is {first[size]})" for size, count in counts[:3])
     named += ", ..." if len(counts) > 3 else ""
     shapes = [height / width for height, width in first]
-    if max(shapes) <= min(shapes) * (1 + ASPECT_TOLERANCE):
+    if max(shapes) <= min(shapes) * (1 + SAME_SHAPE):
         yield Problem("note", f"images have {len(counts)} sizes: {named}")
     else:
         yield Problem(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SAME_SHAPE = 0.02
-"""Largest relative difference of height / width at which images count as of the same shape as another."""
+SAME_SHAPE = 0.05
+"""Largest relative difference of height / width at which images count as having the same shape."""
 
 
 @dataclass(frozen=True)

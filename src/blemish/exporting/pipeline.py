@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -186,8 +187,9 @@ def make_graph(
 def held_out(opened: Bundle, root: Path, layout: str = "auto") -> list[FloatArray]:
     """Find in a data set, by content, the good images on which an export is measured.
 
-    They are the held-out images or, for a model that holds none out, some that it was fitted to. Returns the
-    inputs (N, 3, h, w) of each. Raises DataError if the data set has none of them.
+    They are the held-out images or, for a model that holds none out, some that it was fitted to, turned by
+    180 degrees, since its map of what it remembers is next to nothing. Returns the inputs (N, 3, h, w) of
+    each. Raises DataError if the data set has none of them.
     """
     files = opened.manifest.training.files
     known = frozenset(files.held_out or files.train[:LEARNED_FROM]) if files else frozenset()
@@ -210,7 +212,10 @@ def held_out(opened: Bundle, root: Path, layout: str = "auto") -> list[FloatArra
             "%s has only %d of the %d good images that set the thresholds, so the thresholds are kept",
             *(root, len(inputs), len(known)),
         )
-    return [inputs[digest] for digest in sorted(inputs)]
+    found = [inputs[digest] for digest in sorted(inputs)]
+    if opened.manifest.calibration.left_out:
+        found = [np.ascontiguousarray(each[:, :, ::-1, ::-1]) for each in found]
+    return found
 
 
 def rewritten(

@@ -78,5 +78,5 @@ def advise_methods(
             yield f"{short}; a larger size would not help, only images with more pixels"
             continue
         more, then = math.prod(larger) / math.prod(usual), sizing.coverage(image, larger, defect)
-        advice = f"train with --defect-size {defect:g}px ({written(larger)}, {more:.2g} times the pixels"
+        advice = f"try --defect-size {defect:g}px ({written(larger)}, {more:.2g} times the pixels"
         yield f"{short}: {advice}{')' if then >= need else f'; it then covers {then:g})'}"

@@ -51,15 +51,18 @@ def finalise(
     good: held-out images or, where there are none, some that it was fitted to. facts: the fields of
     TrainingRecord that are known so far. calibrate: sets the thresholds, given the graph. light: the light of
     good images, if it is standardised. Before anything is written, the graph is compared with the detector on
-    the images; raises ExportError if they differ.
+    the images, turned by 180 degrees if the detector remembers them; raises ExportError if they differ.
     """
     detector.eval().to("cpu")  # where float32 has its full precision, as in the runtime
     with torch.no_grad():
         detector.finish(good.batches())
     exported = onnx_graph.export_detector(detector)
     graph = open_graph(exported, detector.outputs, Choice())
-    difference = compare(detector, graph, good.batches())
     found = calibrate(graph)
+    batches = good.batches()
+    if found.left_out:  # a map of what is remembered is next to nothing, and so would a difference be
+        batches = (batch.flip(2, 3) for batch in batches)
+    difference = compare(detector, graph, batches)
     tell(report, calibration.describe(found))
     manifest = Manifest(
         method=facts["run"]["model"],

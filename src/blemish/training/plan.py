@@ -170,9 +170,9 @@ def with_size(config: Config, request: TrainingRequest, samples: Sequence[Sample
     shape = most_frequent([images.describe(sample.path).size for sample in samples])
     if shape.others:
         LOG.warning(
-            "the training images have several shapes: the size follows the %d that are like %s, the most "
-            "frequent; the other %d are stretched",
-            *(shape.count, sizing.written(shape.size), shape.others),
+            "the training images have several shapes: the network's input has that of %s, the most frequent; "
+            "the others are stretched (%d of %d)",
+            *(sizing.written(shape.size), shape.others, len(samples)),
         )
     if request.scale is not None:
         scale = sizing.read_scale(request.scale)
