@@ -32,8 +32,9 @@ CHANGE_LIMIT = 0.03
 error as far as any other."""
 LEARNED_LIMIT = 0.002
 """Largest root mean square difference of the maps after these steps; up to 2e-4 there."""
-FIT_LIMIT = LIMITS["fp16"].map_error
-"""Largest root mean square difference of the maps after a fit, which may choose others among near ties."""
+FIT_LIMIT = 0.01
+"""Largest root mean square difference of the maps after a fit, which may choose others among near ties; up to
+2e-5 there."""
 TOGETHER = 8
 """Images in a run when they are judged together."""
 
