@@ -17,8 +17,8 @@ What is done, for each method of the registry:
 
 The parts run one after the other, so that nothing is timed while something else is on the card, and share the
 time that is left by their weights. One that takes three times its share, and more than 45 seconds, is ended,
-and so is the run at its limit. DIR/gpu.json and DIR/gpu.md are written after each part. The exit status is 1
-if a part failed, or a check in float32.
+and so is the run at its limit; half of the time meant for step 4 is kept for it. DIR/gpu.json and DIR/gpu.md
+are written after each part. The exit status is 1 if a part failed, or a check in float32.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ START_AND_END = 15.0
 """Seconds of the limit for what comes before the first part and after the last."""
 OVERRUN, ALWAYS = 3.0, 45.0
 """A part is ended after so many times its share, but not before so many seconds."""
+KEPT = 0.5
+"""Share of the time first meant for the times of inference that no other part may take."""
 Found = dict[str, Any]
 
 
@@ -70,7 +72,7 @@ class Part:
     place: tuple[str, ...]
     """Where in the JSON file its result belongs."""
     begun: Found | None = None
-    """Its result as far as it got, if it keeps one."""
+    """Its result as far as it got, if it keeps one and fills what time it is given."""
     most: float = ALWAYS
     """Seconds that it may take whatever its share."""
 
@@ -191,14 +193,17 @@ def ended_after(seconds: float) -> Iterator[None]:
 
 def carry_out(todo: Sequence[Part], progress: Progress, device: str) -> None:
     """Do one part after the other within the limit, and write what there is after each of them."""
+    whole = sum(part.weight for part in todo)
     for number, part in enumerate(todo):
-        left = progress.left
-        share = left * part.weight / sum(each.weight for each in todo[number:])
+        left, rest = progress.left, todo[number + 1 :]
+        share = max(0.0, left) * part.weight / (part.weight + sum(each.weight for each in rest))
+        kept = KEPT * progress.limit * sum(each.weight for each in rest if each.begun is not None) / whole
+        most = min(left if part.begun is not None else left - kept, max(part.most, OVERRUN * share))
         record: Found = {"part": part.name, "share_seconds": round(share, 1), "state": "not reached"}
         start = time.monotonic()
-        if left > 0:
+        if most > 0:
             print(f"{progress.limit - left:5.0f} s  {part.name}, {share:.0f} s", flush=True)
-            record |= outcome(part, share, min(left, max(part.most, OVERRUN * share)), progress)
+            record |= outcome(part, share, most, progress)
         record["seconds"] = round(time.monotonic() - start, 1)
         progress.found["parts"].append(record)
         gpu_times.release(device)

@@ -21,18 +21,20 @@ from blemish.types import FloatArray, Verdict
 
 SAME_DIGITS = {"fp32": "fp32", "tf32": "fp16", "fp16": "fp16", "bf16": "bf16"}
 """The precision of `blemish export` whose limits apply: TF32 has as many binary digits as float16."""
-LOSS_LIMIT = 1e-3
-"""Largest difference of a loss term in a few steps, as a share of the step's loss. Two ways to compute
-convolutions on one processor differ by up to 2e-5 after four steps."""
+LOSS_LIMIT = 2e-4
+"""Largest difference of a loss term in a few steps, as a share of the step's loss. On one processor, two ways
+to compute convolutions differ by up to 2e-5 after four steps, bfloat16 by 2e-4 to 1e-3."""
 CHANGE_LIMITS = {"Muon": 0.25}
 """Largest difference between what training changed in the weights, as a share of the change, where it is not
-CHANGE_LIMIT. Muon's products in bfloat16 magnify rounding errors: 0.08 on one processor."""
+CHANGE_LIMIT. Muon's products in bfloat16 magnify rounding errors: 0.08 there; 0.27 at 1.2 times the rate."""
 CHANGE_LIMIT = 0.03
-"""0.004 on one processor: Adam moves a weight whose gradient is all rounding error as far as any other."""
-LEARNED_LIMIT = 0.01
-"""Largest root mean square difference of the maps after these steps; 2e-4 on one processor."""
-FIT_LIMIT = LIMITS["fp16"].map_error
-"""Largest root mean square difference of the maps after a fit, which may choose others among near ties."""
+"""0.004 there, and 0.17 at 1.2 times the learning rate: Adam moves a weight whose gradient is all rounding
+error as far as any other."""
+LEARNED_LIMIT = 0.002
+"""Largest root mean square difference of the maps after these steps; up to 2e-4 there."""
+FIT_LIMIT = 0.01
+"""Largest root mean square difference of the maps after a fit, which may choose others among near ties; up to
+2e-5 there."""
 TOGETHER = 8
 """Images in a run when they are judged together."""
 

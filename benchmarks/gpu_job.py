@@ -124,7 +124,7 @@ def blueprint(method: str, config: Config) -> Detector:
     """Return an untrained detector, of which only names and shapes are to be used."""
     try:
         with torch.device("meta"):
-            return registry.method(method).build(config)
+            return registry.build(method, config, 0)
     except (RuntimeError, NotImplementedError):  # it computes something as it is built
         return registry.build(method, config, 0)
 

@@ -194,6 +194,20 @@ def test_what_is_cut_off_or_fails_leaves_valid_files(tmp_path: Path, monkeypatch
     assert gpu.failed(found) == ["wrong: KeyError: 'nothing\\nof the kind'"]
 
 
+def test_what_takes_long_leaves_time_for_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = module("gpu")
+    monkeypatch.setattr(module("gpu_times"), "release", lambda device: None)
+    reached: list[float] = []
+    parts = [
+        gpu.Part("slow", 1, lambda seconds: time.sleep(60), ("distillation", "slow")),
+        gpu.Part("times", 1, reached.append, ("distillation", "times"), {}),
+    ]
+    told = progress(tmp_path, 4)
+    gpu.carry_out(parts, told, "cpu")
+    assert [each["state"] for each in told.found["parts"]] == ["cut off", "done"]
+    assert 0 < reached[0] <= 1  # half of the half that was meant for it
+
+
 # --- checks ---
 
 
