@@ -296,6 +296,15 @@ class PatchCore(Detector):
 
         return FusedPatchCore(self).eval()
 
+    @override
+    def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
+        """Return the fused network with places of the size of features (`fused.Place`)."""
+        from blemish.detectors.patchcore.fused import FusedPatchCore, Place
+
+        if self.config.place_weight and "reweighted" not in self.config.statistics:
+            network = FusedPatchCore(self, Place.for_integers(self.bank, self.config.place_weight)).eval()
+        return super().for_integers(network, batches)
+
 
 def number_of(name: str) -> int:
     """Return the number by which a bank knows an image: the first digits of its digest."""

@@ -11,6 +11,9 @@ Exact rewrites, equal to the plain network up to rounding:
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +23,36 @@ from blemish.detectors import cells, edges, ops
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.patchcore.aggregation import kernels
 from blemish.detectors.patchcore.detector import SMOOTHING, PatchCore, reweighted
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a cell's place takes part in the product with the bank: in copies, smaller in the image.
+
+    8-bit integers have one scale for all numbers of an image's rows, and one for each row of the bank. A
+    place is much larger than a feature, and would leave few levels to it. The product is the same.
+    """
+
+    copies: int = 1
+    factor: float = 1.0
+    """What a copy is divided by in the image."""
+
+    def in_image(self, place: Tensor) -> Tensor:
+        """Return the (..., 2 copies) copies of (..., 2) places."""
+        return place.repeat(*(1,) * (place.ndim - 1), self.copies) / self.factor
+
+    def in_bank(self, bank: Tensor, places: bool) -> Tensor:
+        """Return (M, D) rows with copies of their places, their last two numbers, if they have any."""
+        if not places:
+            return bank
+        return torch.cat([bank[:, :-2], bank[:, -2:].repeat(1, self.copies) * (self.factor / self.copies)], 1)
+
+    @staticmethod
+    def for_integers(bank: Tensor, weight: float) -> Place:
+        """Return the form in which no place is larger than the features beside it."""
+        features = bank[:, :-2].abs()
+        largest, usual = float(features.max()), float(features.amax(1).median())
+        return Place(math.ceil(weight**2 / (largest * usual)), weight / largest)
 
 
 class FusedPatchCore(Fused):
@@ -33,10 +66,13 @@ class FusedPatchCore(Fused):
     constant: Tensor
     gain: Tensor
     shift: Tensor
+    lengths: Tensor
 
-    def __init__(self, detector: PatchCore) -> None:
+    def __init__(self, detector: PatchCore, place: Place | None = None) -> None:
         super().__init__()
         self.config, self.cell_size = detector.config, detector.cell_size
+        self.place = place or Place()
+        self.places = 2 * self.place.copies * bool(self.config.place_weight)
         kernel = detector.kernel if self.config.blur_sigma else None
         sizes = zip(self.cell_size, self.config.image_size, strict=True)
         down, across = (enlarging_matrix(n, length, kernel=kernel, border="symmetric") for n, length in sizes)
@@ -45,15 +81,16 @@ class FusedPatchCore(Fused):
         published = self.config.aggregation == "published"
         self.projected = cells.Projected(
             detector.backbone,
-            kernels(detector.channels) if published else projections(detector),
+            kernels(detector.channels) if published else projections(detector, self.places),
             self.cell_size,
             average=not published,
         )
         self.register_buffer("gain", detector.gain.detach().clone())
         self.register_buffer("shift", detector.shift.detach().clone())
-        self.register_buffer("constant", constant(detector))
-        self.register_buffer("bank", detector.bank.T.detach().clone())
+        self.register_buffer("constant", constant(detector, self.place))
+        self.register_buffer("bank", self.place.in_bank(detector.bank, self.places > 0).T.detach().clone())
         self.register_buffer("halves", detector.bank.square().sum(1).detach() / 2)
+        self.register_buffer("lengths", detector.place.square().sum(2).flatten().detach())
 
     def rows(self, images: Tensor) -> Tensor:
         """Return the (B, h w, D) rows that are compared with the bank."""
@@ -61,7 +98,7 @@ class FusedPatchCore(Fused):
         rows = joined.flatten(2).transpose(1, 2)
         if not self.config.dimensions:
             return rows
-        features = rows.shape[2] - 2 * bool(self.config.place_weight)
+        features = rows.shape[2] - self.places
         kept, rest, place = rows.tensor_split([self.config.dimensions, features], 2)
         return torch.cat([kept, rest.square().sum(2, keepdim=True).sqrt(), place], 2)
 
@@ -74,7 +111,8 @@ class FusedPatchCore(Fused):
             nearest = closeness.amax(2)
         else:
             nearest = closeness.topk(min(config.neighbours, len(self.halves)), 2).values.mean(2)
-        squared = functional.relu(rows.float().square().sum(2) - 2 * nearest)
+        features = rows[:, :, : rows.shape[2] - self.places].float()
+        squared = functional.relu(features.square().sum(2) + self.lengths - 2 * nearest)
         distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
         planes = distances.view(-1, *self.cell_size)
         planes = edges.treated(planes, config.edges, self.gain, self.shift)
@@ -87,13 +125,12 @@ class FusedPatchCore(Fused):
         return maps, torch.stack([statistics[name] for name in config.statistics], 1)
 
 
-def projections(detector: PatchCore) -> list[Tensor]:
+def projections(detector: PatchCore, places: int) -> list[Tensor]:
     """Return the (D, C_i, 1, 1) kernels that project each layer, with zeros for the cell's place."""
-    places = 2 * bool(detector.config.place_weight)
     return cells.projections(functional.pad(detector.projection, (0, places)), detector.channels)
 
 
-def constant(detector: PatchCore) -> Tensor:
+def constant(detector: PatchCore, form: Place) -> Tensor:
     """Return the (1, D, h, w) constant added to the projected layers: minus the mean, and the place."""
     height, width = detector.cell_size
     if detector.config.aggregation == "published":
@@ -101,5 +138,5 @@ def constant(detector: PatchCore) -> Tensor:
     else:
         shift = -(detector.mean @ detector.projection)
         fixed = shift[:, None, None].expand(-1, height, width)
-    place = detector.place.permute(2, 0, 1)
+    place = form.in_image(detector.place).permute(2, 0, 1)
     return (torch.cat([fixed, place]) if detector.config.place_weight else fixed)[None].detach().clone()
