@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("categories", nargs="+", help='folders of data sets, or "demo"')
     run.add_argument("--variants", nargs="+", required=True)
     run.add_argument("--conditions", default="clean", help="separated by commas")
-    run.add_argument("--seeds", default="1", help="how many, or seeds separated by commas and ending in one")
+    run.add_argument("--seeds", default="1", help="how many, or a list such as 3,5 (one alone: 3,)")
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--cache", default="off", help="folder of cached features")
     run.add_argument("--threads", type=int, default=0, help="threads of each cell; 0: all cores")

@@ -803,7 +803,8 @@ def test_check_answers_for_the_smallest_defect(tmp_path: Path, capsys: pytest.Ca
     said = " ".join(capsys.readouterr().out.split())
     assert "a defect of 12 pixels covers 8.2 pixels of the default 192 x 384, of 12 needed" in said
     assert "try --defect-size 12px (288 x 576, 2.2 times the pixels)" in said
-    assert "a defect of 12 pixels covers 11" not in said  # EfficientAD's default size is enough
+    assert "with patchcore, a defect of 12 pixels covers 11 pixels of the default 256 x 512, of 12" in said
+    assert "efficientad" not in said  # its default size is enough
     assert "defect size big: expected pixels" in refused(["check", data, "--defect-size=big"], data, capsys)
 
 

@@ -218,14 +218,14 @@ def test_what_is_remembered_fixes_some_settings(
     model: blemish.Predictor, new_parts: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"place_weight=1: the weights in .* were trained with place_weight=2"
+        ConfigError, match=r"place_weight=2: the weights in .* were trained with place_weight=1"
     ):
         train(
             new_parts,
             tmp_path / "n.blemish",
             None,
             model=None,
-            settings={"place_weight": 1},
+            settings={"place_weight": 2},
             start=model.path,
         )
 

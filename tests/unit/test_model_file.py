@@ -472,6 +472,7 @@ OPEN = {
 LATER = {
     *("engine", *(f"engine.{name}" for name in ("backend", "precision", "device", "compiled")), "export"),
     *("preprocessing.color", "training.fold", "training.files", "training.files.before"),
+    *("training.files.names", "calibration.left_out"),
     *("training.defective_images", "training.masked_images"),
     *(f"training.run.{name}" for name in ("supervision", "natural_images", "from", "white", "device")),
     *("training.run.torch", "training.run.blemish", "training.run.light"),

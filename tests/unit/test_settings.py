@@ -38,7 +38,11 @@ def another(name: str, value: Any) -> Any:
         "backbone": "resnet18",
         "anomalies": "none",
         "size": "medium" if value == "small" else "small",
-        "edges": "reflect",
+        "edges": "none" if value == "cells" else "reflect",
+        "aggregation": "published",
+        "choice": "random",
+        "place": "all",
+        "reduction": "random",
         "optimiser": "adam",
         "crop": 64,
     }
@@ -56,7 +60,9 @@ def test_every_field_is_reachable_as_text(name: str) -> None:
         value = getattr(default, field.name)
         assert configure(name, settings={field.name: as_text(value)}) == default
         other = another(field.name, value)
-        beside = {"crop": 0} if field.name == "padding" else {}
+        beside: dict[str, Any] = {"crop": 0} if field.name == "padding" else {}
+        if field.name == "place":
+            beside = {"dimensions": 48}  # all features are kept unless a number is asked for
         changed = configure(name, settings={field.name: as_text(other)} | beside)
         assert changed == dataclasses.replace(default, **{field.name: other}, **beside) != default
         assert type(getattr(changed, field.name)) is type(value)
@@ -118,6 +124,8 @@ def test_the_presets_are_those_documented() -> None:
         "efficientad-m": ("default", "paper"),
         "supersimplenet": ("default", "paper", "journal"),
         "simplenet": ("default", "paper"),
+        "patchcore": ("default", "paper"),
+        "padim": ("default", "paper"),
     }
     for size in ("s", "m"):
         paper = configure(f"efficientad-{size}", "paper")
@@ -217,6 +225,8 @@ def test_what_a_method_can_learn_from_is_listed_with_each_preset() -> None:
         "efficientad-m": {("none",)},
         "supersimplenet": {("none", "weak", "mixed", "full")},
         "simplenet": {("none", "mixed", "full")},
+        "patchcore": {("none",)},
+        "padim": {("none",)},
     }
 
 
@@ -282,7 +292,7 @@ def test_constants_of_a_config_are_no_settings() -> None:
 
 def test_methods_are_listed_by_a_setting_that_they_have() -> None:
     assert registry.methods_with_setting("logical_weight") == ["efficientad-s", "efficientad-m"]
-    assert registry.methods_with_setting("backbone") == ["supersimplenet", "simplenet"]
+    assert registry.methods_with_setting("hidden_channels") == ["supersimplenet", "simplenet"]
     assert registry.methods_with_setting("image_size") == list(METHODS)
     assert registry.methods_with_setting("image_sizes") == []
 

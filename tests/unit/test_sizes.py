@@ -103,7 +103,8 @@ def test_a_detector_built_without_images_is_square() -> None:
 
 def test_a_side_replaces_the_size_of_a_preset() -> None:
     for name in METHODS:
-        assert registry.configure(name, "paper").image_size == (256, 256)
+        published = (224, 224) if name in ("patchcore", "padim") else (256, 256)
+        assert registry.configure(name, "paper").image_size == published
         assert registry.configure(name, "paper", {"side": "320"}).image_size == FROM_IMAGES
         assert registry.configure(name, "paper", {"side": 320, "image_size": "64x96"}).image_size == (64, 96)
     with pytest.raises(ConfigError, match="side 16: expected at least 32"):
@@ -343,8 +344,10 @@ def test_check_advises_a_size_where_marked_defects_are_small(tmp_path: Path) -> 
     assert notes(data) == [
         "11 regions are marked as defects: their shorter side is 11 pixels at the 10 % quantile and 15 at "
         "the median",
-        "with supersimplenet, simplenet, a defect of 11 pixels covers 7 pixels of the default 192 x 384, of "
-        "12 needed: try --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
+        "with supersimplenet, simplenet, padim, a defect of 11 pixels covers 7 pixels of the default "
+        "192 x 384, of 12 needed: try --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
+        "with patchcore, a defect of 11 pixels covers 9.4 pixels of the default 256 x 512, of 12 needed: try "
+        "--defect-size 11px (320 x 640, 1.6 times the pixels; it then covers 11.7)",
     ]
 
 
@@ -363,10 +366,12 @@ def test_check_answers_for_a_defect_without_masks(tmp_path: Path) -> None:
     ]
     small, large = notes(data, defect_size=16), notes(data, defect_size="6px")
     assert [sentence.partition(":")[0] for sentence in small] == [
-        "with supersimplenet, simplenet, a defect of 16 pixels covers 10.2 pixels of the default 192 x 384, "
-        "of 12 needed"
+        "with supersimplenet, simplenet, padim, a defect of 16 pixels covers 10.2 pixels of the default "
+        "192 x 384, of 12 needed"
     ]
-    assert [sentence.split(",")[0] for sentence in large] == ["with efficientad-s", "with supersimplenet"]
+    assert [sentence.split(",")[0] for sentence in large] == [
+        *("with efficientad-s", "with supersimplenet", "with patchcore")
+    ]
     with pytest.raises(ConfigError, match="defect size 1mm"):
         blemish.check(tmp_path / "none", defect_size="1mm")
 
@@ -375,15 +380,15 @@ def test_check_says_where_only_more_pixels_would_help(tmp_path: Path) -> None:
     data = with_defects(tmp_path, [], (60, 60))
     (said,) = notes(data, defect_size=2)
     assert said == (
-        "with supersimplenet, simplenet, a defect of 2 pixels covers 8.5 pixels of the default 256 x 256, of "
-        "12 needed; a larger size would not help, only images with more pixels"
+        "with supersimplenet, simplenet, padim, a defect of 2 pixels covers 8.5 pixels of the default "
+        "256 x 256, of 12 needed; a larger size would not help, only images with more pixels"
     )
     assert notes(with_defects(tmp_path, [2], (60, 60))) == []  # not asked for
 
 
 def test_without_torch_check_measures_but_gives_no_advice(tmp_path: Path) -> None:
     data = with_defects(tmp_path, [11, 11])
-    assert len(notes(data)) == 2
+    assert len(notes(data)) == 3
     done = run_base_only(COMMAND_LINE, "check", data)
     assert (done.returncode, done.stderr) == (0, "")
     assert "covers" not in done.stdout

@@ -10,7 +10,7 @@ which every runtime understands.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import onnx
@@ -147,8 +147,44 @@ def quantised_graph(model: onnx.ModelProto, ranges: TensorsData, layers: Sequenc
     )
     with suppress_messages():
         quantiser.quantize_model()
-    data: bytes = quantiser.model.model.SerializeToString()
+    made = quantiser.model.model
+    keep_sums(made, last_products(model, layers))
+    data: bytes = made.SerializeToString()
     return data
+
+
+def last_products(model: onnx.ModelProto, layers: Sequence[str]) -> set[str]:
+    """Return the outputs of the products of matrices, among the layers, that nothing quantised reads."""
+    inside = set(nodes_between(model, layers))
+    read = {name for node in model.graph.node if node.name in inside for name in node.input}
+    return {
+        node.output[0]
+        for node in model.graph.node
+        if node.name in inside and node.op_type == "MatMul" and node.output[0] not in read
+    }
+
+
+def keep_sums(model: onnx.ModelProto, outputs: Collection[str]) -> None:
+    """Let what follows these products read their sums, which are exact, instead of their rounding to 8 bits.
+
+    A runtime computes a product of integers in 32 bits in any case, and then costs no more.
+    """
+    rounded = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in outputs
+    }
+    instead = {
+        node.output[0]: rounded[node.input[0]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in rounded
+    }
+    left = [node for node in model.graph.node if not {*node.output} & {*rounded, *instead}]
+    for node in left:
+        for place, name in enumerate(node.input):
+            node.input[place] = instead.get(name, name)
+    del model.graph.node[:]
+    model.graph.node.extend(left)
 
 
 def nodes_between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ class PatchCoreConfig(Config):
     aggregation: Literal["mean", "published"] = "mean"
     """How the features of a neighbourhood become one vector: their mean, or the paper's pooling of 3 x 3
     cells and neighbouring channels to 1,024 numbers."""
-    place_weight: float = 2.0
+    place_weight: float = 1.0
     """Weight of a cell's place, from -1 to 1 along each axis, beside its features, whose length is 1 on
     average; 0: features alone."""
     whitening: float = 0.0

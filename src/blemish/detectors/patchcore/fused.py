@@ -47,6 +47,13 @@ class Place:
             return bank
         return torch.cat([bank[:, :-2], bank[:, -2:].repeat(1, self.copies) * (self.factor / self.copies)], 1)
 
+    def shares(self, numbers: int, places: bool) -> Tensor:
+        """Return what the square of each number of a row counts for in its squared length."""
+        if not places:
+            return torch.ones(numbers)
+        copies = torch.full((2 * self.copies,), self.factor**2 / self.copies)
+        return torch.cat([torch.ones(numbers - 2), copies])
+
     @staticmethod
     def for_integers(bank: Tensor, weight: float) -> Place:
         """Return the form in which no place is larger than the features beside it."""
@@ -66,7 +73,7 @@ class FusedPatchCore(Fused):
     constant: Tensor
     gain: Tensor
     shift: Tensor
-    lengths: Tensor
+    shares: Tensor
 
     def __init__(self, detector: PatchCore, place: Place | None = None) -> None:
         super().__init__()
@@ -90,7 +97,7 @@ class FusedPatchCore(Fused):
         self.register_buffer("constant", constant(detector, self.place))
         self.register_buffer("bank", self.place.in_bank(detector.bank, self.places > 0).T.detach().clone())
         self.register_buffer("halves", detector.bank.square().sum(1).detach() / 2)
-        self.register_buffer("lengths", detector.place.square().sum(2).flatten().detach())
+        self.register_buffer("shares", self.place.shares(detector.bank.shape[1], self.places > 0))
 
     def rows(self, images: Tensor) -> Tensor:
         """Return the (B, h w, D) rows that are compared with the bank."""
@@ -111,8 +118,8 @@ class FusedPatchCore(Fused):
             nearest = closeness.amax(2)
         else:
             nearest = closeness.topk(min(config.neighbours, len(self.halves)), 2).values.mean(2)
-        features = rows[:, :, : rows.shape[2] - self.places].float()
-        squared = functional.relu(features.square().sum(2) + self.lengths - 2 * nearest)
+        # Of the rows as the product reads them: what rounding does to a place is then no distance.
+        squared = functional.relu((rows.float().square() * self.shares).sum(2) - 2 * nearest)
         distances = squared if config.squared else (squared + SMOOTHING**2).sqrt()
         planes = distances.view(-1, *self.cell_size)
         planes = edges.treated(planes, config.edges, self.gain, self.shift)
