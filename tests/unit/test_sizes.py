@@ -345,7 +345,8 @@ def test_check_advises_a_size_where_marked_defects_are_small(tmp_path: Path) -> 
         "11 regions are marked as defects: their shorter side is 11 pixels at the 10 % quantile and 15 at "
         "the median",
         "with supersimplenet, simplenet, padim, a defect of 11 pixels covers 7 pixels of the default "
-        "192 x 384, of 12 needed: try --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers 11.7)",
+        "192 x 384, of 12 needed: try --defect-size 11px (320 x 640, 2.8 times the pixels; it then covers "
+        "11.7)",
         "with patchcore, a defect of 11 pixels covers 9.4 pixels of the default 256 x 512, of 12 needed: try "
         "--defect-size 11px (320 x 640, 1.6 times the pixels; it then covers 11.7)",
     ]

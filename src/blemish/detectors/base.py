@@ -6,6 +6,7 @@ Its contract is in `blemish.testing`, which the tests run on every method.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class Detector(nn.Module):
     """Names of the outputs of `forward`, in order; those after the first two are the parts of the map."""
     wants_images: bool = False
     """Whether a training step needs the images as well as their encodings."""
+    integer_error: float = math.inf
+    """Map error up to which quantisation leaves sensitive layers in floating point, if below the limit."""
     fitted_buffers: tuple[str, ...] = ()
     """Names of the buffers whose size is determined by fitting."""
 

@@ -179,7 +179,8 @@ def make_graph(
     if request.precision != "int8":
         return Draft(graph, kept, count, [])
     error = map_error(trained, good[:REDUCTION_IMAGES], request.choice)
-    graph, left = quantise.quantise(graph, good, error, request.bounds.map_error, report)
+    limit = min(request.bounds.map_error, detector.integer_error)
+    graph, left = quantise.quantise(graph, good, error, limit, report)
     tell(report, f"layers left in floating point: {', '.join(left) or 'none'}")
     return Draft(graph, kept, count, left)
 

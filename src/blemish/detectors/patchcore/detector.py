@@ -36,6 +36,7 @@ class PatchCore(Detector):
     """Frozen backbone and a bank of remembered cells."""
 
     fitted_buffers = ("bank", "owners", "origins")
+    integer_error = 0.1
     mean: Tensor
     projection: Tensor
     place: Tensor
