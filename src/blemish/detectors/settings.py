@@ -9,7 +9,7 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blemish.detectors.schedules import SCHEDULES
 from blemish.errors import ConfigError
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
 """Statistics of an anomaly map that every method can be scored by; `ops.map_statistics` computes them."""
+
+Edges = Literal["none", "rings", "blind"]
+"""What can be done about the rim of a map that is made of cells; the module `edges` does it."""
 
 
 @dataclass(frozen=True, kw_only=True)

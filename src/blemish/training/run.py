@@ -95,7 +95,6 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         "pretrained": pretrained,
     }
     facts = training_facts(request, planned, material)
-    warm = planned.start is not None
     if planned.method.has_steps:
         session = Run(
             detector=detector,
@@ -113,16 +112,8 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         )
         # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
         # the rest is for the export.
-        reserve = 15.0 + 6 * forward_seconds * len(held.paths)
-        start_or_resume(
-            session,
-            planned.length,
-            request.resume,
-            lambda: reserve,
-            partial(prepare, session, material, warm),
-        )
-        loop.loop(session)
-        learned = loop.provenance(session)
+        reserve = 15.0 + forward_seconds * (6 * len(held.paths) + detector.settles_on)
+        learned = take_steps(session, material, planned, request.resume, reserve)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
     opened = finalise(request.out, detector, held, learned | facts, request.false_reject_rate, report)
@@ -329,6 +320,18 @@ def encode_all(material: Material, report: Report, stop: Stop) -> Iterator[tuple
     tell(report, f"feature cache: {material.features.describe()}")
 
 
+def take_steps(run: Run, material: Material, planned: Plan, resume: bool, reserve: float) -> dict[str, Any]:
+    """Train in steps, from the start or the checkpoint; return the facts about it that the file records.
+
+    reserve: seconds of a budget to keep for what follows the steps.
+    """
+    warm = planned.start is not None
+    start_or_resume(run, planned.length, resume, lambda: reserve, partial(prepare, run, material, warm))
+    loop.loop(run)
+    settle(run, material)
+    return loop.provenance(run)
+
+
 def prepare(run: Run, material: Material, warm: bool) -> None:
     """Encode all images, and let the detector measure what it needs on the good ones.
 
@@ -342,6 +345,17 @@ def prepare(run: Run, material: Material, warm: bool) -> None:
     elif note := run.detector.prepare(entries):
         run.notes.append(note)
         tell(run.report, note)
+
+
+def settle(run: Run, material: Material) -> None:
+    """Let the trained detector measure what scoring needs on good training images, evenly spaced."""
+    good = [index for index, label in enumerate(material.batches.labels) if not label]
+    count = min(len(good), run.detector.settles_on)
+    if not count:
+        return
+    chosen = [good[place * len(good) // count] for place in range(count)]
+    entries = (material.batches.encoded.batch([(index, 0)]) for index in chosen)
+    run.detector.settle(tracked(entries, count, run.report, "settling"))
 
 
 def fit(

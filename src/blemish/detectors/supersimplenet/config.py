@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from blemish.detectors.settings import STATISTICS, Config
+from blemish.detectors.settings import STATISTICS, Config, Edges
 from blemish.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class SuperSimpleNetConfig(Config):
     focal_loss: bool = True
     blur_sigma: float = 4.0
     """Sigma of the blur of the final map, in pixels of the network's input."""
+    edges: Edges = "none"
+    """What is done about the map's rim: nothing, level it by rings, or leave it blind (`detectors.edges`)."""
     statistics: tuple[str, ...] = ("maximum", "smoothed_maximum", "top_mean")
 
     def __post_init__(self) -> None:
