@@ -55,6 +55,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("supersimplenet", RESNET),
     "three layers and head": ("supersimplenet", RESNET | HEAD | {"layers": ("layer1", "layer2", "layer4")}),
     "simplenet": ("simplenet", SMALL),
+    "rings": ("supersimplenet", SMALL | {"edges": "rings"}),
+    "rings and head": ("supersimplenet", SMALL | HEAD | {"edges": "rings"}),
+    "blind": ("supersimplenet", SMALL | {"edges": "blind"}),
+    "blind and head": ("simplenet", SMALL | HEAD | {"edges": "blind"}),
 }
 
 
@@ -82,6 +86,10 @@ def shaken(detector: Detector) -> Detector:
             value.data.normal_(0, 0.2, generator=draw)
         elif name == "quantiles":
             value.copy_(torch.tensor([0.2, 0.7, -0.1, 0.3]))
+        elif name == "ring_gain":
+            value.uniform_(0.3, 3.0, generator=draw)
+        elif name == "ring_shift":
+            value.normal_(0, 1.0, generator=draw)
     for layer in detector.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.weight.data.uniform_(0.5, 2.0, generator=draw)

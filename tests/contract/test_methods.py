@@ -83,7 +83,9 @@ CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
         FEW | {"mask_dilation": 3, "distance_weights": True},
         30,
     ),
+    "supersimplenet rings": ("supersimplenet", "none", SMALL | {"edges": "rings"}, 30),
     "simplenet": ("simplenet", "none", SMALL, 60),
+    "simplenet blind": ("simplenet", "none", SMALL | {"edges": "blind"}, 60),
     "patchcore": ("patchcore", "none", REMEMBERED, None),
     "patchcore as published": ("patchcore", "none", PUBLISHED, None),
     "padim": ("padim", "none", GAUSSIANS, None),
@@ -112,6 +114,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no blur": ("supersimplenet", SMALL | {"blur_sigma": 0.0}),
     "fixed noise": ("supersimplenet", SMALL | {"noise": 0.015}),
     "three layers": ("supersimplenet", RESNET | {"layers": ("layer1", "layer2", "layer4")}),
+    "rings": ("supersimplenet", SMALL | {"edges": "rings"}),
+    "blind": ("supersimplenet", SMALL | {"edges": "blind"}),
 }
 
 
@@ -335,7 +339,8 @@ def figures(method: str, config: Config, file: Path) -> tuple[Tensor, Tensor]:
     detector.prepare([batch.encoded])
     with torch.no_grad():
         loss = torch.stack(list(detector.train().loss(batch, seeding.generator(0)).values())).sum()
-        detector.eval().finish([images])
+        detector.eval().settle([batch.encoded])
+        detector.finish([images])
         return loss, detector(images)[0]
 
 

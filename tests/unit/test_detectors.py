@@ -302,6 +302,22 @@ def test_layers_learn_at_their_own_rates(detector: SuperSimpleNet) -> None:
     assert (heads["lr"], heads["weight_decay"]) == (drawn.TINY["head_learning_rate"], 1e-5)
 
 
+@torch.no_grad()
+def test_the_rim_is_treated_in_the_map_and_not_in_what_the_head_reads() -> None:
+    head = {"classification_head": True, "statistics": ("head", "maximum")}
+    images, found = torch.rand(2, 3, 64, 64, generator=draw()), {}
+    for kind in ("none", "rings", "blind"):
+        config = configure("supersimplenet", settings=drawn.TINY | head | {"edges": kind})
+        built = build("supersimplenet", config, 0).eval()
+        built.get_buffer("ring_gain").fill_(0.5)
+        found[kind] = built(images)
+    maps, statistics = found.pop("none")
+    for other, changed in found.values():
+        assert torch.equal(changed[:, 0], statistics[:, 0])
+        assert not torch.equal(changed[:, 1], statistics[:, 1])
+        assert not torch.equal(other, maps)
+
+
 @pytest.mark.parametrize("cells", [1, 2, 7, 16])
 @pytest.mark.parametrize("length", [1, 8, 14, 33])
 def test_an_axis_is_resized_and_averaged_as_torch_does(cells: int, length: int) -> None:

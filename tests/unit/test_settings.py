@@ -38,7 +38,7 @@ def another(name: str, value: Any) -> Any:
         "backbone": "resnet18",
         "anomalies": "none",
         "size": "medium" if value == "small" else "small",
-        "edges": "none" if value == "cells" else "reflect",
+        "edges": "reflect" if value == "blind" else "blind",
         "aggregation": "published",
         "choice": "random",
         "place": "all",

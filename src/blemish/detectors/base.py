@@ -125,6 +125,18 @@ class Detector(nn.Module):
         """
         return ""
 
+    @property
+    def settles_on(self) -> int:
+        """The largest number of good training images that `settle` measures; 0 if it measures nothing."""
+        return 0
+
+    def settle(self, encoded: Iterable[tuple[Tensor, ...]]) -> None:
+        """Measure, after the last step, what scoring needs to know about the good training images.
+
+        encoded: the result of `encode` for at most `settles_on` of them, evenly spaced, as batches of one. A
+        method that is fitted without steps measures this in `fit`.
+        """
+
     def finish(self, images: Iterable[Tensor]) -> None:
         """Measure what scoring needs on held-out good images, after training."""
 

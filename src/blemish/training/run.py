@@ -29,7 +29,7 @@ from blemish.inference import calibration
 from blemish.inference.bundle import Bundle
 from blemish.inference.engines import Engine
 from blemish.inference.predictor import Predictor
-from blemish.progress import Report, Stop, never, silent, tell
+from blemish.progress import Report, Stop, never, silent, tell, tracked
 from blemish.training import fingerprint, loop
 from blemish.training.finalise import COMPARED, finalise, from_held_out, from_left_out
 from blemish.training.loop import Run
@@ -100,17 +100,10 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
             report=report,
             stop=stop,
         )
-        start_or_resume(
-            session,
-            planned.length,
-            request.resume,
-            # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
-            # the rest is for the export.
-            lambda: 15.0 + 6 * forward_seconds * len(held.paths),
-            partial(prepare, session, material, warm=planned.start is not None),
-        )
-        loop.loop(session)
-        learned = loop.provenance(session)
+        # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
+        # the rest is for the export.
+        reserve = 15.0 + forward_seconds * (6 * len(held.paths) + detector.settles_on)
+        learned = take_steps(session, material, planned, request.resume, reserve)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
     good, calibrate = thresholds(request, planned, detector, material, report, stop)
@@ -249,6 +242,18 @@ def time_one_image(detector: Detector, device: str) -> float:
     return time.monotonic() - begun
 
 
+def take_steps(run: Run, material: Material, planned: Plan, resume: bool, reserve: float) -> dict[str, Any]:
+    """Train in steps, from the start or the checkpoint; return the facts about it that the file records.
+
+    reserve: seconds of a budget to keep for what follows the steps.
+    """
+    warm = planned.start is not None
+    start_or_resume(run, planned.length, resume, lambda: reserve, partial(prepare, run, material, warm=warm))
+    loop.loop(run)
+    settle(run, material)
+    return loop.provenance(run)
+
+
 def prepare(run: Run, material: Material, *, warm: bool) -> None:
     """Encode all images, and let the detector measure what it needs on the good ones.
 
@@ -262,6 +267,17 @@ def prepare(run: Run, material: Material, *, warm: bool) -> None:
     elif note := run.detector.prepare(entries):
         run.notes.append(note)
         tell(run.report, note)
+
+
+def settle(run: Run, material: Material) -> None:
+    """Let the trained detector measure what scoring needs on good training images, evenly spaced."""
+    good = [index for index, label in enumerate(material.batches.labels) if not label]
+    count = min(len(good), run.detector.settles_on)
+    if not count:
+        return
+    chosen = [good[place * len(good) // count] for place in range(count)]
+    entries = (material.batches.encoded.batch([(index, 0)]) for index in chosen)
+    run.detector.settle(tracked(entries, count, run.report, "settling"))
 
 
 def fit(

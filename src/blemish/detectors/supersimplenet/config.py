@@ -67,6 +67,8 @@ class SuperSimpleNetConfig(Config):
     focal_loss: bool = True
     blur_sigma: float = 4.0
     """Sigma of the blur of the final map, in pixels of the network's input."""
+    edges: Literal["none", "rings", "blind"] = "none"
+    """What is done about the map's rim: nothing, level it by rings, or leave it blind (`detectors.edges`)."""
     statistics: tuple[str, ...] = ("maximum", "smoothed_maximum", "top_mean")
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from blemish.backbones import Backbone, choose_layers, fill_backbone
-from blemish.detectors import ops
+from blemish.detectors import edges, ops
 from blemish.detectors.base import Detector
 from blemish.detectors.cells import by_cells
 from blemish.detectors.supersimplenet.config import PUBLISHED_NOISE, SuperSimpleNetConfig
@@ -43,6 +43,8 @@ class SuperSimpleNet(Detector):
     noise_std: Tensor
     doublings: Tensor
     kernel: Tensor
+    ring_gain: Tensor
+    ring_shift: Tensor
 
     def __init__(self, config: SuperSimpleNetConfig) -> None:
         super().__init__()
@@ -63,6 +65,8 @@ class SuperSimpleNet(Detector):
         self.register_buffer("doublings", torch.tensor(0))
         size = 2 * math.ceil(3 * config.blur_sigma) + 1
         self.register_buffer("kernel", ops.gaussian_kernel(config.blur_sigma or 1.0, size))
+        for name, value in zip(("ring_gain", "ring_shift"), edges.neutral(), strict=True):
+            self.register_buffer(name, value)
 
     @property
     @override
@@ -81,7 +85,8 @@ class SuperSimpleNet(Detector):
     @property
     @override
     def config_buffers(self) -> set[str]:
-        return {"kernel", "noise_std"} if self.given_noise else {"kernel"}
+        measured = {"ring_gain", "ring_shift"}  # anew, after the last step
+        return {"kernel", *measured, *(["noise_std"] if self.given_noise else [])}
 
     @property
     @override
@@ -305,17 +310,45 @@ class SuperSimpleNet(Detector):
         raised = f"noise raised to {float(self.noise_std):.3g}"
         return f"only {share:.0%} of noisy and clean cells are told apart; {raised}"
 
+    @property
+    @override
+    def settles_on(self) -> int:
+        return edges.IMAGES if self.config.edges == "rings" else 0
+
+    @override
+    def settle(self, encoded: Iterable[tuple[Tensor, ...]]) -> None:
+        """Measure the rings of the map, for `edges=rings`."""
+        with torch.no_grad():
+            gain, shift = edges.measure_rings(self.cells(parts) for parts in encoded)
+        self.ring_gain.copy_(gain)
+        self.ring_shift.copy_(shift)
+
+    def cells(self, encoded: tuple[Tensor, ...]) -> Tensor:
+        """Return the (B, h, w) segmentation logits in evaluation mode, before anything is done at edges."""
+        hidden = self.hidden(encoded)
+        logits: Tensor = self.segmentation(hidden.flatten(0, 2))
+        return logits.view(hidden.shape[:3])
+
+    @property
+    def blind_margin(self) -> int:
+        """Width of the margin that `edges=blind` leaves out, in cells of the map."""
+        return edges.MARGIN * (2 if self.config.upscale else 1)
+
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the map, which is the logits resized and blurred (section 3.4), and the statistics."""
+        """Return the map, which is the logits resized and blurred (section 3.4), and the statistics.
+
+        The classification head reads the logits as they were in training, whatever is done at the edges.
+        """
         encoded = self.encode(images)
-        hidden = self.hidden(encoded)
-        cells: Tensor = self.segmentation(hidden.flatten(0, 2)).view(hidden.shape[:3])
+        cells = self.cells(encoded)
+        gain, shift = (edges.by_cell(each, cells.shape[1:]) for each in (self.ring_gain, self.ring_shift))
+        shown = edges.treated(cells, self.config.edges, gain, shift, self.blind_margin)
         size = (images.shape[2], images.shape[3])
-        maps = functional.interpolate(cells[:, None], size, mode="bilinear")[:, 0]
+        maps = functional.interpolate(shown[:, None], size, mode="bilinear")[:, 0]
         if self.config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel)
-        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        statistics = ops.map_statistics(maps, shown, self.config.statistics)
         if "head" in self.config.statistics:
             statistics["head"] = self.classify(encoded, cells)
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)

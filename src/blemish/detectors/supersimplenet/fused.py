@@ -6,6 +6,7 @@ Exact rewrites, equal to the plain network up to rounding:
 - the adaptor and the batch norm of the segmentation head are folded into the head's first layer, which runs
   on the backbone's outputs before they are upscaled and averaged (`heads`);
 - the adaptor and the batch norm of the classification head are folded into that head's kernel;
+- the gain and shift of the map's rings are one product and one sum, with constants for each cell;
 - the map is resized and blurred by one matrix product for each axis.
 """
 
@@ -20,7 +21,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from blemish.backbones.folding import without_norms
-from blemish.detectors import ops
+from blemish.detectors import edges, ops
 from blemish.detectors.cells import by_cells, cell_parts
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
@@ -30,9 +31,11 @@ from blemish.detectors.supersimplenet.heads import SLOPE, spread, spread_shifted
 class FusedSuperSimpleNet(Fused):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
 
-    full_precision = ("down", "across")
+    full_precision = ("down", "across", "gain", "shift")
     down: Tensor
     across: Tensor
+    gain: Tensor
+    shift: Tensor
     bias: Tensor
     vector: Tensor
 
@@ -42,10 +45,15 @@ class FusedSuperSimpleNet(Fused):
         self.backbone = without_norms(detector.backbone)
         kernel = detector.kernel if self.config.blur_sigma else None
         parts = cell_parts(detector.backbone, self.config.image_size)
-        sizes = zip(self.feature_size(parts), self.config.image_size, strict=True)
-        down, across = (enlarging_matrix(cells, length, kernel=kernel) for cells, length in sizes)
+        size, self.margin = self.feature_size(parts), detector.blind_margin
+        down, across = (
+            enlarging_matrix(cells, length, kernel=kernel)
+            for cells, length in zip(size, self.config.image_size, strict=True)
+        )
         self.register_buffer("down", down)
         self.register_buffer("across", across)
+        self.register_buffer("gain", edges.by_cell(detector.ring_gain, size))
+        self.register_buffer("shift", edges.by_cell(detector.ring_shift, size))
         head, norm = detector.segmentation, detector.segmentation.norm
         gain, shift = affine(norm)
         weight = gain[:, None] * (head.first.weight @ detector.adaptor.weight)
@@ -63,8 +71,9 @@ class FusedSuperSimpleNet(Fused):
         parts = [layer(x) for x, layer in zip(encoded, self.hidden, strict=True)]
         hidden = spread(parts, self.feature_size(encoded)) + self.bias
         cells = (functional.leaky_relu(hidden, SLOPE) @ self.vector).float()
-        maps = enlarge(cells, self.down, self.across)
-        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        shown = edges.treated(cells, self.config.edges, self.gain, self.shift, self.margin)
+        maps = enlarge(shown, self.down, self.across)
+        statistics = ops.map_statistics(maps, shown, self.config.statistics)
         if self.classification is not None and "head" in self.config.statistics:
             statistics["head"] = self.classification(encoded, cells)
         return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
