@@ -19,7 +19,7 @@ POOL = 2048
 CHUNK = 8192
 """Cells whose distances are computed at a time."""
 
-RESOLUTION = 1e-6
+RESOLUTION = 1e-5
 """Squared distances of this share of the mean squared length, and below, are taken for 0."""
 
 START = 10
