@@ -21,6 +21,7 @@ from blemish.inference.calibration import (
     recalibrated,
     verdict_label,
 )
+from blemish.inference.transfer import transferred
 from blemish.types import Calibration
 
 
@@ -311,3 +312,31 @@ def test_refuses_indices_that_are_not_there() -> None:
         promised_rate(5, 5, 0.95)
     with pytest.raises(ConfigError, match="0 held-out images"):
         order_statistic_index(0, 0.1, 0.95)
+
+
+@pytest.mark.parametrize("names", [("maximum",), ("maximum", "top_mean")])
+def test_thresholds_are_carried_over_by_lines(names: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(5)
+    statistics, maxima = rng.normal(3, 1, (40, len(names))), rng.normal(2, 0.5, 40)
+    before = fit(statistics, maxima, names, left_out=True)
+    slopes, levels = np.array([1.1, 0.8])[: len(names)], np.array([-0.2, 0.4])[: len(names)]
+    after = transferred(before, (statistics, maxima), (levels + slopes * statistics, 0.1 + 1.5 * maxima))
+    parts = rng.normal(3.5, 1.5, (300, len(names)))
+    for part in parts:
+        old, new = image_scores(part[None], before)[0], image_scores((levels + slopes * part)[None], after)[0]
+        assert verdict_label(new, after) == verdict_label(old, before)
+        assert p_value(new, after) == pytest.approx(p_value(old, before))
+    assert after.pixel_threshold == pytest.approx(0.1 + 1.5 * before.pixel_threshold)
+    assert (after.left_out, after.promised_rate) == (True, before.promised_rate)
+
+
+def test_statistics_that_do_not_vary_are_shifted_only() -> None:
+    statistics, maxima = np.full((5, 2), 3.0), np.full(5, 2.0)
+    before = fit(np.random.default_rng(0).normal(3, 1, (9, 2)), np.arange(9.0), ("a", "b"), left_out=True)
+    after = transferred(before, (statistics, maxima), (statistics + 0.5, maxima - 0.5))
+    assert after.scales == before.scales
+    assert after.centers == tuple(center + 0.5 for center in before.centers)
+    turned = transferred(
+        before, (np.arange(10.0).reshape(5, 2), maxima), (-np.arange(10.0).reshape(5, 2), maxima)
+    )
+    assert min(turned.scales) > 0

@@ -32,6 +32,7 @@ from blemish.inference.engines.pytorch import restored
 from blemish.inference.manifest import ExportRecord, Manifest
 from blemish.inference.measure import measure
 from blemish.inference.predictor import Predictor
+from blemish.inference.transfer import transferred
 from blemish.progress import Report, silent, tell
 from blemish.types import Calibration, FloatArray
 
@@ -151,13 +152,16 @@ def run(
         tell(report, gate.describe(name, each))
     for name, each in agreements.items():
         gate.refuse(name, each, request.bounds)
+    thresholds = "as trained" if after == before else "set anew on the same images"
+    if before.left_out:
+        thresholds = "carried over by how the statistics of good images changed"
     record = ExportRecord(
         limits=asdict(request.bounds),
         agreement={name: to_json_types(each) for name, each in agreements.items()},
         flops=draft.flops,
         reduced=tuple(asdict(each) for each in draft.kept),
         in_floating_point=tuple(draft.float_layers),
-        thresholds="as trained" if after == before else "set anew on the same images",
+        thresholds=thresholds,
     )
     manifest = dataclasses.replace(manifest, export=record)
     formats.write(request.out, Bundle(opened.path, manifest, opened.weights, draft.graph), request.format)
@@ -265,6 +269,7 @@ def compare_on_good(
 ) -> tuple[Calibration, gate.Agreement]:
     """Run export and model on good images; set new thresholds if the old ones came from these images.
 
+    Thresholds that came from scoring each image without itself, which no export can do, are carried over.
     Labels are compared by thresholds that each sets from its own scores: some image lies on every threshold,
     and rounding alone could flip its label. Raises ExportError for an export whose outputs are not finite.
     """
@@ -286,8 +291,11 @@ def compare_on_good(
         [calibration.verdict_label(score, fitted) for score in row]
         for row, fitted in zip(scores, anew, strict=True)
     ]
+    found = gate.agreement(watched, scores, labels)
+    if before.left_out:
+        return transferred(before, *both), found
     same = gate.same_images(calibration.image_scores(both[0][0], before).tolist(), before)
-    return anew[1] if same else before, gate.agreement(watched, scores, labels)
+    return anew[1] if same else before, found
 
 
 def refitted(statistics: FloatArray, maxima: FloatArray, before: Calibration) -> Calibration:
