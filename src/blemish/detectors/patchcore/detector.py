@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 from itertools import islice
@@ -299,12 +300,30 @@ class PatchCore(Detector):
 
     @override
     def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
-        """Return the fused network with places of the size of features (`fused.Place`)."""
+        """Return the fused network with features turned, and places of their size (`fused.Place`)."""
         from blemish.detectors.patchcore.fused import FusedPatchCore, Place
 
         if self.config.place_weight and "reweighted" not in self.config.statistics:
-            network = FusedPatchCore(self, Place.for_integers(self.bank, self.config.place_weight)).eval()
+            turned = self.turned()
+            place = Place.for_integers(turned.bank, self.config.place_weight)
+            network = FusedPatchCore(turned, place).eval()
         return super().for_integers(network, batches)
+
+    def turned(self) -> PatchCore:
+        """Return the same detector with features turned at random, which changes no distance.
+
+        Few large numbers in a row become many of middle size, to which 8-bit integers give more levels.
+        Features reduced to principal components stay as they are.
+        """
+        made = copy.deepcopy(self)
+        if self.config.dimensions or self.config.aggregation == "published":
+            return made
+        count = len(self.projection)
+        drawn = torch.randn(count, count, generator=seeding.generator(0, "turn"), dtype=torch.float64)
+        turn = torch.linalg.qr(drawn).Q.to(self.projection)
+        made.projection.copy_(self.projection @ turn)
+        made.bank[:, :count] = self.bank[:, :count] @ turn
+        return made
 
 
 def number_of(name: str) -> int:
