@@ -16,8 +16,11 @@ from torch.nn import functional
 POOL = 2048
 """Cells in a pool."""
 
-CHUNK = 8192
+CHUNK = 4096
 """Cells whose distances are computed at a time."""
+
+COLUMNS = 256
+"""Cells that they are computed from at a time, so that a product fits the processor's cache."""
 
 RESOLUTION = 1e-5
 """Squared distances of this share of the mean squared length, and below, are taken for 0."""
@@ -71,11 +74,13 @@ def lower(distances: Tensor, points: Tensor, squares: Tensor, taken: Tensor) -> 
 
 def nearest_to(bank: Tensor, points: Tensor, squares: Tensor, distances: Tensor) -> None:
     """Lower the (n,) squared distances of points, in place, to those from the rows of a bank."""
-    halves, columns = bank.square().sum(1) / 2, bank.T.contiguous()
-    for start in range(0, len(points), CHUNK):
-        rows = slice(start, start + CHUNK)
-        apart = torch.addmm(halves, points[rows], columns, alpha=-1).amin(1)
-        torch.minimum(distances[rows], (squares[rows] + 2 * apart).clamp_(min=0), out=distances[rows])
+    halves = bank.square().sum(1) / 2
+    for first in range(0, len(bank), COLUMNS):
+        half, columns = halves[first : first + COLUMNS], bank[first : first + COLUMNS].T.contiguous()
+        for start in range(0, len(points), CHUNK):
+            rows = slice(start, start + CHUNK)
+            apart = torch.addmm(half, points[rows], columns, alpha=-1).amin(1)
+            torch.minimum(distances[rows], (squares[rows] + 2 * apart).clamp_(min=0), out=distances[rows])
 
 
 def cover(points: Tensor, count: int) -> tuple[Tensor, float]:

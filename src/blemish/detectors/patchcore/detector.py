@@ -29,6 +29,9 @@ near 0 would otherwise grow a thousandfold in its root."""
 DIGITS = 15
 """Hexadecimal digits of an image's digest that fit into a number of 64 bits with a sign."""
 
+CHUNK = 256
+"""Cells whose distances are computed at a time, so that a product fits the processor's cache."""
+
 BLOCKS = 4
 """A single good image is judged by itself in BLOCKS x BLOCKS parts, each without its own cells."""
 
@@ -217,14 +220,17 @@ class PatchCore(Detector):
 
         left_out: (B, 1 or n, M) booleans, the rows of the bank that do not count.
         """
-        closeness = rows @ self.bank.T - self.bank.square().sum(1) / 2
-        if left_out is not None:
-            closeness = closeness.masked_fill(left_out, -torch.inf)
-        if self.config.neighbours == 1:
-            nearest = closeness.amax(2)
-        else:
-            nearest = closeness.topk(min(self.config.neighbours, len(self.bank)), 2).values.mean(2)
-        return (rows.square().sum(2) - 2 * nearest).clamp(min=0)
+        columns, halves = self.bank.T, self.bank.square().sum(1) / 2
+        count = min(self.config.neighbours, len(self.bank))
+        nearest = []
+        for start in range(0, rows.shape[1], CHUNK):
+            chunk = slice(start, start + CHUNK)
+            closeness = (rows[:, chunk] @ columns).sub_(halves)
+            if left_out is not None:
+                wide = left_out.shape[1] > 1
+                closeness.masked_fill_(left_out[:, chunk] if wide else left_out, -torch.inf)
+            nearest.append(closeness.amax(2) if count == 1 else closeness.topk(count, 2).values.mean(2))
+        return (rows.square().sum(2) - 2 * torch.cat(nearest, 1)).clamp(min=0)
 
     def planes(self, squared: Tensor) -> Tensor:
         """Return the (B, h, w) distances that (B, h w) squared ones stand for."""
@@ -257,8 +263,7 @@ class PatchCore(Detector):
         Where nothing else is remembered, because there was but one image, each part of it is judged without
         the cells of that part.
         """
-        rows = self.rows(encoded)
-        return self.judge(rows, self.own_rows(names).expand(-1, rows.shape[1], -1))
+        return self.judge(self.rows(encoded), self.own_rows(names))
 
     def planes_left_out(self, batch: Batch) -> Tensor:
         """Return the (B, h, w) distances of images that were fitted to, each without itself."""
