@@ -257,7 +257,7 @@ def test_description_of_enough_images() -> None:
     calibration = recalibrated(held_out(300), false_reject_rate=0.02)
     said = describe(calibration)
     assert "At most 2 %" in said
-    assert f"300 held-out images promise {100 * promised_rate(300, 1, 0.95):.3g} %" in said
+    assert f"300 held-out good images promise {100 * promised_rate(300, 1, 0.95):.3g} %" in said
     assert "13 of them fall into the review band" in said
     assert "more" not in said
 

@@ -370,3 +370,16 @@ def test_a_file_name_that_is_no_text_is_still_written(tmp_path: Path) -> None:
 
 def test_reports_repeat(tmp_path: Path) -> None:
     assert written(evaluation(), tmp_path / "a") == written(evaluation(), tmp_path / "b")
+
+
+def test_a_page_says_where_the_thresholds_came_from(tmp_path: Path) -> None:
+    found = evaluation()
+    report.write_html(found, tmp_path / "held.html")
+    text = (tmp_path / "held.html").read_text(encoding="utf-8")
+    assert "60 held-out good images, none of them in the test set" in text
+    limits = replace(found.calibration, left_out=True)
+    report.write_html(replace(found, calibration=limits), tmp_path / "left.html")
+    text = (tmp_path / "left.html").read_text(encoding="utf-8")
+    assert "60 good images, each scored without itself, none of them in the test set" in text
+    assert "held-out good" not in text
+    assert charts.lay_out_histogram(results(), limits).strips[0].name == "training good"

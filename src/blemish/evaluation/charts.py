@@ -77,7 +77,7 @@ def lay_out_roc(results: Sequence[ImageResult]) -> Roc | None:
 
 
 def lay_out_histogram(results: Sequence[ImageResult], calibration: Calibration) -> Histogram:
-    """Lay out the scores of the held-out good images and of each kind in the test set, good images first.
+    """Lay out the scores behind the thresholds and those of each kind in the test set, good images first.
 
     The axis is linear around the defect threshold and logarithmic far from it (an inverse hyperbolic sine),
     so that both long tails and the gap between the thresholds remain visible.
@@ -85,7 +85,8 @@ def lay_out_histogram(results: Sequence[ImageResult], calibration: Calibration) 
     groups = _groups(results)
     scores = np.concatenate([calibration.scores, *groups.values()])
     place, score_at = _axis(scores, calibration)
-    strips = [_strip("held-out good", "held-out", calibration.scores, place)]
+    name = "training good" if calibration.left_out else "held-out good"
+    strips = [_strip(name, "held-out", calibration.scores, place)]
     strips += [_strip(kind, ROLES[truth], values, place) for (truth, kind), values in groups.items()]
     return Histogram(
         tuple(strips),

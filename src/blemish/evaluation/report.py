@@ -23,7 +23,7 @@ from blemish import files, images
 from blemish.evaluation import charts
 from blemish.evaluation.metric_table import METRICS, shown
 from blemish.images import overlays
-from blemish.inference.calibration import describe
+from blemish.inference.calibration import describe, scored_images
 from blemish.types import AnyArray, BoolArray, Calibration, Evaluation, Exhibit, ImageResult
 
 PICTURE_SIDE = 448
@@ -111,6 +111,7 @@ def _page(evaluation: Evaluation) -> str:
         legend=overlays.legend(),
         promise=_promise(calibration, rates.get("False rejects")),
         calibration=describe(calibration),
+        source=scored_images(calibration),
         provenance={name: _listed(value) for name, value in evaluation.provenance.items()},
     )
 
@@ -190,7 +191,7 @@ def _promise(calibration: Calibration, rejects: Rate | None) -> str:
         return f"{promised} The rate on this test set is higher, but within chance."
     return (
         f"{promised} The rate on this test set is higher than chance explains: its good parts differ from "
-        "the held-out ones."
+        "those that set the thresholds."
     )
 
 

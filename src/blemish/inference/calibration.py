@@ -222,14 +222,18 @@ def verdict_label(score: float, calibration: Calibration) -> Label:
     return "review" if score > calibration.review_threshold else "ok"
 
 
+def scored_images(calibration: Calibration) -> str:
+    """Return what images the thresholds were set from, for the user."""
+    return "good images, each scored without itself" if calibration.left_out else "held-out good images"
+
+
 def describe(calibration: Calibration) -> str:
     """Summarise in plain words the rate asked for and what the held-out images guarantee."""
     count = len(calibration.scores)
     rate = f"{100 * calibration.false_reject_rate:g} %"
     promised = f"{100 * calibration.promised_rate:.3g} %"
     missing = calibration.images_needed - count
-    kind = "good images, each scored without itself," if calibration.left_out else "held-out images"
-    source = f"the {count} {kind}"
+    source = f"the {count} {scored_images(calibration)}{',' * calibration.left_out}"
     if missing > 0:
         promise = (
             f"{source} promise only {promised}, "
