@@ -23,6 +23,8 @@ from blemish.backbones.pdn import PDNS
 from blemish.cli.main import main
 from blemish.detectors import ops, registry
 from blemish.detectors.base import Detector
+from blemish.detectors.padim import config as padim
+from blemish.detectors.patchcore import config as patchcore
 from blemish.detectors.settings import GOOD_ONLY, Config, Method, Preset
 from blemish.errors import ConfigError
 from blemish.images import to_input
@@ -43,32 +45,13 @@ REMEMBERED = {
     "bank_size": 300,
     "statistics": ("maximum", "smoothed_maximum", "top_mean", "cell_maximum", "reweighted"),
 }
-PUBLISHED = {
+PUBLISHED = patchcore.PAPER | {
     "image_size": (64, 64),
     "backbone": "resnet18",
     "layers": ("layer1", "layer2"),
-    "aggregation": "published",
-    "place_weight": 0.0,
-    "bank_size": 0,
-    "bank_share": 0.1,
-    "candidates": 0,
-    "choice": "published",
-    "squared": True,
-    "edges": "none",
-    "statistics": ("cell_maximum",),
 }
 GAUSSIANS = {"image_size": (64, 96), "layers": ("stage2", "stage3"), "dimensions": 16}
-SCATTERED = {
-    "image_size": (64, 64),
-    "backbone": "resnet18",
-    "layers": ("layer1", "layer2"),
-    "average": False,
-    "reduction": "random",
-    "dimensions": 20,
-    "shrinkage": 0.01,
-    "edges": "none",
-    "statistics": ("maximum",),
-}
+SCATTERED = padim.PAPER | {"image_size": (64, 64), "layers": ("layer1", "layer2"), "dimensions": 20}
 BOTH = {"statistics": ("head", "maximum")}
 HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
 CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
