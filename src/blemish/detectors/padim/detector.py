@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from blemish import seeding
 from blemish.backbones import Backbone, choose_layers, fill_backbone
 from blemish.detectors import cells, edges, ops
 from blemish.detectors.base import Detector
@@ -151,7 +152,8 @@ class PaDiM(Detector):
         if size == channels:
             return torch.eye(channels)
         if self.config.reduction == "random":
-            return torch.eye(channels)[:, torch.randperm(channels, generator=generator)[:size]]
+            draw = seeding.generator(generator.initial_seed(), "channels")
+            return torch.eye(channels)[:, torch.randperm(channels, generator=draw)[:size]]
         whole = gaussians.moments(Samples(batches, self.features, pooled=True))
         _, axes = torch.linalg.eigh(whole.covariance[0])
         main: Tensor = axes.flip(1)[:, :size]

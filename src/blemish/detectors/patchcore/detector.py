@@ -135,6 +135,7 @@ class PatchCore(Detector):
     @override
     def fit(self, batches: Collection[Batch], generator: torch.Generator) -> str:
         """Remember cells of good images, in one pass; or add to those that an earlier model remembered."""
+        generator = seeding.generator(generator.initial_seed(), "choice")  # on the processor
         features, origins, owners = self.gather(batches, generator)
         grown = bool(self.fitted)
         if not grown:
