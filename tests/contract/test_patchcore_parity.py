@@ -30,7 +30,7 @@ def close(found: Tensor, name: str, least: float = 0.0) -> None:
 
 def aggregated(seeds: tuple[int, int], sizes: tuple[tuple[int, ...], ...], numbers: int = 1024) -> Tensor:
     planes = [rand(seed, *size) for seed, size in zip(seeds, sizes, strict=True)]
-    weights = [kernel.double() for kernel in kernels([size[1] for size in sizes], numbers)]
+    weights = [kernel.double() for kernel in kernels(tuple(size[1] for size in sizes), numbers)]
     return aggregate(planes, weights).permute(0, 2, 3, 1).flatten(0, 2)
 
 

@@ -36,7 +36,7 @@ METHODS: dict[str, str | Method] = {
 }
 """All methods by the name a user gives: a Method, or its location as MODULE:NAME, imported on first use."""
 FIRST = "patchcore"
-"""The method for good images alone, by the battery (docs/accuracy.md)."""
+"""The method for good images alone, by as much of the battery as was run (docs/accuracy.md)."""
 LABELLED = "supersimplenet"
 """The method that learns from defects, too, and the one for a run whose steps or epochs are given."""
 

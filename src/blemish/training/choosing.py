@@ -20,4 +20,4 @@ def choose(request: TrainingRequest) -> tuple[str, str]:
         return LABELLED, f"model {LABELLED}: the one that learns from labelled defects"
     if request.steps is not None or request.epochs is not None:
         return LABELLED, f"model {LABELLED}: steps or epochs were given, and the default takes none"
-    return FIRST, f"model {FIRST}: the most accurate from good images alone, without steps"
+    return FIRST, f"model {FIRST}: good images alone are remembered, without steps"

@@ -7,6 +7,7 @@ numbers, resize these to the finest layer, and pool the numbers of all layers on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,16 +26,17 @@ def pooling(inputs: int, outputs: int) -> Tensor:
     return inside.float() / (last - first)[:, None]
 
 
-def kernels(channels: Sequence[int], numbers: int = NUMBERS) -> list[Tensor]:
+@lru_cache(maxsize=2)
+def kernels(channels: tuple[int, ...], numbers: int = NUMBERS) -> tuple[Tensor, ...]:
     """Return for each layer the (numbers, C_i, 3, 3) kernel of the convolution that aggregates it.
 
     The cell's vector is the outputs of all layers added, after those of coarser layers are resized.
     """
     joined = torch.split(pooling(len(channels) * NUMBERS, numbers), NUMBERS, 1)
-    return [
+    return tuple(
         (share @ pooling(9 * count, NUMBERS)).view(numbers, count, 3, 3)
         for share, count in zip(joined, channels, strict=True)
-    ]
+    )
 
 
 def aggregate(planes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

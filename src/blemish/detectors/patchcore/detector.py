@@ -167,11 +167,12 @@ class PatchCore(Detector):
     def gather(self, batches: Collection[Batch], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the candidates: (n, C) features, (n,) cells they come from, and (n,) images.
 
-        As many are drawn from each image, by a seed of its own, so that neither the order of the images nor
-        their number changes which; and all are kept in memory, so that their number is bounded.
+        As many are drawn from each image, by a seed of its own, so that their order does not matter. All are
+        kept in memory, so their number is bounded: of more images than candidates, the last are left out.
         """
-        limit = self.config.candidates or sum(self.cell_size) ** 2 * len(batches)
-        each = -(-limit // len(batches))
+        images_in_all = len(batches) * self.config.batch_size
+        limit = self.config.candidates or math.prod(self.cell_size) * images_in_all
+        each = -(-limit // images_in_all)
         rows, places, images = [], [], []
         for batch in islice(batches, limit):
             features = self.features(batch.encoded).flatten(1, 2)

@@ -59,7 +59,9 @@ class Place:
         """Return the form in which no place is larger than the features beside it."""
         features = bank[:, :-2].abs()
         largest, usual = float(features.max()), float(features.amax(1).median())
-        return Place(math.ceil(weight**2 / (largest * usual)), weight / largest)
+        if not largest * usual:  # good images without any difference
+            return Place()
+        return Place(min(math.ceil(weight**2 / (largest * usual)), features.shape[1]), weight / largest)
 
 
 class FusedPatchCore(Fused):
