@@ -12,8 +12,9 @@ from test_parity import ROUNDING, rand, recorded
 from torch import Tensor
 from torch.nn import functional
 
-from blemish.detectors import cells, ops
+from blemish.detectors import cells, ops, registry
 from blemish.detectors.padim import gaussians
+from blemish.detectors.padim.detector import PaDiM
 
 SIZE = (12, 12)
 JITTER = 1e-5
@@ -123,3 +124,20 @@ def test_leaving_one_out_is_measuring_without_it() -> None:
         expected = (factor @ (drawn[number] - others.mean)[:, :, None])[..., 0].square().sum(1)
         alone = gaussians.left_out(squared[number], 40, torch.zeros(5).double())
         assert torch.allclose(alone, expected, rtol=1e-9)
+
+
+def test_leaving_out_an_image_of_one_gaussian_is_measuring_without_its_cells() -> None:
+    settings = {"place": "all", "layers": ("stage1", "stage2"), "image_size": (64, 64)}
+    config = registry.configure("padim", settings=settings)
+    detector = registry.build("padim", config, 0)
+    assert isinstance(detector, PaDiM)
+    mixing = rand(1, 40, 40)
+    drawn = rand(2, 5, 32 * 32, 40) @ mixing + rand(3, 5, 1, 40)
+    whole = gaussians.moments([drawn.flatten(0, 1)[:, None]])
+    detector.mean, detector.factor = whole.mean, gaussians.factors(whole.covariance)
+    detector.share, detector.count = torch.zeros(1).double(), torch.tensor(5)
+    for number in (0, 3):
+        others = gaussians.moments([drawn[torch.arange(5) != number].flatten(0, 1)[:, None]])
+        factor = gaussians.factors(others.covariance)[0]
+        expected = ((drawn[number] - others.mean) @ factor.T).square().sum(1)
+        assert torch.allclose(detector.squared_without(drawn[number]).double(), expected, rtol=1e-5)
