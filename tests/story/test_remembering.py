@@ -162,9 +162,6 @@ def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path:
         def __len__(self) -> int:
             return 5000
 
-        def __contains__(self, item: object) -> bool:
-            return False
-
         def __iter__(self) -> Any:
             for number in range(5000):
                 draw = torch.Generator().manual_seed(number)

@@ -75,6 +75,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, layers: Sequence[str]) -> None:
         super().__init__()
         entry = BACKBONES[name]
+        self.name, self.layers = name, tuple(layers)
         self.normalise = Normalise(*entry.normalisation)
         self.network = entry.build(layers)
         self.channels: tuple[int, ...] = tuple(self.network.channels)  # type: ignore[arg-type]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ from blemish.detectors.fusing import Kept, first_convolution, round_evenly
 from blemish.detectors.settings import Config
 from blemish.errors import ConfigError
 from blemish.types import Batch, LabelRules
+
+
+class ImagePass(Protocol):
+    """Batches that hold every image once, to be iterated as often as needed."""
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Detector(nn.Module):
         """Return the named terms of the loss of one step: scalars whose sum is minimised."""
         raise NotImplementedError
 
-    def fit(self, batches: Collection[Batch], generator: torch.Generator) -> str:
+    def fit(self, batches: ImagePass, generator: torch.Generator) -> str:
         """Fit the detector to all training images, without optimiser steps.
 
         `batches` hold every image once, in an order that does not depend on their names, and can be iterated

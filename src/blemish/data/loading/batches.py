@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from blemish import seeding
 from blemish.data.loading.masks import Mask
@@ -47,7 +46,7 @@ class Photographs:
         return self.store.batch([readable(self.store, pick) for pick in picks])
 
 
-class Pass(Collection[Batch]):
+class Pass:
     """Batches with every image once, or a number of them, in the order of their digests.
 
     Can be iterated more than once.
@@ -68,17 +67,10 @@ class Pass(Collection[Batch]):
         size = batches.batch_size
         self.parts = [order[first : first + size] for first in range(0, len(order), size)]
 
-    @override
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self.parts)
 
-    @override
-    def __contains__(self, item: object) -> bool:
-        """Return whether an object is one of the batches, which are made anew each time: never."""
-        return False
-
-    @override
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""
         for indices in tracked(self.parts, len(self), self.report, self.phase, unit="batch", stop=self.stop):

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from blemish import seeding
-from blemish.backbones import Backbone, choose_layers, fill_backbone
+from blemish.backbones import Backbone, choose_layers
 from blemish.detectors import cells, edges, ops
-from blemish.detectors.base import Detector
+from blemish.detectors.base import ImagePass
+from blemish.detectors.on_backbone import OnBackbone
 from blemish.detectors.padim import gaussians
 from blemish.detectors.padim.config import PaDiMConfig
 from blemish.errors import ConfigError
@@ -42,7 +42,7 @@ class Samples:
             yield rows.flatten(0, 1)[:, None] if self.pooled else rows
 
 
-class PaDiM(Detector):
+class PaDiM(OnBackbone):
     """Frozen backbone and Gaussians."""
 
     projection: Tensor
@@ -80,27 +80,8 @@ class PaDiM(Detector):
 
     @property
     @override
-    def pretrained_name(self) -> str:
-        return self.config.backbone
-
-    @override
-    def load_pretrained(self, path: Path) -> None:
-        fill_backbone(self.backbone, self.config.backbone, path)
-
-    @property
-    @override
-    def encoding_key(self) -> tuple[str, ...]:
-        return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
-
-    @property
-    @override
     def config_buffers(self) -> set[str]:
         return {"kernel"}
-
-    @override
-    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the backbone's outputs as (B, h_i, w_i, C_i), those of the same size concatenated."""
-        return cells.by_cells(self.backbone(images))
 
     def features(self, encoded: Sequence[Tensor]) -> Tensor:
         """Return the (B, P, C) features of the cells, before they are reduced."""
@@ -117,7 +98,7 @@ class PaDiM(Detector):
     # --- fitting ---
 
     @override
-    def fit(self, batches: Collection[Batch], generator: torch.Generator) -> str:
+    def fit(self, batches: ImagePass, generator: torch.Generator) -> str:
         """Measure the reduction of the features, then the Gaussians."""
         if self.count > 0:
             raise ConfigError("this method measures its Gaussians on all images at once; leave out --from")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from blemish import seeding
-from blemish.backbones import Backbone, choose_layers, fill_backbone
+from blemish.backbones import Backbone, choose_layers
 from blemish.detectors import cells, edges, ops
-from blemish.detectors.base import Detector, Match
+from blemish.detectors.base import ImagePass, Match
+from blemish.detectors.on_backbone import OnBackbone
 from blemish.detectors.patchcore import coreset
 from blemish.detectors.patchcore.aggregation import NUMBERS, aggregate, kernels
 from blemish.detectors.patchcore.config import PatchCoreConfig
@@ -36,7 +36,7 @@ BLOCKS = 4
 """A single good image is judged by itself in BLOCKS x BLOCKS parts, each without its own cells."""
 
 
-class PatchCore(Detector):
+class PatchCore(OnBackbone):
     """Frozen backbone and a bank of remembered cells."""
 
     fitted_buffers = ("bank", "owners", "origins")
@@ -82,27 +82,8 @@ class PatchCore(Detector):
 
     @property
     @override
-    def pretrained_name(self) -> str:
-        return self.config.backbone
-
-    @override
-    def load_pretrained(self, path: Path) -> None:
-        fill_backbone(self.backbone, self.config.backbone, path)
-
-    @property
-    @override
-    def encoding_key(self) -> tuple[str, ...]:
-        return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
-
-    @property
-    @override
     def config_buffers(self) -> set[str]:
         return {"kernel", "place"}
-
-    @override
-    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the backbone's outputs as (B, h_i, w_i, C_i), those of the same size concatenated."""
-        return cells.by_cells(self.backbone(images))
 
     def features(self, encoded: Sequence[Tensor]) -> Tensor:
         """Return the (B, h, w, C) features of the cells (section 3.1)."""
@@ -133,7 +114,7 @@ class PatchCore(Detector):
     # --- fitting ---
 
     @override
-    def fit(self, batches: Collection[Batch], generator: torch.Generator) -> str:
+    def fit(self, batches: ImagePass, generator: torch.Generator) -> str:
         """Remember cells of good images, in one pass; or add to those that an earlier model remembered."""
         generator = seeding.generator(generator.initial_seed(), "choice")  # on the processor
         features, origins, owners = self.gather(batches, generator)
@@ -164,7 +145,7 @@ class PatchCore(Detector):
         more = f"{len(chosen)} more than before" if grown else f"of {len(points)} candidates"
         return f"{len(self.bank)} cells of good images remembered, {more}"
 
-    def gather(self, batches: Collection[Batch], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def gather(self, batches: ImagePass, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the candidates: (n, C) features, (n,) cells they come from, and (n,) images.
 
         As many are drawn from each image, by a seed of its own, so that their order does not matter. All are

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from blemish.backbones import Backbone, choose_layers, fill_backbone
+from blemish.backbones import Backbone, choose_layers
 from blemish.detectors import edges, ops
-from blemish.detectors.base import Detector
-from blemish.detectors.cells import by_cells
+from blemish.detectors.on_backbone import OnBackbone
 from blemish.detectors.supersimplenet.config import PUBLISHED_NOISE, SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.heads import (
     ClassificationHead,
@@ -37,7 +35,7 @@ TOLD_APART = 0.6
 """Share of noisy and clean cells that must be classified correctly once training is under way."""
 
 
-class SuperSimpleNet(Detector):
+class SuperSimpleNet(OnBackbone):
     """Frozen backbone, adaptor, segmentation head and, if configured, classification head."""
 
     noise_std: Tensor
@@ -70,20 +68,6 @@ class SuperSimpleNet(Detector):
 
     @property
     @override
-    def pretrained_name(self) -> str:
-        return self.config.backbone
-
-    @override
-    def load_pretrained(self, path: Path) -> None:
-        fill_backbone(self.backbone, self.config.backbone, path)
-
-    @property
-    @override
-    def encoding_key(self) -> tuple[str, ...]:
-        return (self.config.backbone, *choose_layers(self.config.backbone, self.config.layers))
-
-    @property
-    @override
     def config_buffers(self) -> set[str]:
         measured = {"ring_gain", "ring_shift"}  # anew, after the last step
         return {"kernel", *measured, *(["noise_std"] if self.given_noise else [])}
@@ -92,11 +76,6 @@ class SuperSimpleNet(Detector):
     @override
     def label_rules(self) -> LabelRules:
         return LabelRules(self.config.flip_defects, self.config.mask_dilation, self.config.distance_weights)
-
-    @override
-    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the backbone's outputs as (B, h_i, w_i, C_i), those of the same size concatenated."""
-        return by_cells(self.backbone(images))
 
     @override
     def prepare(self, encoded: Iterable[tuple[Tensor, ...]]) -> str:
