@@ -10,15 +10,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
 
 from blemish.backbones import BACKBONES
-from blemish.backbones.pdn import CHANNELS, PDN, PDNS
+from blemish.backbones.pdn import PDNS
 from blemish.demo import dataset
 from blemish.detectors import registry
 from blemish.detectors.base import Detector
 from blemish.detectors.settings import Config
 from blemish.errors import BlemishError, ConfigError
+from blemish.testing.narrow import narrow_pdn
 from blemish.training import run
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -130,22 +130,6 @@ def blueprint(method: str, config: Config) -> Detector:
 
 
 # --- networks of a dry run ---
-
-
-def narrow_pdn(channels: int = CHANNELS, *, padding: bool = False) -> PDN:
-    """Build a patch description network like the small one, at a hundredth of its cost."""
-    pad = int(padding)
-    return PDN(
-        nn.Conv2d(3, 8, 4, padding=3 * pad),
-        nn.ReLU(),
-        nn.AvgPool2d(2, padding=pad),
-        nn.Conv2d(8, 8, 4, padding=3 * pad),
-        nn.ReLU(),
-        nn.AvgPool2d(2, padding=pad),
-        nn.Conv2d(8, 8, 3, padding=pad),
-        nn.ReLU(),
-        nn.Conv2d(8, channels, 4),
-    )
 
 
 @contextlib.contextmanager

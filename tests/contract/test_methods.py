@@ -30,9 +30,9 @@ from blemish.errors import ConfigError
 from blemish.images import to_input
 from blemish.inference import bundle
 from blemish.testing.contract import loss_falls
+from blemish.testing.narrow import narrow_pdn
 from blemish.testing.subject import Subject, good_batch
 from blemish.types import Batch, Supervision
-from narrow import narrow_pdn
 
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 

@@ -1,4 +1,4 @@
-"""Patch description networks with few channels, for tests that need one and not its width."""
+"""Patch description networks with few channels, where one is needed and not its width."""
 
 from torch import nn
 
