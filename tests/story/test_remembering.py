@@ -288,3 +288,32 @@ def test_defects_or_steps_get_a_method_that_is_trained(
     options = {"steps": 2, "settings": drawn.TINY} | options
     model = train(data, tmp_path / "m.blemish", weights, model=None, **options)
     assert model.manifest.method == LABELLED
+
+
+# --- eight-bit integers ---
+
+
+@torch.no_grad()
+def test_rows_are_measured_as_integers_hold_them(model: blemish.Predictor) -> None:
+    """A row that rounding moved is at a distance from where it is now, and not from where it was."""
+    detector = restored(bundle.read(model.path))
+    network = detector.for_integers(detector.fused(), [])
+    columns = network.get_buffer("bank").double()
+    steps = columns / (columns.abs().amax(0) / 127)
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+    assert float(network.get_buffer("shares")[-1]) != 1  # places are divided among copies
+    image = torch.rand(1, 3, 64, 64)
+    found, wanted = network(image)[0], detector(image)[0]
+    # The rows' own shift is all that is left of the error.
+    assert 0 < float((found - wanted).square().mean().sqrt() / wanted.std()) < 0.02
+
+
+def test_a_model_that_remembers_is_exported_in_integers(
+    model: blemish.Predictor, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "int8.blemish"
+    found = blemish.export(model.path, data, out=out, format="onnx", precision="int8")
+    assert found["good images"].map_error <= 0.05
+    record = blemish.load(out).manifest.export
+    assert record is not None
+    assert not any(name.startswith("MatMul") for name in record.in_floating_point)  # the search, the dearest

@@ -5,7 +5,6 @@ Its contract is in `blemish.testing`, which the tests run on every method.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from blemish.detectors.fusing import Kept, first_convolution, round_evenly
+from blemish.detectors.fusing import Kept
 from blemish.detectors.settings import Config
 from blemish.errors import ConfigError
 from blemish.types import Batch, LabelRules
@@ -183,8 +182,4 @@ class Detector(nn.Module):
 
     def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
         """Return the form of a fused network that quantisation starts from; batches: good images."""
-        made = copy.deepcopy(network)
-        entrance = first_convolution(made)
-        if entrance is not None:
-            round_evenly(entrance)
-        return made
+        return network

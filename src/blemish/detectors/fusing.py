@@ -95,27 +95,3 @@ class Kept:
     error: float
     """Root mean square change of the good images' map, or of the layer's half of it, in standard
     deviations."""
-
-
-def first_convolution(network: nn.Module) -> nn.Conv2d | None:
-    """Return the convolution that reads the image, or None."""
-    return next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
-
-
-def round_evenly(layer: nn.Conv2d, most: int = 127) -> None:
-    """Round a convolution's weights to the integers they will be quantised to, keeping their sums, in place.
-
-    If each weight is rounded to the nearest integer, the errors of a kernel add up wherever an image is
-    smooth, which is nearly everywhere. Here the weights with the largest rounding errors are rounded the
-    other way, until the sum of each kernel is right to half an integer. On MVTec AD's bottle this leaves a
-    third of the error of rounding to nearest.
-    """
-    with torch.no_grad():
-        scale = layer.weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / most
-        exact = (layer.weight / scale).flatten(2)
-        rounded = exact.round()
-        error = rounded - exact
-        excess = error.sum(2, keepdim=True).round()
-        order = (error * -excess.sign()).argsort(2).argsort(2)
-        rounded -= torch.where(order < excess.abs(), excess.sign(), 0.0)
-        layer.weight.copy_(rounded.clamp(-most, most).view_as(layer.weight) * scale)

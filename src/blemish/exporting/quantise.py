@@ -1,4 +1,4 @@
-"""Post-training quantisation to int8: ranges from good images, sensitive layers left in floating point.
+"""Post-training quantisation to int8: ranges from good images, first layers in floating point.
 
 Weights have one scale for each output channel, activations one for each tensor, over the range from the
 smallest to the largest value on good images. Layers with weights are quantised, and so are the operations
@@ -10,10 +10,13 @@ which every runtime understands.
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx.numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -21,7 +24,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
 
 from blemish.detectors.onnx_graph import suppress_messages
-from blemish.progress import Report, silent, tracked
+from blemish.progress import Report, silent, tell
 from blemish.types import FloatArray
 
 LAYERS: tuple[str, ...] = ("Conv", "MatMul", "Gemm")
@@ -54,35 +57,72 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def quantise(
     graph: bytes, images: Sequence[FloatArray], error: Error, limit: float, report: Report = silent
 ) -> tuple[bytes, list[str]]:
-    """Quantise all layers, then exclude the most sensitive ones until the error is within the limit.
+    """Quantise as many layers as the limit of the error allows, all but the first ones.
 
     images: the inputs (N, 3, h, w) of good ones. Returns the graph, and the names of the layers left in
-    floating point. The sensitivity of a layer is the error if it alone is quantised.
+    floating point. These are the first in depth, since the first layers are sensitive and cheap, and since no
+    layer in floating point then lies between two quantised ones: ONNX Runtime, without being asked, quantises
+    such a layer with one scale for all of its output channels.
     """
     prepared = preprocessed(graph)
     ranges = measured(prepared, images[:MAX_RANGE_IMAGES])
-    layers = quantisable_layers(prepared)
-    made = quantised_graph(prepared, ranges, layers)
-    if error(made) <= limit:
-        return made, []
-    left: list[str] = []
-    for name in by_sensitivity(prepared, ranges, layers, error, report):
-        left.append(name)
-        made = quantised_graph(prepared, ranges, [layer for layer in layers if layer not in left])
-        if error(made) <= limit:
-            break
-    return made, left
+    layers = by_depth(prepared, quantisable_layers(prepared))
+    entered = with_even_entrance(prepared, layers[0]) if layers else prepared
+    made: dict[int, bytes] = {}
+
+    def within(left: int) -> bool:
+        made[left] = quantised_graph(prepared if left else entered, ranges, layers[left:])
+        found = error(made[left])
+        tell(report, f"int8 with {left} of {len(layers)} layers in floating point: map error {found:.3f}")
+        return found <= limit
+
+    left = 0 if within(0) else 1 + bisect_left(range(1, len(layers)), True, key=within)
+    if left not in made:
+        within(left)
+    return made[left], layers[:left]
 
 
-def by_sensitivity(
-    prepared: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str], error: Error, report: Report
-) -> list[str]:
-    """Sort layers by the error that each causes if it alone is quantised, the most sensitive first."""
-    found = {
-        name: error(quantised_graph(prepared, ranges, [name]))
-        for name in tracked(layers, len(layers), report, "sensitivity of layers", unit="layer")
-    }
-    return sorted(layers, key=found.__getitem__, reverse=True)
+def by_depth(model: onnx.ModelProto, layers: Collection[str]) -> list[str]:
+    """Sort layers by how many layers lie before them at most; layers of one depth stay in their order."""
+    depths: dict[str, int] = {}  # of tensors: the number of layers up to them
+    found: dict[str, int] = {}
+    for node in model.graph.node:
+        depth = max((depths.get(name, 0) for name in node.input), default=0)
+        if node.name in layers:
+            found[node.name] = depth
+        depths |= dict.fromkeys(node.output, depth + (node.name in layers))
+    return sorted(found, key=found.__getitem__)
+
+
+def with_even_entrance(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return a copy of a graph in which the weights of its first layer, a convolution, are rounded evenly."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    node = next(node for node in made.graph.node if node.name == name)
+    if node.op_type == "Conv":
+        weights = next(tensor for tensor in made.graph.initializer if tensor.name == node.input[1])
+        rounded = evenly_rounded(onnx.numpy_helper.to_array(weights))
+        weights.CopyFrom(onnx.numpy_helper.from_array(rounded, weights.name))
+    return made
+
+
+def evenly_rounded(weights: FloatArray, most: int = 127) -> FloatArray:
+    """Round (outputs, inputs, k, k) weights to the integers they will be quantised to, keeping their sums.
+
+    If each weight is rounded to the nearest integer, the errors of a kernel add up wherever an image is
+    smooth, which is nearly everywhere. Here the weights with the largest rounding errors are rounded the
+    other way, until the sum of each kernel is right to half an integer. On MVTec AD's bottle this leaves a
+    third of the error of rounding to nearest.
+    """
+    scale = np.maximum(np.abs(weights).max((1, 2, 3), keepdims=True), 1e-12) / most
+    exact = (weights / scale).reshape(*weights.shape[:2], -1)
+    rounded = np.rint(exact)
+    error = rounded - exact
+    excess = np.rint(error.sum(2, keepdims=True))
+    order = (error * -np.sign(excess)).argsort(2).argsort(2)
+    rounded -= np.where(order < np.abs(excess), np.sign(excess), 0.0)
+    found: FloatArray = (rounded.clip(-most, most).reshape(weights.shape) * scale).astype(np.float32)
+    return found
 
 
 def preprocessed(graph: bytes) -> onnx.ModelProto:
@@ -131,6 +171,8 @@ def quantisable_layers(model: onnx.ModelProto) -> list[str]:
 
 def quantised_graph(model: onnx.ModelProto, ranges: TensorsData, layers: Sequence[str]) -> bytes:
     """Return the graph with these layers, and the operations between them, quantised."""
+    if not layers:  # which would stand for all of them
+        return bytes(model.SerializeToString())
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     quantiser = QDQQuantizer(

@@ -40,7 +40,7 @@ class PatchCore(OnBackbone):
     """Frozen backbone and a bank of remembered cells."""
 
     fitted_buffers = ("bank", "owners", "origins")
-    integer_error = 0.1
+    integer_error = 0.05
     mean: Tensor
     projection: Tensor
     place: Tensor
@@ -294,8 +294,8 @@ class PatchCore(OnBackbone):
         if self.config.place_weight and "reweighted" not in self.config.statistics:
             turned = self.turned()
             place = Place.for_integers(turned.bank, self.config.place_weight)
-            network = FusedPatchCore(turned, place).eval()
-        return super().for_integers(network, batches)
+            return FusedPatchCore(turned, place).eval()
+        return network
 
     def turned(self) -> PatchCore:
         """Return the same detector with features turned at random, which changes no distance.

@@ -47,6 +47,14 @@ class Place:
             return bank
         return torch.cat([bank[:, :-2], bank[:, -2:].repeat(1, self.copies) * (self.factor / self.copies)], 1)
 
+    def halves(self, bank: Tensor, places: bool) -> Tensor:
+        """Return the (M,) halves of the squared lengths of rows that `in_bank` returned, or of rounded ones."""
+        if not places:
+            return bank.square().sum(1) / 2
+        features, copies = bank.tensor_split([bank.shape[1] - 2 * self.copies], 1)
+        place = copies.unflatten(1, (self.copies, 2)).sum(1) / self.factor
+        return (features.square().sum(1) + place.square().sum(1)) / 2
+
     def shares(self, numbers: int, places: bool) -> Tensor:
         """Return what the square of each number of a row counts for in its squared length."""
         if not places:
@@ -97,8 +105,11 @@ class FusedPatchCore(Fused):
         self.register_buffer("gain", detector.gain.detach().clone())
         self.register_buffer("shift", detector.shift.detach().clone())
         self.register_buffer("constant", constant(detector, self.place))
-        self.register_buffer("bank", self.place.in_bank(detector.bank, self.places > 0).T.detach().clone())
-        self.register_buffer("halves", detector.bank.square().sum(1).detach() / 2)
+        bank = self.place.in_bank(detector.bank.detach(), self.places > 0)
+        if place is not None:
+            bank = to_integers(bank)
+        self.register_buffer("bank", bank.T.clone())
+        self.register_buffer("halves", self.place.halves(bank, self.places > 0))
         self.register_buffer("shares", self.place.shares(detector.bank.shape[1], self.places > 0))
 
     def rows(self, images: Tensor) -> Tensor:
@@ -132,6 +143,16 @@ class FusedPatchCore(Fused):
         if "reweighted" in config.statistics:
             statistics["reweighted"] = reweighted(rows.float(), squared, self.bank.T.float(), config.support)
         return maps, torch.stack([statistics[name] for name in config.statistics], 1)
+
+
+def to_integers(bank: Tensor, most: int = 127) -> Tensor:
+    """Round (M, D) rows to the multiples of a scale of their own that 8-bit integers can express.
+
+    What is remembered is then moved a little, and its length known, instead of mistaken: a product with a row
+    that is rounded later is wrong by a part of the row's length, which is many times a usual distance.
+    """
+    scale = bank.abs().amax(1, keepdim=True).clamp(min=1e-12) / most
+    return (bank / scale).round() * scale
 
 
 def projections(detector: PatchCore, places: int) -> list[Tensor]:
