@@ -251,12 +251,31 @@ def in_other_light(model: blemish.Predictor, root: Path, folder: Path) -> dict[s
     """Evaluate on altered test images: the mean over the alterations, and each by its name."""
     from light_variants import VARIANTS, altered_copy
 
+    root = in_mvtec_layout(root, folder / "as mvtec")
     each: dict[str, Mapping[str, float | None]] = {}
     for name, alter in VARIANTS.items():
         each[name] = metrics(blemish.evaluate(model, altered_copy(root, folder / name, alter)))
     names = next(iter(each.values()))
     means = {name: mean(float(one[name] or 0.0) for one in each.values()) for name in names}
     return means | {"each": each}
+
+
+def in_mvtec_layout(root: Path, out: Path) -> Path:
+    """Return a data set in the layout mvtec: itself, or a folder of links to its images."""
+    if (root / "train" / "good").is_dir():
+        return root
+    for number, sample in enumerate(data.scan(root, "auto")):
+        kind = "defect" if sample.label else "good"
+        links = [(Path(sample.split or "train", kind, f"{number}{sample.path.suffix}"), sample.path)]
+        links += [
+            (Path("ground_truth", kind, f"{number}_mask{mask.suffix}"), mask)
+            for mask in sample.masks
+            if sample.split == "test"
+        ]
+        for link, target in links:
+            (out / link).parent.mkdir(parents=True, exist_ok=True)
+            (out / link).symlink_to(target.resolve())
+    return out
 
 
 def milliseconds(model: blemish.Predictor, rounds: int = 15) -> float:

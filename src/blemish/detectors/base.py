@@ -22,7 +22,10 @@ from blemish.types import Batch, LabelRules
 
 
 class ImagePass(Protocol):
-    """Batches that hold every image once, to be iterated as often as needed."""
+    """Batches that hold every image once, then its altered copies, to be iterated as often as needed.
+
+    Copies have the name of their image.
+    """
 
     def __len__(self) -> int:
         """Return the number of batches."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blemish.detectors.schedules import SCHEDULES
 from blemish.errors import ConfigError
+from blemish.images.altering import Alteration
 
 if TYPE_CHECKING:
     from blemish.detectors.base import Detector
@@ -65,6 +66,15 @@ class Config:
     def reads_natural_images(self) -> bool:
         """Whether training reads natural images, which show anything but the product."""
         return False
+
+    def copies_of(self, images: int) -> int:
+        """Return how many altered copies of each of so many good images are fitted to as well."""
+        return 0
+
+    @property
+    def alteration(self) -> Alteration:
+        """How much the copies are altered."""
+        return Alteration()
 
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the changes to this default config, with contradictions within a preset resolved.

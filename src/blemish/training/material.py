@@ -108,7 +108,7 @@ def assemble(
     batches = Batches(
         planned.samples,
         store,
-        EncodedStore(encode, store, features, device),
+        EncodedStore(encode, store, features, device, alteration=config.alteration),
         batch_size=config.batch_size,
         seed=request.seed,
         with_images=detector.wants_images,

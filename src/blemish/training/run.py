@@ -292,8 +292,10 @@ def fit(
 ) -> dict[str, Any]:
     """Fit a detector in one pass, without steps; return the facts about it that the model file records."""
     with torch.no_grad():
+        different = set(digests_of(material.store).values())
+        copies = detector.config.copies_of(len(different))
         note = detector.fit(
-            Pass(material.batches, report, stop), seeding.generator(seed, "fit", device=device)
+            Pass(material.batches, report, stop, copies=copies), seeding.generator(seed, "fit", device=device)
         )
     if note:
         tell(report, note)

@@ -49,7 +49,7 @@ class Photographs:
 class Pass:
     """Batches with every image once, or a number of them, in the order of their digests.
 
-    Can be iterated more than once.
+    Then come `copies` altered copies of each, in the same order. Can be iterated more than once.
 
     Reports progress after each batch, and raises StoppedError once `stop` returns true.
     """
@@ -61,11 +61,13 @@ class Pass:
         stop: Stop = never,
         phase: str = "fitting",
         limit: int | None = None,
+        copies: int = 0,
     ) -> None:
         self.batches, self.report, self.stop, self.phase = batches, report, stop, phase
         order = sorted(range(len(batches.samples)), key=batches.store.digest)[:limit]
-        size = batches.batch_size
-        self.parts = [order[first : first + size] for first in range(0, len(order), size)]
+        views = (0, *range(FLIPS, FLIPS + copies))
+        entries, size = [(index, view) for view in views for index in order], batches.batch_size
+        self.parts = [entries[first : first + size] for first in range(0, len(entries), size)]
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -73,8 +75,7 @@ class Pass:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order."""
-        for indices in tracked(self.parts, len(self), self.report, self.phase, unit="batch", stop=self.stop):
-            entries = [(index, 0) for index in indices]
+        for entries in tracked(self.parts, len(self), self.report, self.phase, unit="batch", stop=self.stop):
             yield self.batches.of(entries, self.batches.images(entries))
 
 

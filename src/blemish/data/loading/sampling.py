@@ -14,7 +14,7 @@ FLIPS = 4
 """Number of flips of an image: none, left to right, upside down, and both (a rotation by 180 degrees)."""
 
 Entry = tuple[int, int]
-"""The index of a sample and the number of its flip."""
+"""The index of a sample and the number of its view: one of its flips or, from FLIPS on, an altered copy."""
 
 
 def epoch_length(labels: Sequence[int], flips: int = FLIPS) -> int:

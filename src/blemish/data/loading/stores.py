@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blemish import images
+from blemish import images, seeding
 from blemish.data.loading.cache import FeatureCache, Memory
-from blemish.data.loading.sampling import Entry, flipped
+from blemish.data.loading.sampling import FLIPS, Entry, flipped
 from blemish.files import digest
 from blemish.images import Light, Preprocessing
+from blemish.images.altering import Alteration
 from blemish.progress import Stop, never, silent, tracked
 from blemish.types import AnyArray
 
@@ -104,6 +105,11 @@ class ImageStore:
         """Return the (N, 3, h, w) inputs of one image, float32 in [0, 1]."""
         return self.preprocessing.scaled(self.resized(index))
 
+    def copy(self, index: int, number: int, alteration: Alteration) -> AnyArray:
+        """Return the (N, 3, h, w) inputs of an altered copy of one image, always the same for its number."""
+        draw = np.random.default_rng(seeding.initial_seed(number, "copy", self.digest(index)))
+        return self.preprocessing.scaled(alteration(self.resized(index), self.preprocessing.white, draw))
+
     def light_scores(self) -> list[float]:
         """Return the light score of each image; none if their light is left as it is."""
         found = (
@@ -122,10 +128,11 @@ class ImageStore:
 
 
 class EncodedStore:
-    """Outputs of the frozen part for each image and its flips, in half precision, cached while there is room.
+    """Outputs of the frozen part for each image and its views, in half precision, cached while there is room.
 
     An entry that is not cached is computed again with the same rounding, so that the memory budget affects no
-    result. For detectors without a frozen part, `encode` is None and entries are empty.
+    result. For detectors without a frozen part, `encode` is None and entries are empty. With an `alteration`,
+    views from FLIPS on are altered copies, which only a shared cache keeps: they are needed but once.
     """
 
     def __init__(
@@ -136,8 +143,9 @@ class EncodedStore:
         device: str,
         *,
         view: Callable[[AnyArray, int], AnyArray] = flipped,
+        alteration: Alteration | None = None,
     ) -> None:
-        self.encode, self.store, self.view = encode, store, view
+        self.encode, self.store, self.view, self.alteration = encode, store, view, alteration
         self.cache, self.device = cache, device
 
     def entries(self) -> Iterator[tuple[Tensor, ...]]:
@@ -145,22 +153,28 @@ class EncodedStore:
         for index in range(len(self.store.paths)):
             yield self.batch([(index, 0)])
 
-    def compute(self, encode: Encode, index: int, flip: int) -> tuple[Tensor, ...]:
+    def compute(self, encode: Encode, index: int, view: int) -> tuple[Tensor, ...]:
         """Run the frozen part on one image and round its outputs to half precision."""
-        image = self.view(self.store.inputs(index), flip)
+        if self.alteration is not None and view >= FLIPS:
+            image = self.store.copy(index, view - FLIPS, self.alteration)
+        else:
+            image = self.view(self.store.inputs(index), view)
         with torch.no_grad():
             parts = encode(torch.from_numpy(image).to(self.device))
         return tuple(part[0].half().cpu().contiguous() for part in parts)
 
-    def entry(self, index: int, flip: int) -> tuple[Tensor, ...]:
+    def entry(self, index: int, view: int) -> tuple[Tensor, ...]:
         """Return the entry of one image, from the cache if it is there."""
         if self.encode is None:
             return ()
-        name = f"{self.store.digest(index)}.{flip}"
+        name, copied = f"{self.store.digest(index)}.{view}", self.alteration is not None and view >= FLIPS
+        if copied:
+            name += f".{self.alteration}"
         entry = self.cache.get(name)
         if entry is None:
-            entry = self.compute(self.encode, index, flip)
-            self.cache.put(name, entry)
+            entry = self.compute(self.encode, index, view)
+            if self.cache.shared or not copied:
+                self.cache.put(name, entry)
         return entry
 
     def batch(self, entries: Sequence[Entry]) -> tuple[Tensor, ...]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
 from blemish.detectors.settings import STATISTICS, Config, Edges, refuse_numbers
+from blemish.images.altering import Alteration
+
+FEW = 50
+"""Number of images and copies up to which more copies are made of each image."""
+MOST = 7
+"""Largest number of copies of an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,13 @@ class PatchCoreConfig(Config):
     choice: Literal["cover", "published", "random"] = "cover"
     """How they are chosen: so that the farthest candidate is as near as possible; by the published
     approximation of this; or at random."""
+    copies: int = 2
+    """Number of altered copies of each good image that are fitted to as well; of few images there are more,
+    until images and copies together are FEW, but at most MOST of each. 0: none."""
+    copy_light: float = 1.0
+    """How much the light and the sharpness of a copy differ; 1: as `images.altering` says, 0: not at all."""
+    copy_place: float = 1.0
+    """How much a copy is turned, enlarged and shifted; 1: as `images.altering` says, 0: not at all."""
     trim: float = 0.0
     """Share of the candidates left out before the choice: those least like the other images' cells."""
     neighbours: int = 1
@@ -65,12 +79,24 @@ class PatchCoreConfig(Config):
             (
                 ("bank_size", self.bank_size, self.bank_size > 0 or self.bank_share > 0, "more than 0"),
                 ("bank_share", self.bank_share, 0 <= self.bank_share <= 1, "0 to 1"),
+                ("copies", self.copies, 0 <= self.copies <= MOST, f"0 to {MOST}"),
+                ("copy_light", self.copy_light, 0 <= self.copy_light <= 1, "0 to 1"),
+                ("copy_place", self.copy_place, 0 <= self.copy_place <= 1, "0 to 1"),
                 ("trim", self.trim, 0 <= self.trim < 1, "at least 0 and less than 1"),
                 ("neighbours", self.neighbours, self.neighbours >= 1, "at least 1"),
                 ("support", self.support, self.support >= 1, "at least 1"),
                 ("top_share", self.top_share, 0 < self.top_share <= 1, "more than 0 and at most 1"),
             )
         )
+
+    @override
+    def copies_of(self, images: int) -> int:
+        return min(max(self.copies, math.ceil(FEW / images) - 1), MOST) if self.copies else 0
+
+    @property
+    @override
+    def alteration(self) -> Alteration:
+        return Alteration(self.copy_light, self.copy_place)
 
     @property
     @override
@@ -87,6 +113,7 @@ PAPER: dict[str, Any] = {
     "bank_size": 0,
     "bank_share": 0.1,
     "candidates": 0,
+    "copies": 0,
     "choice": "published",
     "squared": True,
     "edges": "none",

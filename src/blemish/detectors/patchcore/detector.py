@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -34,6 +35,16 @@ CHUNK = 256
 
 BLOCKS = 4
 """A single good image is judged by itself in BLOCKS x BLOCKS parts, each without its own cells."""
+
+
+def without_copies(batches: ImagePass) -> Iterator[Batch]:
+    """Yield the batches that come before the first copy of an image."""
+    seen: set[str] = set()
+    for batch in batches:
+        if not seen.isdisjoint(batch.names):
+            return
+        seen.update(batch.names)
+        yield batch
 
 
 class PatchCore(OnBackbone):
@@ -138,7 +149,8 @@ class PatchCore(OnBackbone):
         self.owners = torch.cat([before[1], owners[chosen]])
         self.origins = torch.cat([before[2], origins[chosen]])
         if self.config.edges in edges.MEASURED and not grown:
-            planes = (self.planes_left_out(batch) for batch in islice(batches, edges.IMAGES))
+            originals = islice(without_copies(batches), edges.IMAGES)
+            planes = (self.planes_left_out(batch) for batch in originals)
             gain, shift = edges.measure(planes, self.config.edges)
             self.gain.copy_(gain)
             self.shift.copy_(shift)
@@ -155,10 +167,12 @@ class PatchCore(OnBackbone):
         limit = self.config.candidates or math.prod(self.cell_size) * images_in_all
         each = -(-limit // images_in_all)
         rows, places, images = [], [], []
+        seen: Counter[str] = Counter()
         for batch in islice(batches, limit):
             features = self.features(batch.encoded).flatten(1, 2)
             for name, found in zip(batch.names, features, strict=True):
-                draw = seeding.generator(generator.initial_seed(), "cells", name)
+                draw = seeding.generator(generator.initial_seed(), "cells", name, seen[name])
+                seen[name] += 1
                 cell = torch.randperm(len(found), generator=draw)[:each].to(found.device)
                 rows.append(found[cell])
                 places.append(cell)

@@ -48,12 +48,13 @@ class Place:
         return torch.cat([bank[:, :-2], bank[:, -2:].repeat(1, self.copies) * (self.factor / self.copies)], 1)
 
     def halves(self, bank: Tensor, places: bool) -> Tensor:
-        """Return the (M,) halves of the squared lengths of rows that `in_bank` returned, or of rounded ones."""
+        """Return the (M,) halves of the squared lengths of rows that `in_bank` returned, rounded or not."""
         if not places:
             return bank.square().sum(1) / 2
         features, copies = bank.tensor_split([bank.shape[1] - 2 * self.copies], 1)
-        place = copies.unflatten(1, (self.copies, 2)).sum(1) / self.factor
-        return (features.square().sum(1) + place.square().sum(1)) / 2
+        place = copies.reshape(-1, self.copies, 2).sum(1) / self.factor
+        halves: Tensor = (features.square().sum(1) + place.square().sum(1)) / 2
+        return halves
 
     def shares(self, numbers: int, places: bool) -> Tensor:
         """Return what the square of each number of a row counts for in its squared length."""
