@@ -141,9 +141,8 @@ def run_all(options: argparse.Namespace) -> int:
         with options.out.open("a") as file:
             file.write(line + "\n")
         found = json.loads(line)
-        print(
-            "   ", {name: round(found[name], 4) for name in ("image_auroc", "aupro", "seconds")}, flush=True
-        )
+        shown_at_once = ("image_auroc", "aupro", "seconds")
+        print("   ", {name: round(found[name] or 0.0, 4) for name in shown_at_once}, flush=True)
     return failed
 
 

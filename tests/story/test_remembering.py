@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import blemish
 import drawn
 from blemish import images
 from blemish.cli.main import main
+from blemish.detectors.patchcore.config import PatchCoreConfig
 from blemish.detectors.registry import FIRST, LABELLED
 from blemish.errors import ConfigError, DataError
 from blemish.inference import bundle
@@ -149,7 +151,6 @@ def test_a_copy_of_an_image_adds_nothing(
 
 
 def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path: Path) -> None:
-    from blemish.detectors.patchcore.config import PatchCoreConfig
     from blemish.detectors.patchcore.detector import PatchCore
     from blemish.types import Batch
 
@@ -173,6 +174,46 @@ def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path:
 
     features, cells, owners = detector.gather(Many(), torch.Generator().manual_seed(0))
     assert len(features) == len(cells) == len(owners) == 400
+
+
+# --- altered copies ---
+
+
+def test_fewer_images_have_more_copies() -> None:
+    config = PatchCoreConfig()
+    assert [config.copies_of(images) for images in (1, 5, 8, 12, 13, 17, 200)] == [7, 7, 6, 4, 3, 2, 2]
+    assert [replace(config, copies=5).copies_of(images) for images in (1, 12, 200)] == [7, 5, 5]
+    assert [replace(config, copies=0).copies_of(images) for images in (1, 12, 200)] == [0, 0, 0]
+    with pytest.raises(ConfigError, match="copies=8 does not fit; expected 0 to 7"):
+        PatchCoreConfig(copies=8)
+
+
+def test_what_copies_show_is_remembered_of_their_image(
+    data: Path, weights: Path, model: blemish.Predictor, tmp_path: Path
+) -> None:
+    none = train(data, tmp_path / "none.blemish", weights, settings=SETTINGS | {"copies": 0})
+    owners, before = tensors(model)["owners"], tensors(none)["owners"]
+    assert set(owners.tolist()) == set(before.tolist())  # copies belong to their images
+    path = min((data / "train/good").iterdir())
+    darker = tmp_path / "darker.png"
+    images.write_png(darker, np.rint(images.read(path) * 0.85).astype(np.uint8))
+    scores = [
+        {name: one.predict(p).score for name, p in (("as it is", path), ("darker", darker))}
+        for one in (model, none)
+    ]
+    # Other light makes a smaller difference to what has seen some.
+    assert scores[0]["darker"] - scores[0]["as it is"] < 0.8 * (scores[1]["darker"] - scores[1]["as it is"])
+
+
+def test_copies_are_kept_in_a_shared_cache_alone(data: Path, weights: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "cache"
+    first = train(data, tmp_path / "a.blemish", weights, cache=str(shared))
+    files = sorted(path.name for path in shared.rglob("*") if path.is_file() and "." in path.name)
+    assert len(files) == 12 * (1 + PatchCoreConfig().copies_of(12))
+    assert sum(name.endswith(".1.1") for name in files) == 12 * PatchCoreConfig().copies_of(12)
+    again = train(data, tmp_path / "b.blemish", weights, cache=str(shared))
+    for name, value in tensors(first).items():
+        assert torch.equal(value, tensors(again)[name]), name
 
 
 # --- going on ---

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blemish.detectors.schedules import SCHEDULES
 from blemish.errors import ConfigError
-from blemish.images.altering import Alteration
+from blemish.types import Alteration
 
 if TYPE_CHECKING:
     from blemish.detectors.base import Detector
@@ -74,7 +74,7 @@ class Config:
     @property
     def alteration(self) -> Alteration:
         """How much the copies are altered."""
-        return Alteration()
+        return Alteration(0.0, 0.0)
 
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the changes to this default config, with contradictions within a preset resolved.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from blemish import images, seeding
+from blemish.data.loading.altering import altered
 from blemish.data.loading.cache import FeatureCache, Memory
 from blemish.data.loading.sampling import FLIPS, Entry, flipped
 from blemish.files import digest
 from blemish.images import Light, Preprocessing
-from blemish.images.altering import Alteration
 from blemish.progress import Stop, never, silent, tracked
-from blemish.types import AnyArray
+from blemish.types import Alteration, AnyArray
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -108,7 +108,8 @@ class ImageStore:
     def copy(self, index: int, number: int, alteration: Alteration) -> AnyArray:
         """Return the (N, 3, h, w) inputs of an altered copy of one image, always the same for its number."""
         draw = np.random.default_rng(seeding.initial_seed(number, "copy", self.digest(index)))
-        return self.preprocessing.scaled(alteration(self.resized(index), self.preprocessing.white, draw))
+        image = altered(self.resized(index), self.preprocessing.white, draw, alteration)
+        return self.preprocessing.scaled(image)
 
     def light_scores(self) -> list[float]:
         """Return the light score of each image; none if their light is left as it is."""
@@ -167,9 +168,9 @@ class EncodedStore:
         """Return the entry of one image, from the cache if it is there."""
         if self.encode is None:
             return ()
-        name, copied = f"{self.store.digest(index)}.{view}", self.alteration is not None and view >= FLIPS
-        if copied:
-            name += f".{self.alteration}"
+        name, copied = f"{self.store.digest(index)}.{view}", False
+        if self.alteration is not None and view >= FLIPS:
+            name, copied = f"{name}.{self.alteration.light:g}.{self.alteration.place:g}", True
         entry = self.cache.get(name)
         if entry is None:
             entry = self.compute(self.encode, index, view)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import override
 
 from blemish.detectors.settings import STATISTICS, Config, Edges, refuse_numbers
-from blemish.images.altering import Alteration
+from blemish.types import Alteration
 
 FEW = 50
 """Number of images and copies up to which more copies are made of each image."""
@@ -54,9 +54,9 @@ class PatchCoreConfig(Config):
     """Number of altered copies of each good image that are fitted to as well; of few images there are more,
     until images and copies together are FEW, but at most MOST of each. 0: none."""
     copy_light: float = 1.0
-    """How much the light and the sharpness of a copy differ; 1: as `images.altering` says, 0: not at all."""
+    """How much light and sharpness of a copy differ; 1: by the limits of `altering`, 0: not at all."""
     copy_place: float = 1.0
-    """How much a copy is turned, enlarged and shifted; 1: as `images.altering` says, 0: not at all."""
+    """How much a copy is turned, enlarged and shifted; 1: by the limits of `altering`, 0: not at all."""
     trim: float = 0.0
     """Share of the candidates left out before the choice: those least like the other images' cells."""
     neighbours: int = 1

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
 from blemish.images.writing import jpeg_bytes
-from blemish.types import AnyArray
+from blemish.types import Alteration, AnyArray
 
 GAIN = 0.2
 """Largest change of brightness, as a share."""
@@ -35,20 +34,11 @@ SHIFT = 0.015
 """Largest shift along each axis, as a share of it."""
 
 
-@dataclass(frozen=True)
-class Alteration:
-    """How much a copy may differ from its image; 1: by the limits above, 0: not at all."""
-
-    light: float = 1.0
-    """Brightness, contrast, an uneven light, compression and sharpness."""
-    place: float = 1.0
-    """Rotation, size and place."""
-
-    def __call__(self, image: AnyArray, white: float, draw: np.random.Generator) -> AnyArray:
-        """Return an altered copy of an (h, w, 3) image, of the same type; white: of images beyond 8 bits."""
-        if self.place:
-            image = moved(image, draw, self.place)
-        return relit(image, white, draw, self.light) if self.light else image
+def altered(image: AnyArray, white: float, draw: np.random.Generator, how: Alteration) -> AnyArray:
+    """Return an altered copy of an (h, w, 3) image, of the same type; white: of images beyond 8 bits."""
+    if how.place:
+        image = moved(image, draw, how.place)
+    return relit(image, white, draw, how.light) if how.light else image
 
 
 def moved(image: AnyArray, draw: np.random.Generator, strength: float) -> AnyArray:
