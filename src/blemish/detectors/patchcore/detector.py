@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -35,16 +35,6 @@ CHUNK = 256
 
 BLOCKS = 4
 """A single good image is judged by itself in BLOCKS x BLOCKS parts, each without its own cells."""
-
-
-def without_copies(batches: ImagePass) -> Iterator[Batch]:
-    """Yield the batches that come before the first copy of an image."""
-    seen: set[str] = set()
-    for batch in batches:
-        if not seen.isdisjoint(batch.names):
-            return
-        seen.update(batch.names)
-        yield batch
 
 
 class PatchCore(OnBackbone):
@@ -149,8 +139,7 @@ class PatchCore(OnBackbone):
         self.owners = torch.cat([before[1], owners[chosen]])
         self.origins = torch.cat([before[2], origins[chosen]])
         if self.config.edges in edges.MEASURED and not grown:
-            originals = islice(without_copies(batches), edges.IMAGES)
-            planes = (self.planes_left_out(batch) for batch in originals)
+            planes = (self.planes_left_out(batch) for batch in islice(batches, edges.IMAGES))
             gain, shift = edges.measure(planes, self.config.edges)
             self.gain.copy_(gain)
             self.shift.copy_(shift)
