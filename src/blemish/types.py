@@ -1,10 +1,10 @@
-"""The records that packages exchange; they hold data and compute nothing."""
+"""The frozen dataclasses that packages exchange; they hold data and compute nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,15 +50,6 @@ class Sample:
     """Mask files whose union marks the defect; empty for a good image or a defect without a mask."""
     saturations: tuple[Saturation, ...] = ()
     """Saturation of each kind of defect, if the data set defines it; each mask file is then one region."""
-
-
-class Alteration(NamedTuple):
-    """How much altered copies may differ from an image; 1: by the limits of `altering`, 0: not at all."""
-
-    light: float
-    """Brightness, contrast, unevenness of the light, compression and sharpness."""
-    place: float
-    """Rotation, size and place."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import blemish
 import drawn
 from blemish import images
 from blemish.cli.main import main
-from blemish.detectors.patchcore.config import PatchCoreConfig
+from blemish.data.loading import altering
+from blemish.detectors.patchcore import coreset
 from blemish.detectors.registry import FIRST, LABELLED
 from blemish.errors import ConfigError, DataError
 from blemish.inference import bundle
@@ -148,9 +148,13 @@ def test_a_copy_of_an_image_adds_nothing(
     with_copy = tensors(train(copied, tmp_path / "a.blemish", weights, settings=everything))
     without = tensors(train(data, tmp_path / "b.blemish", weights, settings=everything))
     assert len(with_copy["bank"]) == len(without["bank"])
+    model = blemish.load(tmp_path / "a.blemish")
+    assert len(model.calibration.scores) == 12  # one image is one score, and no better promise
+    assert model.manifest.training.good_images == 12
 
 
 def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path: Path) -> None:
+    from blemish.detectors.patchcore.config import PatchCoreConfig
     from blemish.detectors.patchcore.detector import PatchCore
     from blemish.types import Batch
 
@@ -160,8 +164,7 @@ def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path:
     class Many:
         """Five thousand images, made one after the other."""
 
-        def __len__(self) -> int:
-            return 5000
+        images = 5000
 
         def __iter__(self) -> Any:
             for number in range(5000):
@@ -176,44 +179,63 @@ def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path:
     assert len(features) == len(cells) == len(owners) == 400
 
 
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_batches_change_nothing(
+    size: int, data: Path, weights: Path, model: blemish.Predictor, tmp_path: Path
+) -> None:
+    batched = train(data, tmp_path / "b.blemish", weights, settings=SETTINGS | {"batch_size": size})
+    assert batched.manifest.training.notes == model.manifest.training.notes  # as many candidates
+    torch.testing.assert_close(tensors(batched)["gain"], tensors(model)["gain"], rtol=0.01, atol=0.01)
+
+
+def test_something_is_always_left_to_compare_with(data: Path, weights: Path, tmp_path: Path) -> None:
+    images.write_png(tmp_path / "one/0.png", drawn.part(0))
+    model = train(tmp_path / "one", tmp_path / "m.blemish", weights, settings=SETTINGS | {"bank_size": 1})
+    assert np.isfinite(model.calibration.scores).all()
+
+
+def test_the_least_typical_cells_are_those_unlike_other_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, owners = torch.randn(200, 3, generator=generator), torch.arange(200) // 50
+    points[[10, 60, 110]] += 30  # far from everything, and from each other's images
+    points[60] += 30
+    points[110] -= 90
+    kept = coreset.typical(points, owners, 0.015, generator)
+    assert (~kept).nonzero().flatten().tolist() == [10, 60, 110]
+    assert coreset.typical(points, torch.zeros(200), 0.5, generator).all()  # of one image nothing is unlike
+
+
 # --- altered copies ---
-
-
-def test_fewer_images_have_more_copies() -> None:
-    config = PatchCoreConfig()
-    assert [config.copies_of(images) for images in (1, 5, 8, 12, 13, 17, 200)] == [7, 7, 6, 4, 3, 2, 2]
-    assert [replace(config, copies=5).copies_of(images) for images in (1, 12, 200)] == [7, 5, 5]
-    assert [replace(config, copies=0).copies_of(images) for images in (1, 12, 200)] == [0, 0, 0]
-    with pytest.raises(ConfigError, match="copies=8 does not fit; expected 0 to 7"):
-        PatchCoreConfig(copies=8)
 
 
 def test_what_copies_show_is_remembered_of_their_image(
     data: Path, weights: Path, model: blemish.Predictor, tmp_path: Path
 ) -> None:
-    none = train(data, tmp_path / "none.blemish", weights, settings=SETTINGS | {"copies": 0})
-    owners, before = tensors(model)["owners"], tensors(none)["owners"]
+    copied = train(data, tmp_path / "copied.blemish", weights, settings=SETTINGS | {"copies": 4})
+    owners, before = tensors(copied)["owners"], tensors(model)["owners"]
     assert set(owners.tolist()) == set(before.tolist())  # copies belong to their images
     path = min((data / "train/good").iterdir())
     darker = tmp_path / "darker.png"
-    images.write_png(darker, np.rint(images.read(path) * 0.85).astype(np.uint8))
-    scores = [
-        {name: one.predict(p).score for name, p in (("as it is", path), ("darker", darker))}
-        for one in (model, none)
-    ]
-    # Other light makes a smaller difference to what has seen some.
-    assert scores[0]["darker"] - scores[0]["as it is"] < 0.8 * (scores[1]["darker"] - scores[1]["as it is"])
+    images.write_png(darker, np.rint(images.read(path) * 0.92).astype(np.uint8))
+    rise, rise_before = (one.predict(darker).score - one.predict(path).score for one in (copied, model))
+    assert rise < 0.8 * rise_before
 
 
-def test_copies_are_kept_in_a_shared_cache_alone(data: Path, weights: Path, tmp_path: Path) -> None:
+def test_copies_are_cached_under_the_limits_that_they_were_made_with(
+    data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = tmp_path / "cache"
-    first = train(data, tmp_path / "a.blemish", weights, cache=str(shared))
-    files = sorted(path.name for path in shared.rglob("*") if path.is_file() and "." in path.name)
-    assert len(files) == 12 * (1 + PatchCoreConfig().copies_of(12))
-    assert sum(name.endswith(".1.1") for name in files) == 12 * PatchCoreConfig().copies_of(12)
-    again = train(data, tmp_path / "b.blemish", weights, cache=str(shared))
-    for name, value in tensors(first).items():
-        assert torch.equal(value, tensors(again)[name]), name
+
+    def names(out: str) -> set[str]:
+        options = {"cache": str(shared), "settings": SETTINGS | {"copies": 2}}
+        train(data, tmp_path / out, weights, **options)
+        return {path.name for path in shared.rglob("*") if path.is_file() and "." in path.name}
+
+    first = names("a.blemish")
+    assert len(first) == 12 * (1 + 2)
+    assert names("b.blemish") == first
+    monkeypatch.setattr(altering, "LIMITS", "others")
+    assert len(names("c.blemish")) == 12 * (1 + 2 + 2)
 
 
 # --- going on ---
@@ -266,6 +288,68 @@ def test_what_is_remembered_fixes_some_settings(
             settings={"place_weight": 2},
             start=model.path,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("squared", True), ("edges", "none"), ("statistics", ("maximum",)), ("top_share", 0.5)],
+)
+def test_what_earlier_scores_depend_on_is_fixed(
+    name: str, value: Any, model: blemish.Predictor, new_parts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=.* which cannot be changed"):
+        train(new_parts, tmp_path / "n.blemish", None, model=None, settings={name: value}, start=model.path)
+
+
+def test_light_that_was_remembered_is_fixed(
+    model: blemish.Predictor, new_parts: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"model": None, "settings": {}, "start": model.path}
+    with pytest.raises(ConfigError, match=r"light standardise: what .* remembers was seen with light off"):
+        train(new_parts, tmp_path / "n.blemish", None, light="standardise", **options)
+
+
+def test_the_light_of_all_images_counts(data: Path, weights: Path, new_parts: Path, tmp_path: Path) -> None:
+    first = train(data, tmp_path / "lit.blemish", weights, light="standardise")
+    grown = train(
+        new_parts, tmp_path / "n.blemish", None, model=None, settings={}, start=first.path, light_limit=0.06
+    )
+    assert grown.manifest.preprocessing.light == first.manifest.preprocessing.light
+    before, after = first.manifest.light_calibration, grown.manifest.light_calibration
+    assert before is not None
+    assert after is not None
+    assert len(after.scores) == 12 + 5
+    assert set(before.scores) <= set(after.scores)
+    assert after.limit == 0.06  # which five images alone could not support
+
+
+def test_the_white_level_stays(weights: Path, tmp_path: Path) -> None:
+    """Images of 12 bits that happen to be dark join a model that has seen brighter ones."""
+    for folder, brightest in (("old", 4000), ("new", 900)):
+        for number in range(4):
+            deep = drawn.part(900 + number).astype(np.uint16) * (brightest // 255)
+            images.write_png(tmp_path / folder / f"{number + 4 * (folder == 'new')}.png", deep[..., 0])
+    first = train(tmp_path / "old", tmp_path / "old.blemish", weights)
+    assert first.manifest.preprocessing.white == 4095
+    grown = train(tmp_path / "new", tmp_path / "n.blemish", None, model=None, settings={}, start=first.path)
+    assert grown.manifest.preprocessing.white == 4095
+
+
+def test_another_rate_is_promised_for_all_images(
+    model: blemish.Predictor, new_parts: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"model": None, "settings": {}, "start": model.path}
+    grown = train(new_parts, tmp_path / "n.blemish", None, false_reject_rate=0.3, **options)
+    assert grown.calibration.false_reject_rate == 0.3
+    assert grown.calibration.defect_threshold < max(grown.calibration.scores)
+
+
+def test_what_was_chosen_otherwise_cannot_go_on(
+    data: Path, weights: Path, new_parts: Path, tmp_path: Path
+) -> None:
+    first = train(data, tmp_path / "a.blemish", weights, settings=SETTINGS | {"choice": "random"})
+    with pytest.raises(ConfigError, match="choice=cover and a bank_size: found choice=random"):
+        train(new_parts, tmp_path / "n.blemish", None, model=None, settings={}, start=first.path)
 
 
 # --- why ---
@@ -347,6 +431,15 @@ def test_rows_are_measured_as_integers_hold_them(model: blemish.Predictor) -> No
     found, wanted = network(image)[0], detector(image)[0]
     # The rows' own shift is all that is left of the error.
     assert 0 < float((found - wanted).square().mean().sqrt() / wanted.std()) < 0.02
+
+
+def test_a_model_of_one_image_is_exported(weights: Path, tmp_path: Path) -> None:
+    images.write_png(tmp_path / "one/0.png", drawn.part(0))
+    model = train(tmp_path / "one", tmp_path / "m.blemish", weights)
+    out = tmp_path / "one.onnx"
+    found = blemish.export(model.path, tmp_path / "one", out=out, format="onnx")
+    assert found["good images"].images == 1
+    assert out.exists()
 
 
 def test_a_model_that_remembers_is_exported_in_integers(

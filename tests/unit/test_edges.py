@@ -187,3 +187,21 @@ def test_a_margin_that_leaves_nothing_is_refused(size: tuple[int, int]) -> None:
 def test_no_treatment_returns_the_cells_themselves() -> None:
     cells = torch.randn(1, 6, 6, generator=draw())
     assert edges.treated(cells, "none", torch.zeros(6, 6), torch.ones(6, 6), 2) is cells
+
+
+def test_cells_are_levelled_by_their_mean_and_deviation() -> None:
+    size = (12, 16)
+    level, width = torch.rand(size, generator=draw(1)), 0.5 + torch.rand(size, generator=draw(2))
+    smooth = functional.avg_pool2d(torch.stack([level, width])[None], 5, 1, 2, count_include_pad=False)[0]
+    maps = 3 * smooth[0] + smooth[1] * torch.randn(4000, *size, generator=draw(3))
+    gain, shift = edges.measure_cells([maps])
+    found = edges.treated(maps, "cells", gain, shift)
+    whole = maps.double()
+    # Of 4,000 images hardly anything is left to the prior; neighbours blur what is smooth only a little.
+    assert float((found.mean(0) - whole.mean()).abs().max()) < 0.35
+    assert float((found.std(0) / found.std() - 1).abs().max()) < 0.15
+    assert float((maps.mean(0) - whole.mean()).abs().max()) > 0.5  # which it was not before
+    few_gain, _ = edges.measure_cells([maps[:2]])
+    assert float((few_gain - 1).abs().max()) < 0.2  # of two images, a tenth of the way
+    flat_gain, flat_shift = edges.measure_cells([torch.full((3, 4, 4), 7.0)])
+    assert torch.equal(flat_gain * 7 + flat_shift, torch.full((4, 4), 7.0))

@@ -27,11 +27,21 @@ class ImagePass(Protocol):
     Copies have the name of their image.
     """
 
-    def __len__(self) -> int:
-        """Return the number of batches."""
+    @property
+    def images(self) -> int:
+        """The number of images and copies."""
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
+
+
+def first_images(batches: ImagePass, count: int) -> Iterator[Batch]:
+    """Yield batches until they hold `count` images."""
+    for batch in batches:
+        yield batch
+        count -= len(batch.names)
+        if count <= 0:
+            return
 
 
 @dataclass(frozen=True)

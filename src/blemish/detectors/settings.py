@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blemish.detectors.schedules import SCHEDULES
 from blemish.errors import ConfigError
-from blemish.types import Alteration
 
 if TYPE_CHECKING:
     from blemish.detectors.base import Detector
@@ -67,14 +66,10 @@ class Config:
         """Whether training reads natural images, which show anything but the product."""
         return False
 
-    def copies_of(self, images: int) -> int:
-        """Return how many altered copies of each of so many good images are fitted to as well."""
-        return 0
-
     @property
-    def alteration(self) -> Alteration:
-        """How much the copies are altered."""
-        return Alteration(0.0, 0.0)
+    def altered_copies(self) -> int:
+        """How many altered copies of each good image a method without steps is fitted to as well."""
+        return 0
 
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the changes to this default config, with contradictions within a preset resolved.

@@ -307,6 +307,7 @@ def refitted(statistics: FloatArray, maxima: FloatArray, before: Calibration) ->
         false_reject_rate=before.false_reject_rate,
         review_rate=before.review_rate,
         confidence=before.confidence,
+        left_out=before.left_out,
     )
 
 

@@ -111,7 +111,11 @@ def from_left_out(
             maxima.append(maps.amax((1, 2)).cpu().numpy())
     measured = np.concatenate(statistics), np.concatenate(maxima)
     if earlier is not None:
-        return calibration.extended(earlier, *measured)
+        return calibration.recalibrated(
+            calibration.extended(earlier, *measured),
+            false_reject_rate=false_reject_rate,
+            review_rate=max(earlier.review_rate, false_reject_rate),
+        )
     return calibration.fit(
         *measured, detector.config.statistics, false_reject_rate=false_reject_rate, left_out=True
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,10 @@ from blemish.images import Preprocessing
 from blemish.images.light import Light, measure
 from blemish.progress import Report, Stop, never, silent, tell, tracked
 from blemish.training import fingerprint
-from blemish.training.plan import Plan, drop_copies, find_copies, warn_of_missing
+from blemish.training.plan import Plan, drop_copies, find_copies, find_repeated, warn_of_missing
 from blemish.training.request import TrainingRequest
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,21 +63,35 @@ def read_images(
     digests = digests_of(store) | digests_of(held)
     left_out = find_copies(planned.parts, digests.__getitem__)
     planned, store = drop_copies(planned, left_out), store.without(left_out) if left_out else store
+    if planned.method.leaves_one_out:
+        planned, store = without_repeated(planned, store)
     tell(report, planned.description)
     if planned.start is not None and planned.method.has_steps:
         warn_of_missing(planned.start, digests_of(store).values())
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
+    white = images.white_level(deepest) if deepest else images.FULL_SCALE
+    # What is remembered was seen with the earlier model's white level and light.
+    goes_on = planned.start is not None and not planned.method.has_steps
+    earlier = planned.start.manifest.preprocessing if planned.start is not None and goes_on else None
     for each in (store, held):
-        each.set_white(images.white_level(deepest) if deepest else images.FULL_SCALE)
+        each.set_white(white if earlier is None else earlier.white)
     if planned.light != "off":
-        earlier = planned.start.manifest.preprocessing.light if planned.start is not None else None
-        if earlier is not None and not planned.method.has_steps:
-            light = earlier  # what is remembered was seen in it
-        else:
-            light = measure_light(store, len(planned.parts.train), stop)
+        known = None if earlier is None else earlier.light
+        light = known or measure_light(store, len(planned.parts.train), stop)
         for each in (store, held):
             each.set_light(light)
     return planned, store, held
+
+
+def without_repeated(planned: Plan, store: ImageStore) -> tuple[Plan, ImageStore]:
+    """Leave out repeated good images, which would be scored without themselves, but not without the other."""
+    repeated = find_repeated(planned.parts, digests_of(store).__getitem__)
+    if not repeated:
+        return planned, store
+    LOG.warning("%d good images are copies of others and are left out", len(repeated))
+    train = tuple(each for number, each in enumerate(planned.parts.train) if number not in repeated)
+    parts = dataclasses.replace(planned.parts, train=train)
+    return dataclasses.replace(planned, parts=parts), store.without(repeated)
 
 
 def measure_light(store: ImageStore, good: int, stop: Stop) -> Light:
@@ -108,7 +126,7 @@ def assemble(
     batches = Batches(
         planned.samples,
         store,
-        EncodedStore(encode, store, features, device, alteration=config.alteration),
+        EncodedStore(encode, store, features, device),
         batch_size=config.batch_size,
         seed=request.seed,
         with_images=detector.wants_images,

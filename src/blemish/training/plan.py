@@ -92,18 +92,27 @@ def plan(request: TrainingRequest) -> Plan:
     length = request.length
     if start is not None and length == Length() and method.has_steps:
         length = warm_length(config)
-    light = settle_light(request, start, len(parts.held_out or parts.train))
+    scored = len(parts.held_out or parts.train)
+    if start is not None and not method.has_steps and (earlier := start.manifest.light_calibration):
+        scored += len(earlier.scores)
+    light = settle_light(request, start, method, scored)
     return Plan(
         model, preset, method, why, config, reason, supervision, unused, parts, length, seen, start, light
     )
 
 
-def settle_light(request: TrainingRequest, start: Bundle | None, scored: int) -> str:
-    """Return what to do about the light of images; raise ConfigError for a light limit that does not fit.
+def settle_light(request: TrainingRequest, start: Bundle | None, method: Method, scored: int) -> str:
+    """Return what to do about the light of images; raise ConfigError for what does not fit.
 
     scored: number of good images that the thresholds are set from.
     """
-    light = request.light or ("off" if start is None else start.manifest.training.run.light)
+    earlier = "off" if start is None else start.manifest.training.run.light
+    light = request.light or earlier
+    if start is not None and light != earlier and not method.has_steps:
+        raise ConfigError(
+            f"light {light}: what {start.path} remembers was seen with light {earlier}, "
+            "which cannot be changed"
+        )
     if light == "off" and request.light_limit:
         raise ConfigError(f"light limit {request.light_limit:g}: expected it with light standardise only")
     calibration.check_light_limit(request.light_limit, scored)
@@ -251,6 +260,14 @@ def find_copies(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[i
     """
     held_out = {of(sample.path) for sample in parts.held_out}
     return frozenset(number for number, sample in enumerate(parts.train) if of(sample.path) in held_out)
+
+
+def find_repeated(parts: Split, of: Callable[[Path], str] = digest) -> frozenset[int]:
+    """Return the indices of good training images that are byte-for-byte copies of one before them."""
+    first: dict[str, int] = {}
+    for number, sample in enumerate(parts.train):
+        first.setdefault(of(sample.path), number)
+    return frozenset(range(len(parts.train))) - frozenset(first.values())
 
 
 def drop_copies(planned: Plan, left_out: frozenset[int]) -> Plan:

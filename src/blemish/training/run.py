@@ -107,7 +107,7 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
     good, calibrate = thresholds(request, planned, detector, material, report, stop)
-    light = light_thresholds(request, material)
+    light = light_thresholds(request, planned, material)
     opened = finalise(request.out, detector, good, learned | facts, calibrate, light, report)
     checkpoint.unlink(missing_ok=True)
     material.features.clear()
@@ -132,9 +132,11 @@ def thresholds(
     return store.without(frozenset(range(COMPARED, len(store.paths)))), lambda graph: found
 
 
-def light_thresholds(request: TrainingRequest, material: Material) -> LightCalibration | None:
+def light_thresholds(request: TrainingRequest, planned: Plan, material: Material) -> LightCalibration | None:
     """Return the light of the good images behind the thresholds, if light is standardised."""
     scores = (material.held if material.held.paths else material.store).light_scores()
+    if planned.start is not None and (earlier := planned.start.manifest.light_calibration):
+        scores += [] if planned.method.has_steps else earlier.scores
     return calibration.fit_light(scores, request.light_limit) if scores else None
 
 
@@ -292,8 +294,7 @@ def fit(
 ) -> dict[str, Any]:
     """Fit a detector in one pass, without steps; return the facts about it that the model file records."""
     with torch.no_grad():
-        different = set(digests_of(material.store).values())
-        copies = detector.config.copies_of(len(different))
+        copies = detector.config.altered_copies
         note = detector.fit(
             Pass(material.batches, report, stop, copies=copies), seeding.generator(seed, "fit", device=device)
         )

@@ -1,11 +1,12 @@
-"""Altered copies of an image: what other light, another lens or another place would have made of a part.
+"""Altered copies of an image: what other light, another compression or another focus would have made of it.
 
-A method that remembers good images has seen each part only once. Copies show it what no part is rejected for:
-a lamp that ages, a stronger compression, a lens slightly out of focus, a part that lies slightly otherwise.
+A method that remembers good images has seen each part only once. Copies show it what no part should be
+rejected for: a lamp that ages, a stronger compression, a lens slightly out of focus.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 
@@ -13,76 +14,52 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from blemish.images.writing import jpeg_bytes
-from blemish.types import Alteration, AnyArray
+from blemish.images import jpeg_bytes
+from blemish.types import AnyArray
 
-GAIN = 0.2
+GAIN = 0.1
 """Largest change of brightness, as a share."""
-GAMMA = 0.1
+GAMMA = 0.05
 """Largest change of the exponent of all values, as shares of white."""
-RAMP = 0.15
+FALL = 0.075
 """Largest share of the light that is lost from one side to the other, in any direction."""
+COMPRESSED = 0.5
+"""Probability that a copy of an 8-bit image is compressed as JPEG."""
 QUALITY = (60, 96)
-"""JPEG qualities, the second excluded; every other copy of an 8-bit image is compressed."""
-BLUR = (0.3, 1.2)
-"""Sigmas in pixels; half of the copies that are not compressed are blurred."""
-ANGLE = 4.0
-"""Largest rotation in degrees."""
-ZOOM = 0.03
-"""Largest change of size, as a share."""
-SHIFT = 0.015
-"""Largest shift along each axis, as a share of it."""
+"""JPEG qualities, the second excluded."""
+BLURRED = 0.25
+"""Probability that a copy is blurred."""
+BLUR = (0.15, 0.6)
+"""Sigmas of the blur in pixels."""
+
+LIMITS = hashlib.sha256(repr((GAIN, GAMMA, FALL, COMPRESSED, QUALITY, BLURRED, BLUR)).encode()).hexdigest()[
+    :8
+]
+"""A digest of the limits, for the names of the copies' cached features."""
 
 
-def altered(image: AnyArray, white: float, draw: np.random.Generator, how: Alteration) -> AnyArray:
-    """Return an altered copy of an (h, w, 3) image, of the same type; white: of images beyond 8 bits."""
-    if how.place:
-        image = moved(image, draw, how.place)
-    return relit(image, white, draw, how.light) if how.light else image
+def altered(image: AnyArray, white: float, draw: np.random.Generator) -> AnyArray:
+    """Return an altered copy of an (h, w, 3) image: uint8 as uint8, anything else as float32.
 
-
-def moved(image: AnyArray, draw: np.random.Generator, strength: float) -> AnyArray:
-    """Turn, enlarge and shift an image about its centre; what comes in from beyond its border is mirrored."""
-    height, width = image.shape[:2]
-    angle = math.radians(strength * draw.uniform(-ANGLE, ANGLE))
-    zoom = 1 + strength * draw.uniform(-ZOOM, ZOOM)
-    down, across = strength * draw.uniform(-SHIFT, SHIFT, 2) * (height, width)
-    border = min(math.ceil(0.1 * strength * max(height, width)), min(height, width) - 1)
-    wide = np.pad(image, ((border, border), (border, border), (0, 0)), mode="reflect")
-    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-    x, y = width / 2, height / 2
-    from_x = (cos, sin, x - cos * x - sin * y + across + border)
-    from_y = (-sin, cos, y + sin * x - cos * y + down + border)
-
-    def transformed(plane: AnyArray) -> AnyArray:
-        made = Image.fromarray(plane).transform(
-            (width, height), Image.Transform.AFFINE, from_x + from_y, Image.Resampling.BILINEAR
-        )
-        return np.asarray(made)
-
-    if image.dtype == np.uint8:
-        return transformed(wide)
-    return np.stack([transformed(np.ascontiguousarray(wide[..., k])) for k in range(3)], axis=-1)
-
-
-def relit(image: AnyArray, white: float, draw: np.random.Generator, strength: float) -> AnyArray:
-    """Change the light of an image, then compress it, blur it, or neither."""
+    white: the white level of images of more than 8 bits, whose copies keep their units.
+    """
     eight = image.dtype == np.uint8
     level = np.float32(255 if eight else white)
-    gain, gamma = 1 + strength * draw.uniform(-1, 1, 2) * (GAIN, GAMMA)
-    loss, angle = strength * draw.uniform(0, RAMP), draw.uniform(0, 2 * math.pi)
+    gain, gamma = 1 + draw.uniform(-1, 1, 2) * (GAIN, GAMMA)
+    fall, angle = draw.uniform(0, FALL), draw.uniform(0, 2 * math.pi)
     down, across = (np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in image.shape[:2])
     away = np.float32(math.sin(angle)) * down[:, None] + np.float32(math.cos(angle)) * across
+    away /= abs(math.sin(angle)) + abs(math.cos(angle))  # from -0.5 in one corner to 0.5 in another
     values = np.clip(image / level * np.float32(gain), 0, 1) ** np.float32(gamma)
-    values *= (1 - np.float32(loss) * (away + 0.5))[..., None]
-    kind, sigma, quality = draw.random(), draw.uniform(*BLUR), int(draw.integers(*QUALITY))
-    if 0.5 <= kind < 0.75:
-        values = ndimage.gaussian_filter(values, (strength * sigma, strength * sigma, 0), mode="nearest")
+    values *= (1 - np.float32(fall) * (away + 0.5))[..., None]
+    chance, sigma, quality = draw.random(), draw.uniform(*BLUR), int(draw.integers(*QUALITY))
+    if COMPRESSED <= chance < COMPRESSED + BLURRED:
+        values = ndimage.gaussian_filter(values, (sigma, sigma, 0), mode="nearest")
     found = level * np.clip(values, 0, 1)
     if not eight:
-        return found.astype(image.dtype)
+        return found.astype(np.float32)
     made = np.rint(found).astype(np.uint8)
-    if kind >= 0.5:
+    if chance >= COMPRESSED:
         return made
     with Image.open(io.BytesIO(jpeg_bytes(made, quality))) as opened:
         return np.asarray(opened.convert("RGB"))

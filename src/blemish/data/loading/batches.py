@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blemish import seeding
 from blemish.data.loading.masks import Mask
-from blemish.data.loading.sampling import FLIPS, Entry, epoch_entries, epoch_length, flipped
+from blemish.data.loading.sampling import COPY, FLIPS, Entry, epoch_entries, epoch_length, flipped
 from blemish.data.loading.stores import EncodedStore, ImageStore
 from blemish.errors import DataError, ImageError
 from blemish.progress import Report, Stop, never, silent, tracked
@@ -65,8 +65,9 @@ class Pass:
     ) -> None:
         self.batches, self.report, self.stop, self.phase = batches, report, stop, phase
         order = sorted(range(len(batches.samples)), key=batches.store.digest)[:limit]
-        views = (0, *range(FLIPS, FLIPS + copies))
+        views = (0, *range(COPY, COPY + copies))
         entries, size = [(index, view) for view in views for index in order], batches.batch_size
+        self.images = len(entries)
         self.parts = [entries[first : first + size] for first in range(0, len(entries), size)]
 
     def __len__(self) -> int:

@@ -12,9 +12,11 @@ from blemish.types import AnyArray
 
 FLIPS = 4
 """Number of flips of an image: none, left to right, upside down, and both (a rotation by 180 degrees)."""
+COPY = 16
+"""Number of the first altered copy among the views of an image."""
 
 Entry = tuple[int, int]
-"""The index of a sample and the number of its view: one of its flips or, from FLIPS on, an altered copy."""
+"""The index of a sample and the number of its view: one of its flips or, from COPY on, an altered copy."""
 
 
 def epoch_length(labels: Sequence[int], flips: int = FLIPS) -> int:

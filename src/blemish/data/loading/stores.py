@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from blemish import images, seeding
-from blemish.data.loading.altering import altered
+from blemish.data.loading import altering
 from blemish.data.loading.cache import FeatureCache, Memory
-from blemish.data.loading.sampling import FLIPS, Entry, flipped
+from blemish.data.loading.sampling import COPY, Entry, flipped
 from blemish.files import digest
 from blemish.images import Light, Preprocessing
 from blemish.progress import Stop, never, silent, tracked
-from blemish.types import Alteration, AnyArray
+from blemish.types import AnyArray
 
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -105,10 +105,10 @@ class ImageStore:
         """Return the (N, 3, h, w) inputs of one image, float32 in [0, 1]."""
         return self.preprocessing.scaled(self.resized(index))
 
-    def copy(self, index: int, number: int, alteration: Alteration) -> AnyArray:
+    def copy(self, index: int, number: int) -> AnyArray:
         """Return the (N, 3, h, w) inputs of an altered copy of one image, always the same for its number."""
         draw = np.random.default_rng(seeding.initial_seed(number, "copy", self.digest(index)))
-        image = altered(self.resized(index), self.preprocessing.white, draw, alteration)
+        image = altering.altered(self.resized(index), self.preprocessing.white, draw)
         return self.preprocessing.scaled(image)
 
     def light_scores(self) -> list[float]:
@@ -132,8 +132,9 @@ class EncodedStore:
     """Outputs of the frozen part for each image and its views, in half precision, cached while there is room.
 
     An entry that is not cached is computed again with the same rounding, so that the memory budget affects no
-    result. For detectors without a frozen part, `encode` is None and entries are empty. With an `alteration`,
-    views from FLIPS on are altered copies, which only a shared cache keeps: they are needed but once.
+    result. For detectors without a frozen part, `encode` is None and entries are empty.
+
+    Views below COPY are those that `view` makes of an image. From COPY on they are its altered copies.
     """
 
     def __init__(
@@ -144,9 +145,8 @@ class EncodedStore:
         device: str,
         *,
         view: Callable[[AnyArray, int], AnyArray] = flipped,
-        alteration: Alteration | None = None,
     ) -> None:
-        self.encode, self.store, self.view, self.alteration = encode, store, view, alteration
+        self.encode, self.store, self.view = encode, store, view
         self.cache, self.device = cache, device
 
     def entries(self) -> Iterator[tuple[Tensor, ...]]:
@@ -156,8 +156,8 @@ class EncodedStore:
 
     def compute(self, encode: Encode, index: int, view: int) -> tuple[Tensor, ...]:
         """Run the frozen part on one image and round its outputs to half precision."""
-        if self.alteration is not None and view >= FLIPS:
-            image = self.store.copy(index, view - FLIPS, self.alteration)
+        if view >= COPY:
+            image = self.store.copy(index, view - COPY)
         else:
             image = self.view(self.store.inputs(index), view)
         with torch.no_grad():
@@ -168,14 +168,13 @@ class EncodedStore:
         """Return the entry of one image, from the cache if it is there."""
         if self.encode is None:
             return ()
-        name, copied = f"{self.store.digest(index)}.{view}", False
-        if self.alteration is not None and view >= FLIPS:
-            name, copied = f"{name}.{self.alteration.light:g}.{self.alteration.place:g}", True
+        name = f"{self.store.digest(index)}.{view}"
+        if view >= COPY:
+            name += f".{altering.LIMITS}"
         entry = self.cache.get(name)
         if entry is None:
             entry = self.compute(self.encode, index, view)
-            if self.cache.shared or not copied:
-                self.cache.put(name, entry)
+            self.cache.put(name, entry)
         return entry
 
     def batch(self, entries: Sequence[Entry]) -> tuple[Tensor, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from typing_extensions import override
 from blemish import seeding
 from blemish.backbones import Backbone, choose_layers
 from blemish.detectors import cells, edges, ops
-from blemish.detectors.base import ImagePass
+from blemish.detectors.base import ImagePass, first_images
 from blemish.detectors.on_backbone import OnBackbone
 from blemish.detectors.padim import gaussians
 from blemish.detectors.padim.config import PaDiMConfig
@@ -114,7 +113,8 @@ class PaDiM(OnBackbone):
         self.count.fill_(images)
         if self.config.edges in edges.MEASURED:
             maps = (
-                self.planes(self.squared_left_out(batch.encoded)) for batch in islice(batches, edges.IMAGES)
+                self.planes(self.squared_left_out(batch.encoded))
+                for batch in first_images(batches, edges.IMAGES)
             )
             gain, shift = edges.measure(maps, self.config.edges)
             self.gain.copy_(gain)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from typing_extensions import override
 
 from blemish.detectors.settings import STATISTICS, Config, Edges, refuse_numbers
-from blemish.types import Alteration
-
-FEW = 50
-"""Number of images and copies up to which more copies are made of each image."""
-MOST = 7
-"""Largest number of copies of an image."""
+from blemish.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +16,17 @@ class PatchCoreConfig(Config):
     """The settings of PatchCore."""
 
     FIXED: ClassVar[frozenset[str]] = frozenset(
-        {"image_size", "backbone", "layers", "aggregation", "place_weight", "whitening", "dimensions"}
+        {
+            "image_size",
+            "backbone",
+            "layers",
+            "aggregation",
+            "place_weight",
+            "whitening",
+            "dimensions",
+            "choice",
+        }
+        | {"neighbours", "support", "squared", "top_share", "edges", "blur_sigma", "statistics"}
     )
 
     side: int = 384
@@ -50,13 +54,8 @@ class PatchCoreConfig(Config):
     choice: Literal["cover", "published", "random"] = "cover"
     """How they are chosen: so that the farthest candidate is as near as possible; by the published
     approximation of this; or at random."""
-    copies: int = 2
-    """Number of altered copies of each good image that are fitted to as well; of few images there are more,
-    until images and copies together are FEW, but at most MOST of each. 0: none."""
-    copy_light: float = 1.0
-    """How much light and sharpness of a copy differ; 1: by the limits of `altering`, 0: not at all."""
-    copy_place: float = 1.0
-    """How much a copy is turned, enlarged and shifted; 1: by the limits of `altering`, 0: not at all."""
+    copies: int = 0
+    """Number of altered copies of each good image that are remembered as well (`data.loading.altering`)."""
     trim: float = 0.0
     """Share of the candidates left out before the choice: those least like the other images' cells."""
     neighbours: int = 1
@@ -74,14 +73,14 @@ class PatchCoreConfig(Config):
     """Sigma of the blur of the final map, in pixels of the network's input."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values out of range."""
+        """Raise ConfigError for values out of range and for settings that contradict each other."""
+        if self.aggregation == "published" and (self.whitening or self.dimensions):
+            raise ConfigError("aggregation=published: expected it without whitening and dimensions")
         refuse_numbers(
             (
                 ("bank_size", self.bank_size, self.bank_size > 0 or self.bank_share > 0, "more than 0"),
                 ("bank_share", self.bank_share, 0 <= self.bank_share <= 1, "0 to 1"),
-                ("copies", self.copies, 0 <= self.copies <= MOST, f"0 to {MOST}"),
-                ("copy_light", self.copy_light, 0 <= self.copy_light <= 1, "0 to 1"),
-                ("copy_place", self.copy_place, 0 <= self.copy_place <= 1, "0 to 1"),
+                ("copies", self.copies, self.copies >= 0, "at least 0"),
                 ("trim", self.trim, 0 <= self.trim < 1, "at least 0 and less than 1"),
                 ("neighbours", self.neighbours, self.neighbours >= 1, "at least 1"),
                 ("support", self.support, self.support >= 1, "at least 1"),
@@ -89,14 +88,10 @@ class PatchCoreConfig(Config):
             )
         )
 
-    @override
-    def copies_of(self, images: int) -> int:
-        return min(max(self.copies, math.ceil(FEW / images) - 1), MOST) if self.copies else 0
-
     @property
     @override
-    def alteration(self) -> Alteration:
-        return Alteration(self.copy_light, self.copy_place)
+    def altered_copies(self) -> int:
+        return self.copies
 
     @property
     @override
@@ -113,7 +108,6 @@ PAPER: dict[str, Any] = {
     "bank_size": 0,
     "bank_share": 0.1,
     "candidates": 0,
-    "copies": 0,
     "choice": "published",
     "squared": True,
     "edges": "none",

@@ -126,8 +126,11 @@ def typical(points: Tensor, owners: Tensor, share: float, generator: torch.Gener
     """Return a mask of the points left when a share of them, those least like other images', is left out.
 
     How like others a point is, is measured by its distance to the nearest of at most 10,000 random points of
-    other images. points: (n, D); owners: (n,), the image that each comes from.
+    other images. points: (n, D); owners: (n,), the image that each comes from. Of one image, all are
+    left.
     """
+    if bool((owners == owners[0]).all()):
+        return torch.ones(len(points), dtype=torch.bool, device=points.device)
     drawn = torch.randperm(len(points), generator=generator)[:10_000].to(points.device)
     reference, owner = points[drawn], owners[drawn]
     halves = reference.square().sum(1) / 2

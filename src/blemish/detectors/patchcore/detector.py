@@ -6,7 +6,6 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from typing_extensions import override
 from blemish import seeding
 from blemish.backbones import Backbone, choose_layers
 from blemish.detectors import cells, edges, ops
-from blemish.detectors.base import ImagePass, Match
+from blemish.detectors.base import ImagePass, Match, first_images
 from blemish.detectors.on_backbone import OnBackbone
 from blemish.detectors.patchcore import coreset
 from blemish.detectors.patchcore.aggregation import NUMBERS, aggregate, kernels
@@ -118,8 +117,13 @@ class PatchCore(OnBackbone):
     def fit(self, batches: ImagePass, generator: torch.Generator) -> str:
         """Remember cells of good images, in one pass; or add to those that an earlier model remembered."""
         generator = seeding.generator(generator.initial_seed(), "choice")  # on the processor
-        features, origins, owners = self.gather(batches, generator)
         grown = bool(self.fitted)
+        if grown and (self.config.choice != "cover" or not self.config.bank_size):
+            raise ConfigError(
+                "a model can only go on if it was fitted with choice=cover and a bank_size: "
+                f"found choice={self.config.choice} and bank_size={self.config.bank_size}"
+            )
+        features, origins, owners = self.gather(batches, generator)
         if not grown:
             self.measure(features)
         points = self.embed(features)
@@ -139,7 +143,7 @@ class PatchCore(OnBackbone):
         self.owners = torch.cat([before[1], owners[chosen]])
         self.origins = torch.cat([before[2], origins[chosen]])
         if self.config.edges in edges.MEASURED and not grown:
-            planes = (self.planes_left_out(batch) for batch in islice(batches, edges.IMAGES))
+            planes = (self.planes_left_out(batch) for batch in first_images(batches, edges.IMAGES))
             gain, shift = edges.measure(planes, self.config.edges)
             self.gain.copy_(gain)
             self.shift.copy_(shift)
@@ -152,15 +156,15 @@ class PatchCore(OnBackbone):
         As many are drawn from each image, by a seed of its own, so that their order does not matter. All are
         kept in memory, so their number is bounded: of more images than candidates, the last are left out.
         """
-        images_in_all = len(batches) * self.config.batch_size
-        limit = self.config.candidates or math.prod(self.cell_size) * images_in_all
-        each = -(-limit // images_in_all)
+        limit = self.config.candidates or math.prod(self.cell_size) * batches.images
+        each = -(-limit // batches.images)
         rows, places, images = [], [], []
         seen: Counter[str] = Counter()
-        for batch in islice(batches, limit):
+        for batch in first_images(batches, limit):
             features = self.features(batch.encoded).flatten(1, 2)
             for name, found in zip(batch.names, features, strict=True):
-                draw = seeding.generator(generator.initial_seed(), "cells", name, seen[name])
+                copy = (seen[name],) if name in seen else ()
+                draw = seeding.generator(generator.initial_seed(), "cells", name, *copy)
                 seen[name] += 1
                 cell = torch.randperm(len(found), generator=draw)[:each].to(found.device)
                 rows.append(found[cell])
@@ -258,11 +262,12 @@ class PatchCore(OnBackbone):
     def own_rows(self, names: Sequence[str]) -> Tensor:
         """Return which rows of the bank do not count for each cell of these images: (B, 1 or h w, M)."""
         numbers = self.owners.new_tensor([number_of(name) for name in names])
-        own = self.owners == numbers[:, None]
-        if bool(own.all()):
+        own = (self.owners == numbers[:, None])[:, None]
+        alone = own.all(2, keepdim=True)  # nothing of another image is remembered
+        if bool(alone.any()):
             block = blocks(self.cell_size).to(self.owners.device)
-            return (block[:, None] == block[self.origins]).expand(len(names), -1, -1)
-        return own[:, None]
+            own = torch.where(alone, block[:, None] == block[self.origins], own)
+        return own & ~own.all(2, keepdim=True)
 
     @override
     def matches(self, images: Tensor) -> list[Match]:
