@@ -255,7 +255,10 @@ def in_other_light(model: blemish.Predictor, root: Path, folder: Path) -> dict[s
     for name, alter in VARIANTS.items():
         each[name] = metrics(blemish.evaluate(model, altered_copy(root, folder / name, alter)))
     names = next(iter(each.values()))
-    means = {name: mean(float(one[name] or 0.0) for one in each.values()) for name in names}
+    means = {
+        name: None if None in (found := [one[name] for one in each.values()]) else mean(map(float, found))
+        for name in names
+    }
     return means | {"each": each}
 
 

@@ -439,8 +439,8 @@ def test_thresholds_are_kept_if_held_out_images_are_missing(
     assert exported(opened).thresholds == "as trained"
     assert found["held-out good images"].images == len(tiny.model.calibration.scores) - 1
     assert caplog.messages == [
-        f"{tmp_path / 'parts'} has only 4 of the 5 good images that set the thresholds, "
-        "so the thresholds are kept"
+        f"{tmp_path / 'parts'} has only 4 of the 5 good images that an export of this model is "
+        "measured on, so the thresholds are kept"
     ]
 
 

@@ -213,9 +213,10 @@ def held_out(opened: Bundle, root: Path, layout: str = "auto") -> list[FloatArra
             "expected the data set that it was trained on"
         )
     if len(inputs) < len(known):
+        left_out = opened.manifest.calibration.left_out
         LOG.warning(
-            "%s has only %d of the %d good images that set the thresholds, so the thresholds are kept",
-            *(root, len(inputs), len(known)),
+            "%s has only %d of the %d good images that an export of this model is measured on%s",
+            *(root, len(inputs), len(known), "" if left_out else ", so the thresholds are kept"),
         )
     found = [inputs[digest] for digest in sorted(inputs)]
     if opened.manifest.calibration.left_out:

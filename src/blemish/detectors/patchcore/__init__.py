@@ -10,6 +10,7 @@ Departures from the paper, all undone by `--preset paper`:
 - features are averaged over 3 x 3 cells without the published pooling of channels, and scaled to unit length
   on average;
 - the cells that are remembered are a fixed number, chosen by an exact farthest-first search;
+- cells where good parts score high are levelled (`edges=cells`);
 - distances are rooted, and the image score joins the largest of them with means over more cells.
 
 In every preset, an image is judged whole: the paper's centre crop would hide defects at the border. The
