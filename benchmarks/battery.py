@@ -255,10 +255,10 @@ def in_other_light(model: blemish.Predictor, root: Path, folder: Path) -> dict[s
     for name, alter in VARIANTS.items():
         each[name] = metrics(blemish.evaluate(model, altered_copy(root, folder / name, alter)))
     names = next(iter(each.values()))
-    means = {
-        name: None if None in (found := [one[name] for one in each.values()]) else mean(map(float, found))
-        for name in names
-    }
+    means: dict[str, float | None] = {}
+    for name in names:
+        values = [value for one in each.values() if (value := one[name]) is not None]
+        means[name] = mean(values) if values else None
     return means | {"each": each}
 
 
