@@ -242,6 +242,7 @@ def test_a_fitted_method_goes_on_from_an_earlier_model(tmp_path: Path) -> None:
     ("options", "sentence"),
     [
         ({"steps": 5}, "steps: toy is fitted in one pass; expected none of them"),
+        ({"settings": {"epochs": "3"}}, "epochs: toy is fitted in one pass; expected none of them"),
         ({"budget": "10m"}, "budget: toy is fitted in one pass"),
         ({"schedule": "paper"}, "schedule: toy is fitted in one pass"),
         ({"resume": True}, "resume: toy is fitted in one pass"),

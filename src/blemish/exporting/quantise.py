@@ -65,9 +65,9 @@ def quantise(
     such a layer with one scale for all of its output channels.
     """
     prepared = preprocessed(graph)
-    ranges = measured(prepared, images[:MAX_RANGE_IMAGES])
     layers = by_depth(prepared, quantisable_layers(prepared))
     entered = with_even_entrance(prepared, layers[0]) if layers else prepared
+    ranges = measured(entered, images[:MAX_RANGE_IMAGES])
     made: dict[int, bytes] = {}
 
     def within(left: int) -> bool:

@@ -216,6 +216,9 @@ def refuse_length(request: TrainingRequest, model: str, method: Method) -> None:
     if method.has_steps:
         return
     asked = list(request.length.given)
+    unused = {name: getattr(method.config, name) for name in ("steps", "epochs", "schedule", "clip_norm")}
+    given = request.settings
+    asked += [name for name in unused if name in given and str(given[name]) != str(unused[name])]
     asked += ["schedule"] * (request.schedule != "default") + ["resume"] * request.resume
     if asked:
         raise ConfigError(f"{' and '.join(asked)}: {model} is fitted in one pass; expected none of them")

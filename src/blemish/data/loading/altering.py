@@ -7,14 +7,13 @@ rejected for: a lamp that ages, a stronger compression, a lens slightly out of f
 from __future__ import annotations
 
 import hashlib
-import io
 import math
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
-from blemish.images import jpeg_bytes
+from blemish import images
 from blemish.types import AnyArray
 
 GAIN = 0.1
@@ -61,5 +60,4 @@ def altered(image: AnyArray, white: float, draw: np.random.Generator) -> AnyArra
     made = np.rint(found).astype(np.uint8)
     if chance >= COMPRESSED:
         return made
-    with Image.open(io.BytesIO(jpeg_bytes(made, quality))) as opened:
-        return np.asarray(opened.convert("RGB"))
+    return images.read(Path("copy"), images.jpeg_bytes(made, quality))
