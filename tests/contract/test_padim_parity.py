@@ -10,9 +10,8 @@ from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import ledoit_wolf
 from test_parity import ROUNDING, rand, recorded
 from torch import Tensor
-from torch.nn import functional
 
-from blemish.detectors import cells, ops, registry
+from blemish.detectors import cells, registry
 from blemish.detectors.padim import gaussians
 from blemish.detectors.padim.detector import PaDiM
 
@@ -63,15 +62,16 @@ def test_gaussians_distances_map_and_scores(name: str, count: int, seed: int, ro
     close(covariances[::11], f"{name}.covariance_every11")
     factor = gaussians.factors(covariances + JITTER * torch.eye(10).double())
     close((factor.transpose(1, 2) @ factor)[::11], f"{name}.inverse_every11", rounding)
-    apart = planted() - found.mean
-    distances = (factor @ apart[:, :, :, None])[..., 0].square().sum(2).sqrt().view(2, 1, *SIZE)
-    close(distances, f"{name}.distance", rounding)
-    maps = functional.interpolate(distances, (96, 96), mode="bilinear")
-    close(maps[:, :, ::2, ::2], f"{name}.up_every2", rounding)
-    kernel = torch.exp(-0.5 * (torch.arange(-16.0, 17.0).double() / 4).square())
-    maps = ops.gaussian_blur(maps[:, 0], kernel / kernel.sum())
+    settings = {"image_size": (96, 96), "edges": "none", "statistics": ("maximum",), "dimensions": 10}
+    detector = registry.build("padim", registry.configure("padim", settings=settings), 0).double()
+    assert isinstance(detector, PaDiM)
+    assert detector.cell_size == SIZE
+    detector.mean, detector.factor = found.mean, factor
+    squared = detector.squared(planted())
+    close(detector.planes(squared)[:, None], f"{name}.distance", rounding)
+    maps, statistics = detector.judge(squared)
     close(maps[:, None, ::2, ::2], f"{name}.map_every2", rounding)
-    close(maps.amax((1, 2)), f"{name}.scores", rounding)
+    close(statistics[:, 0], f"{name}.scores", rounding)
 
 
 # --- independent oracles ---

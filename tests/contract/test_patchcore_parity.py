@@ -8,12 +8,11 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from test_parity import ROUNDING, rand, recorded
 from torch import Tensor
-from torch.nn import functional
 
-from blemish.detectors import ops
 from blemish.detectors.patchcore import coreset
 from blemish.detectors.patchcore.aggregation import aggregate, kernels
-from blemish.detectors.patchcore.detector import reweighted
+from blemish.detectors.patchcore.config import PAPER, PatchCoreConfig
+from blemish.detectors.patchcore.detector import PatchCore, reweighted
 
 
 def known(name: str) -> Tensor:
@@ -85,20 +84,26 @@ def test_plain_farthest_first_from_the_authors_exact_start() -> None:
     assert torch.equal(coreset.farthest_first(small, 50, values.square()), known("coreset.exact.indices"))
 
 
+def scoring(size: tuple[int, int], bank: Tensor, neighbours: int = 1) -> PatchCore:
+    """Return a detector that scores as published, with this bank, in float64."""
+    changes = {"image_size": size, "backbone": "efficientnet_lite0", "layers": ("stage3", "stage5")}
+    config = PatchCoreConfig(**PAPER | changes | {"aggregation": "mean", "neighbours": neighbours})
+    detector = PatchCore(config).double().eval()
+    detector.bank = bank
+    return detector
+
+
 @pytest.mark.parametrize("neighbours", [1, 5])
 def test_squared_distances_scores_and_map(neighbours: int) -> None:
     bank, rows = rand(121, 50, 64), rand(122, 336, 64)
     rows[168 + 5 * 12 + 7] *= 2.5
-    closeness = rows @ bank.T - bank.square().sum(1) / 2
-    nearest = closeness.topk(neighbours, 1)
-    squared = rows.square().sum(1, keepdim=True) - 2 * nearest.values
-    close(squared.view(2, 14, 12, neighbours), f"nearest.k{neighbours}.squared_distances")
-    assert torch.equal(nearest.indices.view(2, 14, 12, -1), known(f"nearest.k{neighbours}.indices"))
-    cells = squared.mean(1).view(2, 14, 12)
-    close(cells.amax((1, 2)), f"nearest.k{neighbours}.image_scores")
-    maps = functional.interpolate(cells[:, None], (112, 96), mode="bilinear")[:, 0]
-    kernel = torch.exp(-0.5 * (torch.arange(-16.0, 17.0).double() / 4).square())
-    maps = ops.gaussian_blur(maps, kernel / kernel.sum(), border="symmetric")
+    detector = scoring((112, 96), bank, neighbours)
+    assert detector.cell_size == (14, 12)
+    maps, statistics = detector.judge(rows.view(2, 168, 64))
+    expected = known(f"nearest.k{neighbours}.squared_distances").mean(3)
+    found = detector.planes(detector.squared(rows.view(2, 168, 64)))
+    assert float((found - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
+    close(statistics[:, 0], f"nearest.k{neighbours}.image_scores")
     close(maps[:, ::2, ::2], f"nearest.k{neighbours}.map_every2")
 
 
@@ -112,12 +117,9 @@ def test_from_features_to_scores() -> None:
     start = order(134, len(good))[:10]
     chosen = coreset.published(good, int(0.02 * len(good)), rand(133, 128, 1024) / 32, start)
     assert torch.equal(chosen, known("pipeline.bank_indices"))
-    bank = good[chosen]
-    closeness = rows[3:] @ bank.T - bank.square().sum(1) / 2
-    squared = rows[3:].square().sum(2) - 2 * closeness.amax(2)
-    close(squared.view(2, 28, 28), "pipeline.squared_distances")
-    assert torch.equal(closeness.argmax(2).view(2, 28, 28), known("pipeline.nearest"))
-    close(squared.amax(1), "pipeline.image_scores")
+    detector = scoring((224, 224), good[chosen])
+    close(detector.planes(detector.squared(rows[3:])), "pipeline.squared_distances")
+    close(detector.judge(rows[3:])[1][:, 0], "pipeline.image_scores")
 
 
 @pytest.mark.parametrize("support", [3, 9])

@@ -68,7 +68,9 @@ class PatchCore(OnBackbone):
             )
         numbers = (config.dimensions + 1 if config.dimensions else features) + 2 * (config.place_weight > 0)
         self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("projection", torch.eye(features))
+        # What is published is compared as it is.
+        projected = 0 if config.aggregation == "published" else features
+        self.register_buffer("projection", torch.eye(projected))
         self.register_buffer("place", config.place_weight * cells.places(*self.cell_size))
         self.register_buffer("bank", torch.zeros(1, numbers))
         self.register_buffer("owners", torch.zeros(1, dtype=torch.long))
