@@ -44,7 +44,7 @@ from blemish.files import digest
 from blemish.tables import aligned
 from blemish.types import Evaluation, Sample
 
-OPTIONS = ("light", "edges", "image_size", "scale", "supervision", "preset", "steps", "budget")
+OPTIONS = ("light", "scale", "supervision", "preset", "steps", "budget")
 """Words of a variant that are options of a training rather than settings of a method."""
 
 VALUES = {
@@ -197,8 +197,7 @@ def trained(variant: str) -> dict[str, Any]:
     options: dict[str, Any] = {name: pairs.pop(name) for name in OPTIONS if name in pairs}
     if "steps" in options:
         options["steps"] = int(options["steps"])
-    settings = {name: options.pop(name) for name in ("edges", "image_size") if name in options}
-    return {"supervision": "none", "model": model, "settings": pairs | settings} | options
+    return {"supervision": "none", "model": model, "settings": pairs} | options
 
 
 def write_manifest(root: Path, cell: Cell, path: Path) -> Path:

@@ -26,8 +26,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from blemish.detectors.cells import averaged
 from blemish.detectors.settings import Edges
 from blemish.errors import ConfigError
 
@@ -112,16 +112,11 @@ def measure_cells(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     whole = torch.cat([part.double().cpu() for part in maps])
     own = len(whole) / (len(whole) + PRIOR)
     level, width = whole.mean(), whole.var(correction=0)
-    mean = averaged(whole.mean(0))
-    variance = averaged((whole - mean).square().mean(0))
+    mean = averaged(whole.mean(0)[None])[0]
+    variance = averaged((whole - mean).square().mean(0)[None])[0]
     mean, variance = torch.lerp(level, mean, own), torch.lerp(width, variance, own)
     gain = torch.where(variance > 0, (width / variance.clamp(min=1e-300)).sqrt(), 1.0)
     return gain.float(), (level - gain * mean).float()
-
-
-def averaged(values: Tensor) -> Tensor:
-    """Average (h, w) values over the 3 x 3 neighbourhood of each cell, as far as it lies inside."""
-    return functional.avg_pool2d(values[None], 3, stride=1, padding=1, count_include_pad=False)[0]
 
 
 def measure(maps: Iterable[Tensor], edges: Edges) -> tuple[Tensor, Tensor]:
