@@ -18,7 +18,7 @@ from blemish.detectors import registry
 from blemish.detectors.base import Detector
 from blemish.detectors.settings import Config
 from blemish.errors import BlemishError, ConfigError
-from blemish.testing.narrow import narrow_pdn
+from blemish.testing.slim import slimmer
 from blemish.training import run
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
@@ -151,7 +151,7 @@ def narrow() -> Iterator[None]:
     """Let large frozen networks be narrow and random: every ResNet is the smallest."""
     least = BACKBONES["resnet18"]
     resnets = {name: least for name, entry in BACKBONES.items() if entry.layers == least.layers}
-    pdns = dict.fromkeys(PDNS, narrow_pdn)
+    pdns = {name: slimmer(pdn, 32) for name, pdn in PDNS.items()}
     with mock.patch.dict(PDNS, pdns), mock.patch.dict(BACKBONES, resnets), random_weights({*pdns, *resnets}):
         yield
 

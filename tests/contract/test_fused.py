@@ -31,7 +31,7 @@ from blemish.detectors.registry import build, configure
 from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet
 from blemish.errors import ConfigError
 from blemish.images.resizing import to_input
-from slim import slimmer
+from blemish.testing.slim import slimmer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "slim")
 

@@ -30,7 +30,7 @@ from blemish.errors import ConfigError
 from blemish.images import to_input
 from blemish.inference import bundle
 from blemish.testing.contract import loss_falls
-from blemish.testing.narrow import narrow_pdn
+from blemish.testing.slim import slimmer
 from blemish.testing.subject import Subject, good_batch
 from blemish.types import Batch, Supervision
 
@@ -161,10 +161,10 @@ def with_toy() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
-    """Let patch description networks have 8 channels inside."""
+    """Let patch description networks have few channels inside."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in PDNS:
-            patch.setitem(PDNS, name, narrow_pdn)
+        for name, pdn in list(PDNS.items()):
+            patch.setitem(PDNS, name, slimmer(pdn, 32))
         yield
 
 

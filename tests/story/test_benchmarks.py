@@ -16,16 +16,17 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from torch import Tensor, nn
+from torch import Tensor
 
 import blemish
 import drawn
 from blemish import images, seeding
-from blemish.backbones.pdn import CHANNELS, PDN, PDNS
+from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.data import scan
 from blemish.detectors.efficientad.detector import EfficientAD, jitter, sometimes_grey
 from blemish.detectors.registry import build, configure
 from blemish.errors import ConfigError, DataError, ImageError
+from blemish.testing.slim import slimmer
 from blemish.training import loop
 from blemish.types import Batch
 
@@ -46,23 +47,10 @@ def benchmark(folder_of_benchmarks: None) -> ModuleType:
     return importlib.import_module("efficientad_step")
 
 
-def narrow_pdn(channels: int = CHANNELS, *, padding: bool = False) -> PDN:
-    """Build a network with outputs of a patch description network's size, at a hundredth of the cost."""
-    return PDN(
-        nn.Conv2d(3, 8, 4),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(8, 8, 4),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(8, channels, 6),
-    )
-
-
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PDNS, "pdn_small", narrow_pdn)
+        patch.setitem(PDNS, "pdn_small", slimmer(PDNS["pdn_small"], 16))
         yield
 
 

@@ -38,9 +38,9 @@ from blemish.inference.engines import Engine, open_engine, open_graph
 from blemish.inference.engines.pytorch import restored
 from blemish.inference.manifest import ExportRecord
 from blemish.progress import Event
+from blemish.testing.slim import slimmer
 from blemish.training import run
 from blemish.types import FloatArray
-from slim import slimmer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

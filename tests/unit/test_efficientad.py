@@ -1,9 +1,8 @@
 """EfficientAD's switches: each row of the paper's ablation, the share of each half, and sight to the edge."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 import drawn
 from blemish import seeding
 from blemish.backbones import IMAGENET
-from blemish.backbones.pdn import CHANNELS, PDN, PDNS, pdn_small
+from blemish.backbones.pdn import CHANNELS, PDNS
 from blemish.cli.main import main, parser
 from blemish.cli.training import request_of
 from blemish.detectors.efficientad import detector as implementation
@@ -34,6 +33,7 @@ from blemish.inference import bundle
 from blemish.inference.choice import Choice
 from blemish.inference.engines import open_graph
 from blemish.inference.manifest import Manifest
+from blemish.testing.slim import slimmer
 from blemish.training import run
 from blemish.types import Batch
 
@@ -44,26 +44,11 @@ EXACT = {"hard_quantile": 0.0, "dropout": 0.0, "crop": 0}
 """Settings under which a loss can be written down in a line."""
 
 
-def narrow_pdn(
-    channels: int = CHANNELS, *, padding: bool = False, pdn: Callable[..., PDN] = pdn_small
-) -> PDN:
-    """Build a patch description network with 8 channels where it has hundreds."""
-    network = pdn(channels, padding=padding)
-    convolutions = [layer for layer in network if isinstance(layer, nn.Conv2d)]
-    for place, wide in enumerate(network):
-        if isinstance(wide, nn.Conv2d):
-            inputs = 3 if wide is convolutions[0] else 8
-            outputs = channels if wide is convolutions[-1] else 8
-            side, margin = int(wide.kernel_size[0]), int(wide.padding[0])
-            network[place] = nn.Conv2d(inputs, outputs, side, padding=margin)
-    return network
-
-
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, pdn in list(PDNS.items()):
-            patch.setitem(PDNS, name, partial(narrow_pdn, pdn=pdn))
+            patch.setitem(PDNS, name, slimmer(pdn, 32))
         yield
 
 
@@ -449,7 +434,7 @@ def test_the_options_are_settings(words: list[str], settings: dict[str, Any], tm
 def train(folder: Path, *words: str) -> bundle.Bundle:
     """Train for a step on images of the networks' size, scored by the map's maximum alone."""
     data = drawn.data_set(folder / "parts", train=6, good=0, bad=0, size=(256, 256))
-    weights, out = drawn.weights(folder / "teacher.safetensors", narrow_pdn()), folder / "m.blemish"
+    weights, out = drawn.weights(folder / "teacher.safetensors", PDNS["pdn_small"]()), folder / "m.blemish"
     given = ["--weights", str(weights), "--steps", "1", "--set", "statistics=maximum", "--device", "cpu"]
     assert main(["train", str(data), "--model", "efficientad-s", "--out", str(out), *given, *words]) == 0
     return bundle.read(out)

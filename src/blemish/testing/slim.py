@@ -1,4 +1,4 @@
-"""Patch description networks with fewer channels, for tests that need their shape but not their size."""
+"""Patch description networks with fewer channels, where their shape is needed and not their size."""
 
 from collections.abc import Callable
 
