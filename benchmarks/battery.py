@@ -142,7 +142,7 @@ def run_all(options: argparse.Namespace) -> int:
             file.write(line + "\n")
         found = json.loads(line)
         shown_at_once = ("image_auroc", "aupro", "seconds")
-        print("   ", {name: round(found[name] or 0.0, 4) for name in shown_at_once}, flush=True)
+        print("   ", {name: found[name] and round(found[name], 4) for name in shown_at_once}, flush=True)
     return failed
 
 

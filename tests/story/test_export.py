@@ -153,6 +153,39 @@ def test_layers_up_to_the_sensitive_one_stay_in_floating_point() -> None:
     assert error(nothing) < 1e-6
 
 
+class Residual(nn.Module):
+    """Two blocks whose first layer reads what their sum reads, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)) for _ in range(2)
+        )
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(images)
+        for block in self.blocks:
+            x = x + block(x)
+        return x[:, 0], x.amax((1, 2, 3))[:, None]
+
+
+def test_no_layer_in_floating_point_reads_what_was_rounded() -> None:
+    torch.manual_seed(0)
+    graph = onnx_graph.export_network(Residual().eval(), (16, 16), ("map", "statistics"))
+    inputs = [image[None] for image in np.random.default_rng(0).random((3, 3, 16, 16), np.float32)]
+    prepared = quantise.preprocessed(graph)
+    layers = quantise.by_depth(prepared, quantise.quantisable_layers(prepared))
+    ranges = quantise.measured(prepared, inputs)
+    assert len(layers) == 5
+    for left in range(5):
+        model, makes = makers(quantise.quantised_graph(prepared, ranges, layers[left:]))
+        read = {node.name: makes.get(node.input[0]) for node in model.graph.node if node.op_type == "Conv"}
+        assert "DequantizeLinear" not in [read[name] for name in layers[:left]], left
+        assert {read[name] for name in layers[left:]} == {"DequantizeLinear"}, left
+
+
 def test_layers_are_sorted_by_how_many_lie_before_them() -> None:
     def layer(name: str, into: str, *inputs: str) -> onnx_format.NodeProto:
         return onnx_format.helper.make_node("Conv" if "conv" in name else "Add", inputs, [into], name=name)

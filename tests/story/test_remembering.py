@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_the_number_of_images(weights: Path, tmp_path:
     class Many:
         """Five thousand images, made one after the other."""
 
-        images = 5000
+        count = 5000
 
         def __iter__(self) -> Any:
             for number in range(5000):
@@ -234,7 +234,7 @@ def test_copies_are_cached_under_the_limits_that_they_were_made_with(
     first = names("a.blemish")
     assert len(first) == 12 * (1 + 2)
     assert names("b.blemish") == first
-    monkeypatch.setattr(altering, "LIMITS", "others")
+    monkeypatch.setattr(altering, "DIGEST", "others")
     assert len(names("c.blemish")) == 12 * (1 + 2 + 2)
 
 
@@ -419,14 +419,18 @@ def test_defects_or_steps_get_a_method_that_is_trained(
 
 
 @torch.no_grad()
-def test_rows_are_measured_as_integers_hold_them(model: blemish.Predictor) -> None:
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_rows_are_measured_as_integers_hold_them(
+    weight: float, data: Path, weights: Path, tmp_path: Path
+) -> None:
     """A row that rounding moved is at a distance from where it is now, and not from where it was."""
+    model = train(data, tmp_path / "m.blemish", weights, settings=SETTINGS | {"place_weight": weight})
     detector = restored(bundle.read(model.path))
     network = detector.for_integers(detector.fused(), [])
     columns = network.get_buffer("bank").double()
     steps = columns / (columns.abs().amax(0) / 127)
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
-    assert float(network.get_buffer("shares")[-1]) != 1  # places are divided among copies
+    assert (float(network.get_buffer("shares")[-1]) != 1) == bool(weight)  # places are divided among copies
     image = torch.rand(1, 3, 64, 64)
     found, wanted = network(image)[0], detector(image)[0]
     # The rows' own shift is all that is left of the error.

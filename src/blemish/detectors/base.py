@@ -28,7 +28,7 @@ class ImagePass(Protocol):
     """
 
     @property
-    def images(self) -> int:
+    def count(self) -> int:
         """The number of images and copies."""
 
     def __iter__(self) -> Iterator[Batch]:

@@ -191,6 +191,7 @@ def quantised_graph(model: onnx.ModelProto, ranges: TensorsData, layers: Sequenc
         quantiser.quantize_model()
     made = quantiser.model.model
     keep_sums(made, last_products(model, layers))
+    read_exactly(made, set(quantisable_layers(model)) - set(layers))
     data: bytes = made.SerializeToString()
     return data
 
@@ -227,6 +228,19 @@ def keep_sums(model: onnx.ModelProto, outputs: Collection[str]) -> None:
             node.input[place] = instead.get(name, name)
     del model.graph.node[:]
     model.graph.node.extend(left)
+
+
+def read_exactly(model: onnx.ModelProto, layers: Collection[str]) -> None:
+    """Let these layers, which stay in floating point, read what was computed instead of its rounding to 8 bits.
+
+    Otherwise one whose input a quantised operation reads, too, lies between two quantised ones.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.name in layers:
+            rounded = makers.get(node.input[0])
+            if rounded is not None and rounded.op_type == "DequantizeLinear":
+                node.input[0] = makers[rounded.input[0]].input[0]
 
 
 def nodes_between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:

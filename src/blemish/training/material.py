@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +26,6 @@ from blemish.training import fingerprint
 from blemish.training.plan import Plan, drop_copies, find_copies, find_repeated, warn_of_missing
 from blemish.training.request import TrainingRequest
 
-LOG = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Material:
@@ -49,8 +45,8 @@ def read_images(
 ) -> tuple[Plan, ImageStore, ImageStore]:
     """Read every training and held-out image once, to decode and digest it at the same time.
 
-    Returns the plan without training images that are copies of held-out ones, and the stores of training and
-    held-out images.
+    Returns the plan without training images that are copies of held-out ones or, where each is scored without
+    itself, of one another; and the stores of training and held-out images.
     """
     samples, held_out = planned.samples, planned.parts.held_out
     preprocessing = Preprocessing(planned.config.image_size, images.FULL_SCALE)
@@ -63,16 +59,16 @@ def read_images(
     digests = digests_of(store) | digests_of(held)
     left_out = find_copies(planned.parts, digests.__getitem__)
     planned, store = drop_copies(planned, left_out), store.without(left_out) if left_out else store
-    if planned.method.leaves_one_out:
-        planned, store = without_repeated(planned, store)
+    if planned.method.leaves_one_out:  # each of two copies would be scored with the other
+        repeated = find_repeated(planned.parts, digests.__getitem__)
+        planned, store = drop_copies(planned, repeated, "others"), store.without(repeated)
     tell(report, planned.description)
     if planned.start is not None and planned.method.has_steps:
         warn_of_missing(planned.start, digests_of(store).values())
     deepest = max([*store.maxima.values(), *held.maxima.values()], default=0)
     white = images.white_level(deepest) if deepest else images.FULL_SCALE
     # What is remembered was seen with the earlier model's white level and light.
-    goes_on = planned.start is not None and not planned.method.has_steps
-    earlier = planned.start.manifest.preprocessing if planned.start is not None and goes_on else None
+    earlier = None if planned.grown_from is None else planned.grown_from.manifest.preprocessing
     for each in (store, held):
         each.set_white(white if earlier is None else earlier.white)
     if planned.light != "off":
@@ -81,17 +77,6 @@ def read_images(
         for each in (store, held):
             each.set_light(light)
     return planned, store, held
-
-
-def without_repeated(planned: Plan, store: ImageStore) -> tuple[Plan, ImageStore]:
-    """Leave out repeated good images, which would be scored without themselves, but not without the other."""
-    repeated = find_repeated(planned.parts, digests_of(store).__getitem__)
-    if not repeated:
-        return planned, store
-    LOG.warning("%d good images are copies of others and are left out", len(repeated))
-    train = tuple(each for number, each in enumerate(planned.parts.train) if number not in repeated)
-    parts = dataclasses.replace(planned.parts, train=train)
-    return dataclasses.replace(planned, parts=parts), store.without(repeated)
 
 
 def measure_light(store: ImageStore, good: int, stop: Stop) -> Light:

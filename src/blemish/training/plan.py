@@ -63,6 +63,11 @@ class Plan:
         return [*self.parts.train, *self.parts.train_defects]
 
     @property
+    def grown_from(self) -> Bundle | None:
+        """The earlier model whose memory the run adds to; None without one, and where weights are trained."""
+        return None if self.method.has_steps else self.start
+
+    @property
     def description(self) -> str:
         """For the user: what the run learns from."""
         return describe(self.parts, self.supervision) + self.unused_labels
@@ -92,10 +97,7 @@ def plan(request: TrainingRequest) -> Plan:
     length = request.length
     if start is not None and length == Length() and method.has_steps:
         length = warm_length(config)
-    scored = len(parts.held_out or parts.train)
-    if start is not None and not method.has_steps and (earlier := start.manifest.light_calibration):
-        scored += len(earlier.scores)
-    light = settle_light(request, start, method, scored)
+    light = settle_light(request, start, method, len(parts.held_out or parts.train))
     return Plan(
         model, preset, method, why, config, reason, supervision, unused, parts, length, seen, start, light
     )
@@ -104,15 +106,18 @@ def plan(request: TrainingRequest) -> Plan:
 def settle_light(request: TrainingRequest, start: Bundle | None, method: Method, scored: int) -> str:
     """Return what to do about the light of images; raise ConfigError for what does not fit.
 
-    scored: number of good images that the thresholds are set from.
+    scored: number of good images of this run that the thresholds are set from.
     """
     earlier = "off" if start is None else start.manifest.training.run.light
     light = request.light or earlier
-    if start is not None and light != earlier and not method.has_steps:
-        raise ConfigError(
-            f"light {light}: what {start.path} remembers was seen with light {earlier}, "
-            "which cannot be changed"
-        )
+    if start is not None and not method.has_steps:
+        if light != earlier:
+            raise ConfigError(
+                f"light {light}: what {start.path} remembers was seen with light {earlier}, "
+                "which cannot be changed"
+            )
+        known = start.manifest.light_calibration
+        scored += 0 if known is None else len(known.scores)
     if light == "off" and request.light_limit:
         raise ConfigError(f"light limit {request.light_limit:g}: expected it with light standardise only")
     calibration.check_light_limit(request.light_limit, scored)
@@ -273,8 +278,8 @@ def find_repeated(parts: Split, of: Callable[[Path], str] = digest) -> frozenset
     return frozenset(range(len(parts.train))) - frozenset(first.values())
 
 
-def drop_copies(planned: Plan, left_out: frozenset[int]) -> Plan:
-    """Return a plan without the good training images at these indices, and warn that they are copies.
+def drop_copies(planned: Plan, left_out: frozenset[int], of: str = "held-out ones") -> Plan:
+    """Return a plan without the good training images at these indices, and warn what they are copies of.
 
     Raises DataError where that leaves none.
     """
@@ -285,7 +290,7 @@ def drop_copies(planned: Plan, left_out: frozenset[int]) -> Plan:
             f"all {len(left_out)} good training images are copies of held-out ones; expected others to learn "
             "from"
         )
-    LOG.warning("%d training images are copies of held-out ones and are left out", len(left_out))
+    LOG.warning("%d training images are copies of %s and are left out", len(left_out), of)
     train = tuple(sample for number, sample in enumerate(planned.parts.train) if number not in left_out)
     return dataclasses.replace(planned, parts=dataclasses.replace(planned.parts, train=train))
 

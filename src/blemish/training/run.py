@@ -127,7 +127,7 @@ def thresholds(
     if held.paths:
         return held, lambda graph: from_held_out(graph, held, detector.config.statistics, rate)
     scored = Pass(material.batches, report, stop, "scoring each without itself", LEFT_OUT)
-    earlier = planned.start.manifest.calibration if planned.start is not None else None
+    earlier = None if planned.grown_from is None else planned.grown_from.manifest.calibration
     found = from_left_out(detector, scored, rate, earlier)
     return store.without(frozenset(range(COMPARED, len(store.paths)))), lambda graph: found
 
@@ -135,8 +135,8 @@ def thresholds(
 def light_thresholds(request: TrainingRequest, planned: Plan, material: Material) -> LightCalibration | None:
     """Return the light of the good images behind the thresholds, if light is standardised."""
     scores = (material.held if material.held.paths else material.store).light_scores()
-    if planned.start is not None and (earlier := planned.start.manifest.light_calibration):
-        scores += [] if planned.method.has_steps else earlier.scores
+    if planned.grown_from is not None and (earlier := planned.grown_from.manifest.light_calibration):
+        scores += earlier.scores
     return calibration.fit_light(scores, request.light_limit) if scores else None
 
 

@@ -31,9 +31,8 @@ BLURRED = 0.25
 BLUR = (0.15, 0.6)
 """Sigmas of the blur in pixels."""
 
-LIMITS = hashlib.sha256(repr((GAIN, GAMMA, FALL, COMPRESSED, QUALITY, BLURRED, BLUR)).encode()).hexdigest()[
-    :8
-]
+LIMITS = repr((GAIN, GAMMA, FALL, COMPRESSED, QUALITY, BLURRED, BLUR))
+DIGEST = hashlib.sha256(LIMITS.encode()).hexdigest()[:8]
 """A digest of the limits, for the names of the copies' cached features."""
 
 

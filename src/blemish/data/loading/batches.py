@@ -67,7 +67,7 @@ class Pass:
         order = sorted(range(len(batches.samples)), key=batches.store.digest)[:limit]
         views = (0, *range(COPY, COPY + copies))
         entries, size = [(index, view) for view in views for index in order], batches.batch_size
-        self.images = len(entries)
+        self.count = len(entries)
         self.parts = [entries[first : first + size] for first in range(0, len(entries), size)]
 
     def __len__(self) -> int:

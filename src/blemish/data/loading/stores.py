@@ -170,7 +170,7 @@ class EncodedStore:
             return ()
         name = f"{self.store.digest(index)}.{view}"
         if view >= COPY:
-            name += f".{altering.LIMITS}"
+            name += f".{altering.DIGEST}"
         entry = self.cache.get(name)
         if entry is None:
             entry = self.compute(self.encode, index, view)

@@ -16,17 +16,8 @@ class PatchCoreConfig(Config):
     """The settings of PatchCore."""
 
     FIXED: ClassVar[frozenset[str]] = frozenset(
-        {
-            "image_size",
-            "backbone",
-            "layers",
-            "aggregation",
-            "place_weight",
-            "whitening",
-            "dimensions",
-            "choice",
-        }
-        | {"neighbours", "support", "squared", "top_share", "edges", "blur_sigma", "statistics"}
+        {"image_size", "backbone", "layers", "aggregation", "place_weight", "whitening", "dimensions"}
+        | {"choice", "neighbours", "support", "squared", "top_share", "edges", "blur_sigma", "statistics"}
     )
 
     side: int = 384

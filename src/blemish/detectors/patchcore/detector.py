@@ -158,15 +158,15 @@ class PatchCore(OnBackbone):
         As many are drawn from each image, by a seed of its own, so that their order does not matter. All are
         kept in memory, so their number is bounded: of more images than candidates, the last are left out.
         """
-        limit = self.config.candidates or math.prod(self.cell_size) * batches.images
-        each = -(-limit // batches.images)
+        limit = self.config.candidates or math.prod(self.cell_size) * batches.count
+        each = -(-limit // batches.count)
         rows, places, images = [], [], []
         seen: Counter[str] = Counter()
         for batch in first_images(batches, limit):
             features = self.features(batch.encoded).flatten(1, 2)
             for name, found in zip(batch.names, features, strict=True):
-                copy = (seen[name],) if name in seen else ()
-                draw = seeding.generator(generator.initial_seed(), "cells", name, *copy)
+                copied = (seen[name],) if name in seen else ()
+                draw = seeding.generator(generator.initial_seed(), "cells", name, *copied)
                 seen[name] += 1
                 cell = torch.randperm(len(found), generator=draw)[:each].to(found.device)
                 rows.append(found[cell])
@@ -301,11 +301,11 @@ class PatchCore(OnBackbone):
         """Return the fused network with features turned, and places of their size (`fused.Place`)."""
         from blemish.detectors.patchcore.fused import FusedPatchCore, Place
 
-        if self.config.place_weight and "reweighted" not in self.config.statistics:
-            turned = self.turned()
-            place = Place.for_integers(turned.bank, self.config.place_weight)
-            return FusedPatchCore(turned, place).eval()
-        return network
+        if "reweighted" in self.config.statistics:  # needs the rows themselves
+            return network
+        turned, weight = self.turned(), self.config.place_weight
+        place = Place.for_integers(turned.bank, weight) if weight else Place()
+        return FusedPatchCore(turned, place).eval()
 
     def turned(self) -> PatchCore:
         """Return the same detector with features turned at random, which changes no distance.
