@@ -186,6 +186,24 @@ def test_no_layer_in_floating_point_reads_what_was_rounded() -> None:
         assert {read[name] for name in layers[left:]} == {"DequantizeLinear"}, left
 
 
+def test_only_the_last_layers_are_quantised_if_no_others_may_be() -> None:
+    torch.manual_seed(0)
+    graph = onnx_graph.export_network(Residual().eval(), (16, 16), ("map", "statistics"))
+    inputs = [image[None] for image in np.random.default_rng(0).random((3, 3, 16, 16), np.float32)]
+    made, left = quantise.quantise(graph, inputs, lambda graph: 0.0, 1.0, last=1)
+    model, makes = makers(made)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert [node.name for node in convolutions if makes.get(node.input[0]) != "DequantizeLinear"] == left
+    assert len(left) == 4
+    # What lies between two layers in floating point, or before the quantised one, is not rounded either.
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) <= 2
+    sums = [node for node in model.graph.node if node.op_type == "Add"]
+    assert all(makes.get(name) != "DequantizeLinear" for name in sums[0].input)
+    everything, none = quantise.quantise(graph, inputs, lambda graph: 0.0, 1.0, last=99)
+    assert none == []
+    assert everything == quantise.quantise(graph, inputs, lambda graph: 0.0, 1.0)[0]
+
+
 def test_layers_are_sorted_by_how_many_lie_before_them() -> None:
     def layer(name: str, into: str, *inputs: str) -> onnx_format.NodeProto:
         return onnx_format.helper.make_node("Conv" if "conv" in name else "Add", inputs, [into], name=name)

@@ -5,7 +5,6 @@ Its contract is in `blemish.testing`, which the tests run on every method.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +70,8 @@ class Detector(nn.Module):
     """Names of the outputs of `forward`, in order; those after the first two are the parts of the map."""
     wants_images: bool = False
     """Whether a training step needs the images as well as their encodings."""
-    integer_error: float = math.inf
-    """Map error up to which quantisation leaves sensitive layers in floating point, if below the limit."""
+    integer_layers: int = 0
+    """How many layers, the last ones, int8 may compute in integers; 0: all."""
     fitted_buffers: tuple[str, ...] = ()
     """Names of the buffers whose size is determined by fitting."""
 

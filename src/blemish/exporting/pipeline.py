@@ -183,8 +183,9 @@ def make_graph(
     if request.precision != "int8":
         return Draft(graph, kept, count, [])
     error = map_error(trained, good[:REDUCTION_IMAGES], request.choice)
-    limit = min(request.bounds.map_error, detector.integer_error)
-    graph, left = quantise.quantise(graph, good, error, limit, report)
+    graph, left = quantise.quantise(
+        graph, good, error, request.bounds.map_error, report, detector.integer_layers
+    )
     tell(report, f"layers left in floating point: {', '.join(left) or 'none'}")
     return Draft(graph, kept, count, left)
 

@@ -55,18 +55,25 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def quantise(
-    graph: bytes, images: Sequence[FloatArray], error: Error, limit: float, report: Report = silent
+    graph: bytes,
+    images: Sequence[FloatArray],
+    error: Error,
+    limit: float,
+    report: Report = silent,
+    last: int = 0,
 ) -> tuple[bytes, list[str]]:
     """Quantise as many layers as the limit of the error allows, all but the first ones.
 
-    images: the inputs (N, 3, h, w) of good ones. Returns the graph, and the names of the layers left in
+    images: the inputs (N, 3, h, w) of good ones; last: only so many layers, the last ones, may be quantised;
+    0: all. Returns the graph, and the names of the layers left in
     floating point. These are the first in depth, since the first layers are sensitive and cheap, and since no
     layer in floating point then lies between two quantised ones: ONNX Runtime, without being asked, quantises
     such a layer with one scale for all of its output channels.
     """
     prepared = preprocessed(graph)
     layers = by_depth(prepared, quantisable_layers(prepared))
-    entered = with_even_entrance(prepared, layers[0]) if layers else prepared
+    least = max(len(layers) - last, 0) if last else 0
+    entered = prepared if least or not layers else with_even_entrance(prepared, layers[0])
     ranges = measured(entered, images[:MAX_RANGE_IMAGES])
     made: dict[int, bytes] = {}
 
@@ -76,7 +83,8 @@ def quantise(
         tell(report, f"int8 with {left} of {len(layers)} layers in floating point: map error {found:.3f}")
         return found <= limit
 
-    left = 0 if within(0) else 1 + bisect_left(range(1, len(layers)), True, key=within)
+    more = range(least + 1, len(layers))
+    left = least if within(least) else least + 1 + bisect_left(more, True, key=within)
     if left not in made:
         within(left)
     return made[left], layers[:left]
@@ -231,7 +239,7 @@ def keep_sums(model: onnx.ModelProto, outputs: Collection[str]) -> None:
 
 
 def read_exactly(model: onnx.ModelProto, layers: Collection[str]) -> None:
-    """Let these layers, which stay in floating point, read what was computed instead of its rounding to 8 bits.
+    """Let these layers, which stay in floating point, read what was computed instead of its rounding.
 
     Otherwise one whose input a quantised operation reads, too, lies between two quantised ones.
     """
@@ -254,4 +262,8 @@ def nodes_between(model: onnx.ModelProto, layers: Sequence[str]) -> list[str]:
         if maker is not None and maker.op_type in BETWEEN and maker.name not in found:
             found[maker.name] = None
             waiting.extend(maker.input)
-    return list(found)
+    rounded: set[str] = set()  # what comes from one of the layers; before the first, nothing is rounded
+    for node in model.graph.node:
+        if node.name in layers or (node.name in found and not rounded.isdisjoint(node.input)):
+            rounded.update(node.output)
+    return [name for name in found if not rounded.isdisjoint(nodes[name].output)]
