@@ -36,7 +36,7 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the arguments of `train`."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with good images")
     sub.add_argument(
-        "--model", metavar="M", help=f"method (chosen by what the data offer): {', '.join(METHODS)}"
+        "--model", metavar="M", help=f"method (default: the one that suits the data): {', '.join(METHODS)}"
     )
     sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
     sub.add_argument(
@@ -44,7 +44,8 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
         dest="start",
         type=Path,
         metavar="OLD.blemish",
-        help="start from the weights of an earlier model, for a shorter run",
+        help="go on from an earlier model: add good images to those remembered, or train its weights for a "
+        "shorter run",
     )
     label_arguments(sub)
     add_length(
