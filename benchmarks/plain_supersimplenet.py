@@ -60,11 +60,11 @@ class PlainSuperSimpleNet(nn.Module):
             maps = functional.conv2d(
                 functional.pad(maps, (kernel.shape[-1] // 2,) * 4, mode="reflect"), kernel
             )
-        statistics = ops.map_statistics(maps[:, 0], cells[:, 0], self.config.statistics)
-        if "head" in self.config.statistics:
-            seen = adapted if self.config.adapt_classification_features else features
-            statistics["head"] = self.score(seen, cells)
-        return maps[:, 0], torch.stack([statistics[name] for name in self.config.statistics], 1)
+        seen = adapted if self.config.adapt_classification_features else features
+        statistics = ops.map_statistics(
+            maps[:, 0], cells[:, 0], self.config.statistics, head=lambda: self.score(seen, cells)
+        )
+        return maps[:, 0], statistics
 
     def score(self, features: Tensor, cells: Tensor) -> Tensor:
         """Return the (B,) logits of the classification head."""

@@ -139,8 +139,7 @@ class Toy(Detector):
         cells = apart.square().sum(2).amin(1)
         size = (images.shape[2], images.shape[3])
         maps = functional.interpolate(cells[:, None], size, mode="bilinear")[:, 0]
-        statistics = ops.map_statistics(maps, cells, self.config.statistics)
-        return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+        return maps, ops.map_statistics(maps, cells, self.config.statistics)
 
 
 TOY = Method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -119,27 +119,36 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def map_statistics(
-    maps: Tensor, cells: Tensor, names: Iterable[str], top_share: float = 0.005
-) -> dict[str, Tensor]:
-    """Return named (B,) statistics of (B, H, W) maps and of the (B, h, w) cells they were made from.
+    maps: Tensor,
+    cells: Tensor,
+    names: Iterable[str],
+    top_share: float = 0.005,
+    /,
+    **own: Callable[[], Tensor],
+) -> Tensor:
+    """Return the named statistics, (B, K), of (B, H, W) maps and of the (B, h, w) cells they were made from.
 
     maximum: the largest value of the map, by which the papers score an image. smoothed_maximum: the largest
     cell after a Gaussian blur with a sigma of one cell. top_mean: the mean of the largest cells, a share
-    `top_share` of them, at least 5.
+    `top_share` of them, at least 5. own: (B,) statistics of the method, computed if they are named.
     """
-    found = {}
-    for name in names:
-        if name == "maximum":
-            found[name] = maps.flatten(1).amax(1)
-        elif name == "smoothed_maximum":
-            # Made on the device: a copy from the host cannot be recorded into a CUDA graph.
-            kernel = gaussian_kernel(1.0, 7, cells.device).to(cells)
-            found[name] = gaussian_blur(cells, kernel).flatten(1).amax(1)
-        elif name == "top_mean":
-            count = cells.shape[1] * cells.shape[2]
-            largest = min(count, max(5, int(top_share * count + 1e-6)))
-            found[name] = cells.flatten(1).topk(largest).values.mean(1)
-    return found
+
+    def smoothed_maximum() -> Tensor:
+        # Made on the device: a copy from the host cannot be recorded into a CUDA graph.
+        kernel = gaussian_kernel(1.0, 7, cells.device).to(cells)
+        return gaussian_blur(cells, kernel).flatten(1).amax(1)
+
+    def top_mean() -> Tensor:
+        count = cells.shape[1] * cells.shape[2]
+        largest = min(count, max(5, int(top_share * count + 1e-6)))
+        return cells.flatten(1).topk(largest).values.mean(1)
+
+    known = {
+        "maximum": lambda: maps.flatten(1).amax(1),
+        "smoothed_maximum": smoothed_maximum,
+        "top_mean": top_mean,
+    } | own
+    return torch.stack([known[name]() for name in names], 1)
 
 
 def crops(x: Tensor, places: Sequence[tuple[int, int]], side: int, step: int = 1) -> Tensor:

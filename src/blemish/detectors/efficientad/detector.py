@@ -251,8 +251,7 @@ class EfficientAD(Detector):
         size = (images.shape[2], images.shape[3])
         maps = functional.interpolate(padded[:, None], size, mode="bilinear")[:, 0]
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
-        joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
-        return (maps, joined, *(parts if len(parts) > 1 else ()))
+        return (maps, statistics, *(parts if len(parts) > 1 else ()))
 
     @override
     def fused(self) -> nn.Module:

@@ -78,8 +78,7 @@ class FusedEfficientAD(Fused):
         cells, *parts = self.cells(images)
         maps = enlarge(cells, self.down, self.across)
         statistics = ops.map_statistics(maps, cells, self.config.statistics)
-        joined = torch.stack([statistics[name] for name in self.config.statistics], 1)
-        return (maps, joined, *(parts if len(parts) > 1 else ()))
+        return (maps, statistics, *(parts if len(parts) > 1 else ()))
 
     def cells(self, images: Tensor) -> list[Tensor]:
         """Return the (B, h, w) map at the networks' resolution, then the halves that it is combined from."""

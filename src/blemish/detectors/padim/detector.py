@@ -160,8 +160,7 @@ class PaDiM(OnBackbone):
         maps = cells.resized(planes[:, None], config.image_size)[:, 0]
         if config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel)
-        statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
-        return maps, torch.stack([statistics[name] for name in config.statistics], 1)
+        return maps, ops.map_statistics(maps, planes, config.statistics, config.top_share)
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

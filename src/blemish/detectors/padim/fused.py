@@ -59,5 +59,4 @@ class FusedPaDiM(Fused):
         planes = apart.float().square().sum(2).sqrt().view(-1, *self.cell_size)
         planes = edges.treated(planes, self.config.edges, self.gain, self.shift)
         maps = enlarge(planes, self.down, self.across)
-        statistics = ops.map_statistics(maps, planes, self.config.statistics, self.config.top_share)
-        return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+        return maps, ops.map_statistics(maps, planes, self.config.statistics, self.config.top_share)

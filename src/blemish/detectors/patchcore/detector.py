@@ -229,20 +229,27 @@ class PatchCore(OnBackbone):
         distances = squared if self.config.squared else (squared + SMOOTHING**2).sqrt()
         return distances.view(-1, *self.cell_size)
 
+    def levelled(self, squared: Tensor) -> Tensor:
+        """Return the (B, h, w) distances as map and statistics take them."""
+        return edges.treated(self.planes(squared), self.config.edges, self.gain, self.shift)
+
     def judge(self, rows: Tensor, left_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return maps and statistics of (B, h w, D) rows."""
         config = self.config
         squared = self.squared(rows, left_out)
-        planes = edges.treated(self.planes(squared), config.edges, self.gain, self.shift)
+        planes = self.levelled(squared)
         maps = cells.resized(planes[:, None], config.image_size)[:, 0]
         if config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel, border="symmetric")
-        statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
-        if "cell_maximum" in config.statistics:
-            statistics["cell_maximum"] = planes.flatten(1).amax(1)
-        if "reweighted" in config.statistics:
-            statistics["reweighted"] = reweighted(rows, squared, self.bank, config.support)
-        return maps, torch.stack([statistics[name] for name in config.statistics], 1)
+        statistics = ops.map_statistics(
+            maps,
+            planes,
+            config.statistics,
+            config.top_share,
+            cell_maximum=lambda: planes.flatten(1).amax(1),
+            reweighted=lambda: reweighted(rows, squared, self.bank, config.support),
+        )
+        return maps, statistics
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -274,7 +281,7 @@ class PatchCore(OnBackbone):
     @override
     def matches(self, images: Tensor) -> list[Match]:
         rows, width = self.rows(self.encode(images)), self.cell_size[1]
-        planes = edges.treated(self.planes(self.squared(rows)), self.config.edges, self.gain, self.shift)
+        planes = self.levelled(self.squared(rows))
         found = []
         for one, worst in zip(rows, planes.flatten(1).argmax(1).tolist(), strict=True):
             distances = (self.bank - one[worst]).square().sum(1)

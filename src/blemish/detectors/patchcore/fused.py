@@ -138,12 +138,15 @@ class FusedPatchCore(Fused):
         planes = distances.view(-1, *self.cell_size)
         planes = edges.treated(planes, config.edges, self.gain, self.shift)
         maps = enlarge(planes, self.down, self.across)
-        statistics = ops.map_statistics(maps, planes, config.statistics, config.top_share)
-        if "cell_maximum" in config.statistics:
-            statistics["cell_maximum"] = planes.flatten(1).amax(1)
-        if "reweighted" in config.statistics:
-            statistics["reweighted"] = reweighted(rows.float(), squared, self.bank.T.float(), config.support)
-        return maps, torch.stack([statistics[name] for name in config.statistics], 1)
+        statistics = ops.map_statistics(
+            maps,
+            planes,
+            config.statistics,
+            config.top_share,
+            cell_maximum=lambda: planes.flatten(1).amax(1),
+            reweighted=lambda: reweighted(rows.float(), squared, self.bank.T.float(), config.support),
+        )
+        return maps, statistics
 
 
 def to_integers(bank: Tensor, most: int = 127) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -327,10 +328,8 @@ class SuperSimpleNet(OnBackbone):
         maps = functional.interpolate(shown[:, None], size, mode="bilinear")[:, 0]
         if self.config.blur_sigma:
             maps = ops.gaussian_blur(maps, self.kernel)
-        statistics = ops.map_statistics(maps, shown, self.config.statistics)
-        if "head" in self.config.statistics:
-            statistics["head"] = self.classify(encoded, cells)
-        return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+        head = partial(self.classify, encoded, cells)
+        return maps, ops.map_statistics(maps, shown, self.config.statistics, head=head)
 
     @override
     def fused(self) -> nn.Module:

@@ -13,6 +13,7 @@ Exact rewrites, equal to the plain network up to rounding:
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import cast
 
 import torch
@@ -73,10 +74,8 @@ class FusedSuperSimpleNet(Fused):
         cells = (functional.leaky_relu(hidden, SLOPE) @ self.vector).float()
         shown = edges.treated(cells, self.config.edges, self.gain, self.shift, self.margin)
         maps = enlarge(shown, self.down, self.across)
-        statistics = ops.map_statistics(maps, shown, self.config.statistics)
-        if self.classification is not None and "head" in self.config.statistics:
-            statistics["head"] = self.classification(encoded, cells)
-        return maps, torch.stack([statistics[name] for name in self.config.statistics], 1)
+        head = {} if self.classification is None else {"head": partial(self.classification, encoded, cells)}
+        return maps, ops.map_statistics(maps, shown, self.config.statistics, **head)
 
 
 class FusedClassification(nn.Module):
