@@ -191,14 +191,20 @@ def ended_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def carry_out(todo: Sequence[Part], progress: Progress, device: str) -> None:
-    """Do one part after the other within the limit, and write what there is after each of them."""
+def carry_out(todo: Sequence[Part], progress: Progress, device: str, *, patient: bool = False) -> None:
+    """Do one part after the other within the limit, and write what there is after each of them.
+
+    patient: let every part take what is left, not only its share.
+    """
     whole = sum(part.weight for part in todo)
     for number, part in enumerate(todo):
         left, rest = progress.left, todo[number + 1 :]
         share = max(0.0, left) * part.weight / (part.weight + sum(each.weight for each in rest))
         kept = KEPT * progress.limit * sum(each.weight for each in rest if each.begun is not None) / whole
-        most = min(left if part.begun is not None else left - kept, max(part.most, OVERRUN * share))
+        if patient:
+            most = left
+        else:
+            most = min(left if part.begun is not None else left - kept, max(part.most, OVERRUN * share))
         record: Found = {"part": part.name, "share_seconds": round(share, 1), "state": "not reached"}
         start = time.monotonic()
         if most > 0:
@@ -305,7 +311,7 @@ def main() -> int:
         )
         progress.write()
         gpu_job.lay_out(job)
-        carry_out(parts(job, methods, options), progress, job.device)
+        carry_out(parts(job, methods, options), progress, job.device, patient=options.dry_run)
     print((options.out / "gpu.md").read_text(encoding="utf-8"))
     problems = failed(progress.found)
     print(*problems, sep="\n")

@@ -80,6 +80,24 @@ def test_openvino_compiles_each_batch_size_once_and_returns_arrays_of_its_own(ti
     assert set(engine.requests) == {(1, 3, 64, 64), (2, 3, 64, 64)}
 
 
+def test_a_graph_that_openvino_cannot_compile_is_refused_in_a_sentence(
+    tiny: drawn.Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openvino = pytest.importorskip("openvino")
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(
+            "Exception from core.cpp:117:\nCheck 'prim' failed:\nunsupported reorder case.\n\n"
+        )
+
+    engine = open_engine(bundle.read(tiny.file), Choice("openvino"), threads=1)
+    monkeypatch.setattr(openvino.Core, "compile_model", refuse)
+    with pytest.raises(
+        ModelFileError, match="cannot run the graph on this processor: unsupported reorder case"
+    ):
+        engine.run(inputs(1))
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_torch_computes_in_the_precision_asked_for(precision: str, tiny: drawn.Tiny) -> None:
     opened, images = bundle.read(tiny.file), inputs(2)

@@ -256,6 +256,14 @@ def test_integers_run_close_to_the_network(backend: str, integers: bytes, tiny: 
     assert 1e-3 < watched.map_error < 0.3
 
 
+def test_a_graph_that_cannot_run_here_is_infinitely_wrong(integers: bytes, tiny: drawn.Tiny) -> None:
+    """The search for layers to leave in floating point then goes on with more of them."""
+    detector = restored(bundle.read(tiny.file))
+    error = pipeline.map_error(DetectorEngine(detector), good_inputs(tiny), Choice("onnxruntime", "int8"))
+    assert error(b"no graph") == np.inf
+    assert 1e-3 < error(integers) < 0.3
+
+
 def test_layers_are_in_integers_and_the_map_is_not(integers: bytes) -> None:
     model, makes = makers(integers)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

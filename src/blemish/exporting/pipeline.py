@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from blemish.data.loading import textures
 from blemish.detectors import onnx_graph
 from blemish.detectors.base import Detector
 from blemish.detectors.fusing import Kept, flops
-from blemish.errors import ConfigError, DataError, ExportError
+from blemish.errors import ConfigError, DataError, ExportError, ModelFileError
 from blemish.evaluation import run as evaluation
 from blemish.exporting import formats, gate, quantise
 from blemish.exporting.formats import FORMATS
@@ -254,13 +255,19 @@ def rewritten(
 def map_error(
     trained: gate.DetectorEngine, good: Sequence[FloatArray], choice: Choice
 ) -> Callable[[bytes], float]:
-    """Return a function that measures a graph's map error on images; the trained model runs on them once."""
+    """Return a function that measures a graph's map error on images; the trained model runs on them once.
+
+    The error of a graph that the engine cannot run here is infinite.
+    """
     replay = gate.RecordedOutputs({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
 
     def error(graph: bytes) -> float:
-        watched = gate.ComparedEngine(open_graph(graph, trained.outputs, choice), replay)
-        for inputs in good:
-            watched.run(inputs)
+        try:
+            watched = gate.ComparedEngine(open_graph(graph, trained.outputs, choice), replay)
+            for inputs in good:
+                watched.run(inputs)
+        except ModelFileError:
+            return math.inf
         return watched.map_error
 
     return error

@@ -42,6 +42,12 @@ def same_signal_stack() -> Iterator[None]:
             set_stack(ctypes.byref(before), None)
 
 
+def reason(error: RuntimeError) -> str:
+    """Return the last line of an error, the only one that does not say where in OpenVINO it was raised."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if line), "no reason was given")
+
+
 class OpenVino:
     """A graph in OpenVINO, compiled for each batch size on first use."""
 
@@ -55,7 +61,7 @@ class OpenVino:
         try:
             self.model = self.core.read_model(graph)
         except RuntimeError as error:
-            raise ModelFileError(f"OpenVINO cannot read the graph: {str(error).splitlines()[0]}") from error
+            raise ModelFileError(f"OpenVINO cannot read the graph: {reason(error)}") from error
         found = [output.any_name for output in self.model.outputs]
         if found != list(outputs):
             raise ModelFileError(
@@ -75,10 +81,18 @@ class OpenVino:
         return dict(zip(self.outputs, found, strict=True))
 
     def compile(self, shape: tuple[int, ...]) -> openvino.InferRequest:
-        """Compile the graph for one shape: fixed shapes run faster than dynamic ones."""
+        """Compile the graph for one shape: fixed shapes run faster than dynamic ones.
+
+        Raises ModelFileError for a graph that OpenVINO cannot run on this processor.
+        """
         fixed = self.model.clone()
-        fixed.reshape(list(shape))
-        with same_signal_stack():
-            request = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
+        try:
+            fixed.reshape(list(shape))
+            with same_signal_stack():
+                request = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
+        except RuntimeError as error:
+            raise ModelFileError(
+                f"OpenVINO cannot run the graph on this processor: {reason(error)}"
+            ) from error
         self.requests[shape] = request
         return request
