@@ -340,6 +340,28 @@ def test_moments_are_torchs_however_the_images_come() -> None:
         ops.channel_moments([])
 
 
+def test_the_covariance_is_torchs_however_the_rows_come() -> None:
+    x = 1000 + torch.randn(90, 5, generator=draw()) @ torch.randn(5, 5, generator=draw(1))
+    mean, covariance = ops.cell_covariance(torch.split(x, [1, 40, 30, 19]))
+    torch.testing.assert_close(mean, x.double().mean(0), rtol=1e-7, atol=0)
+    torch.testing.assert_close(covariance, x.double().T.cov(correction=0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="covariance of no rows"):
+        ops.cell_covariance([])
+
+
+def test_whitening_makes_variances_equal_but_for_its_share() -> None:
+    mixed = torch.randn(5, 5, generator=draw(), dtype=torch.float64)
+    covariance = mixed @ mixed.T
+    for share in (1e-9, 0.5):
+        matrix, variances = ops.whitening(covariance, share)
+        torch.testing.assert_close(matrix.T @ covariance @ matrix, variances.diag(), rtol=0, atol=1e-9)
+        before = torch.linalg.eigvalsh(covariance).flip(0)
+        torch.testing.assert_close(variances, before / (before + share * before.mean()))
+    flat, none = ops.whitening(torch.zeros(2, 2, dtype=torch.float64), 0.01)
+    assert flat.isfinite().all()
+    assert not none.any()
+
+
 def test_the_blur_is_a_gaussian_with_reflected_borders() -> None:
     maps = torch.rand(2, 30, 40, generator=draw())
     kernel = ops.gaussian_kernel(2.0, 13)

@@ -664,6 +664,21 @@ def test_noise_is_raised_only_where_it_may_be(may: bool) -> None:
     assert float(detector.noise_std) == pytest.approx(2 * before if may else before)
 
 
+def test_a_whitening_adaptor_gives_all_directions_the_same_variance() -> None:
+    detector, parts = (
+        make(whitening=1e-6),
+        [tuple(part[None] + 3 for part in pair) for pair in zip(*encoded(40), strict=True)],
+    )
+    note = detector.prepare(parts)
+    rows = torch.cat([detector.adapted(part).flatten(0, 2) for part in parts])
+    torch.testing.assert_close(rows.mean(0), torch.zeros(rows.shape[1]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(rows.T.cov(correction=0), torch.eye(rows.shape[1]), rtol=0, atol=2e-2)
+    assert note.startswith("features spread by 1, ")
+    other = make(whitening=1e-6)
+    other.prepare(parts)
+    assert torch.equal(detector.adaptor.weight, other.adaptor.weight)
+
+
 # --- data at the edge, through a whole run ---
 
 SMALL = drawn.TINY | {"layers": ("stage2",)}

@@ -38,6 +38,37 @@ def merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Te
     return mean, squares.sum(0) / (total - 1)
 
 
+def cell_covariance(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance of the (n_i, C) rows of a stream, as float64 (C,) and (C, C) on the CPU.
+
+    Merged in float64 like `channel_moments`; raises ValueError without rows.
+    """
+    count, mean, products = 0, torch.zeros(()), torch.zeros(())
+    for part in parts:
+        center = part.mean(0)
+        moved = part - center
+        delta, total = center.double().cpu() - mean, count + len(part)
+        products = products + (moved.T @ moved).double().cpu()
+        products = products + torch.outer(delta, delta) * (count * len(part) / total) if count else products
+        count, mean = total, mean + delta * (len(part) / total)
+    if count == 0:
+        raise ValueError("covariance of no rows; expected at least one part")
+    return mean, products / count
+
+
+def whitening(covariance: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the (C, D) matrix that whitens rows of this covariance, and their (D,) variances after it.
+
+    Columns are principal axes, that of the largest variance first. share: added to each variance before its
+    root is divided by, as a share of their mean, so that directions of hardly any variance stay small.
+    """
+    values, axes = torch.linalg.eigh(covariance)
+    variances = values.flip(0).clamp(min=0)
+    floored = variances + share * variances.mean()
+    scale = torch.where(floored > 0, floored.rsqrt(), 0.0)  # of rows that are all the same, nothing is left
+    return axes.flip(1) * scale, variances * scale.square()
+
+
 def gaussian_kernel(sigma: float, size: int, device: torch.device | str = "cpu") -> Tensor:
     """Return a normalised, centred (size,) Gaussian kernel."""
     x = torch.arange(size, dtype=torch.float64, device=device) - (size - 1) / 2

@@ -187,8 +187,7 @@ class PatchCore(OnBackbone):
             values, axes = torch.linalg.eigh(covariance)
             variances, projection = values.flip(0).clamp(min=0), axes.flip(1)
             if self.config.whitening:
-                scale = (variances + self.config.whitening * variances.mean()).rsqrt()
-                variances, projection = variances * scale.square(), projection * scale
+                projection, variances = ops.whitening(covariance, self.config.whitening)
         length = variances.sum().sqrt()
         self.mean.copy_(mean)
         self.projection.copy_(projection / (length if length > 0 else 1.0))

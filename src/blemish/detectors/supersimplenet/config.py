@@ -32,6 +32,9 @@ class SuperSimpleNetConfig(Config):
     adaptor_weight_decay: float = 1e-2
     head_learning_rate: float = 2e-4
     head_weight_decay: float = 1e-5
+    whitening: float = 0.0
+    """Start the adaptor as a whitening of the good images' features, regularised by this share of their mean
+    variance; 0: start it at random, as in the paper."""
     upscale: bool = True
     """Double the resolution of the finest layer."""
     hidden_channels: int = 0

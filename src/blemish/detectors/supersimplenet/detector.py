@@ -86,11 +86,27 @@ class SuperSimpleNet(OnBackbone):
         measured after the adaptor, which starts with unit gain, because the noise is added there.
         """
         with torch.no_grad():
-            _, variance = ops.channel_moments(self.adapted(parts).permute(0, 3, 1, 2) for parts in encoded)
-        spread = float(variance.mean().sqrt())
+            if self.config.whitening:
+                spread = self.whiten(encoded)
+            else:
+                planes = (self.adapted(parts).permute(0, 3, 1, 2) for parts in encoded)
+                spread = float(ops.channel_moments(planes)[1].mean().sqrt())
         if not self.given_noise:
             self.noise_std.fill_(self.config.noise_ratio * spread)
         return f"features spread by {spread:.3g}, noise {float(self.noise_std):.3g}"
+
+    def whiten(self, encoded: Iterable[tuple[Tensor, ...]]) -> float:
+        """Start the adaptor as a whitening of the features; return their spread after it.
+
+        The whitened axes are rotated at random, so that no channel has more than its share of small noise.
+        """
+        mean, covariance = ops.cell_covariance(self.features(parts).flatten(0, 2) for parts in encoded)
+        matrix, variances = ops.whitening(covariance, self.config.whitening)
+        rotation = torch.linalg.qr(self.adaptor.weight.double().cpu())[0]
+        weight = rotation @ matrix.T
+        self.adaptor.weight.copy_(weight)
+        self.adaptor.bias.copy_(-weight @ mean)
+        return float(variances.mean().sqrt())
 
     @override
     def optimizer(self) -> torch.optim.Optimizer:
