@@ -420,7 +420,7 @@ def ended(arguments: list[str]) -> tuple[int, str, str]:
     """Run Python to its end; return its status and what it wrote."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     program = [sys.executable, *arguments]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=100, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -243,6 +243,11 @@ def test_old_images_that_are_missing_are_warned_of(
             "noise_ratio=0.25: the weights in .* were trained with noise_ratio=1.0",
         ),
         (
+            {"settings": {"whitening": 0.01}},
+            ConfigError,
+            "whitening=0.01: the weights in .* were trained with whitening=0.0",
+        ),
+        (
             {"settings": {"backbone": "resnet18"}},
             ConfigError,
             "were trained with backbone=efficientnet_lite0",

@@ -94,6 +94,21 @@ def test_wrong_settings_are_refused(name: str, key: str, value: Any, says: str) 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("value", ["-0.1", "nan", "inf"])
+@pytest.mark.parametrize("name", ["patchcore", "supersimplenet", "simplenet"])
+def test_whitening_is_a_share(name: str, value: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"whitening={value} does not fit; expected at least 0, and finite"
+    ):
+        configure(name, settings={"whitening": value})
+
+
+@pytest.mark.parametrize("key", ["place_weight", "dimensions", "candidates", "copies"])
+def test_what_patchcore_counts_and_weighs_is_not_negative(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=-1\S* does not fit; expected at least 0"):
+        configure("patchcore", settings={key: "-1"})
+
+
 def test_an_unknown_kind_of_anomalies_or_preset_is_refused() -> None:
     with pytest.raises(ConfigError, match="anomalies=perlin2 does not fit; expected 'perlin' or 'whole'"):
         configure("supersimplenet", settings={"anomalies": "perlin2"})

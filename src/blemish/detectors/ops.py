@@ -56,17 +56,23 @@ def cell_covariance(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, products / count
 
 
-def whitening(covariance: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return the (C, D) matrix that whitens rows of this covariance, and their (D,) variances after it.
-
-    Columns are principal axes, that of the largest variance first. share: added to each variance before its
-    root is divided by, as a share of their mean, so that directions of hardly any variance stay small.
-    """
+def principal_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (C, C) principal axes, as columns, and the (C,) variances along them, the largest first."""
     values, axes = torch.linalg.eigh(covariance)
-    variances = values.flip(0).clamp(min=0)
+    return axes.flip(1), values.flip(0).clamp(min=0)
+
+
+def whitening(covariance: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the (C, C) matrix that whitens rows of this covariance, and their (C,) variances after it.
+
+    Columns are principal axes, scaled, that of the largest variance first. share: added to each variance
+    before its root is divided by, as a share of their mean, so that directions of hardly any variance stay
+    small.
+    """
+    axes, variances = principal_axes(covariance)
     floored = variances + share * variances.mean()
     scale = torch.where(floored > 0, floored.rsqrt(), 0.0)  # of rows that are all the same, nothing is left
-    return axes.flip(1) * scale, variances * scale.square()
+    return axes * scale, variances * scale.square()
 
 
 def gaussian_kernel(sigma: float, size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -161,7 +167,8 @@ def map_statistics(
 
     maximum: the largest value of the map, by which the papers score an image. smoothed_maximum: the largest
     cell after a Gaussian blur with a sigma of one cell. top_mean: the mean of the largest cells, a share
-    `top_share` of them, at least 5. own: (B,) statistics of the method, computed if they are named.
+    `top_share` of them, at least 5. cell_maximum: the largest cell. own: (B,) statistics of the method,
+    computed if they are named.
     """
 
     def smoothed_maximum() -> Tensor:
@@ -178,6 +185,7 @@ def map_statistics(
         "maximum": lambda: maps.flatten(1).amax(1),
         "smoothed_maximum": smoothed_maximum,
         "top_mean": top_mean,
+        "cell_maximum": lambda: cells.flatten(1).amax(1),
     } | own
     return torch.stack([known[name]() for name in names], 1)
 

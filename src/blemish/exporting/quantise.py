@@ -65,10 +65,10 @@ def quantise(
     """Quantise as many layers as the limit of the error allows, all but the first ones.
 
     images: the inputs (N, 3, h, w) of good ones; last: only so many layers, the last ones, may be quantised;
-    0: all. Returns the graph, and the names of the layers left in
-    floating point. These are the first in depth, since the first layers are sensitive and cheap, and since no
-    layer in floating point then lies between two quantised ones: ONNX Runtime, without being asked, quantises
-    such a layer with one scale for all of its output channels.
+    0: all. Returns the graph, and the names of the layers left in floating point. These are the first in
+    depth, since the first layers are sensitive and cheap, and since no layer in floating point then lies
+    between two quantised ones: ONNX Runtime, without being asked, quantises such a layer with one scale for
+    all of its output channels.
     """
     prepared = preprocessed(graph)
     layers = by_depth(prepared, quantisable_layers(prepared))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -71,6 +72,15 @@ class PatchCoreConfig(Config):
             (
                 ("bank_size", self.bank_size, self.bank_size > 0 or self.bank_share > 0, "more than 0"),
                 ("bank_share", self.bank_share, 0 <= self.bank_share <= 1, "0 to 1"),
+                (
+                    "place_weight",
+                    self.place_weight,
+                    0 <= self.place_weight < math.inf,
+                    "at least 0, and finite",
+                ),
+                ("whitening", self.whitening, 0 <= self.whitening < math.inf, "at least 0, and finite"),
+                ("dimensions", self.dimensions, self.dimensions >= 0, "at least 0"),
+                ("candidates", self.candidates, self.candidates >= 0, "at least 0"),
                 ("copies", self.copies, self.copies >= 0, "at least 0"),
                 ("trim", self.trim, 0 <= self.trim < 1, "at least 0 and less than 1"),
                 ("neighbours", self.neighbours, self.neighbours >= 1, "at least 1"),

@@ -183,11 +183,10 @@ class PatchCore(OnBackbone):
         covariance = (wide - mean).T @ (wide - mean) / len(wide)
         variances = covariance.diagonal()
         projection = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
-        if self.config.dimensions or self.config.whitening:
-            values, axes = torch.linalg.eigh(covariance)
-            variances, projection = values.flip(0).clamp(min=0), axes.flip(1)
-            if self.config.whitening:
-                projection, variances = ops.whitening(covariance, self.config.whitening)
+        if self.config.whitening:
+            projection, variances = ops.whitening(covariance, self.config.whitening)
+        elif self.config.dimensions:
+            projection, variances = ops.principal_axes(covariance)
         length = variances.sum().sqrt()
         self.mean.copy_(mean)
         self.projection.copy_(projection / (length if length > 0 else 1.0))
@@ -245,7 +244,6 @@ class PatchCore(OnBackbone):
             planes,
             config.statistics,
             config.top_share,
-            cell_maximum=lambda: planes.flatten(1).amax(1),
             reweighted=lambda: reweighted(rows, squared, self.bank, config.support),
         )
         return maps, statistics

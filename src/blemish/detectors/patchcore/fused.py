@@ -143,7 +143,6 @@ class FusedPatchCore(Fused):
             planes,
             config.statistics,
             config.top_share,
-            cell_maximum=lambda: planes.flatten(1).amax(1),
             reweighted=lambda: reweighted(rows.float(), squared, self.bank.T.float(), config.support),
         )
         return maps, statistics

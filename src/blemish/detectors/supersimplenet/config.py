@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from blemish.detectors.settings import STATISTICS, Config
+from blemish.detectors.settings import STATISTICS, Config, refuse_numbers
 from blemish.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class SuperSimpleNetConfig(Config):
     """The settings of SuperSimpleNet."""
 
     SCHEDULE: ClassVar[frozenset[str]] = Config.SCHEDULE | {"adaptor_learning_rate", "head_learning_rate"}
-    FIXED: ClassVar[frozenset[str]] = frozenset({"backbone", "layers", "noise_ratio"})
+    FIXED: ClassVar[frozenset[str]] = frozenset({"backbone", "layers", "noise_ratio", "whitening"})
 
     backbone: str = "efficientnet_lite0"
     layers: tuple[str, ...] = ()
@@ -75,7 +76,10 @@ class SuperSimpleNetConfig(Config):
     statistics: tuple[str, ...] = ("maximum", "smoothed_maximum", "top_mean")
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for settings that contradict each other."""
+        """Raise ConfigError for values out of range and for settings that contradict each other."""
+        refuse_numbers(
+            (("whitening", self.whitening, 0 <= self.whitening < math.inf, "at least 0, and finite"),)
+        )
         if "head" in self.statistics and not self.classification_head:
             raise ConfigError("the statistic 'head' needs --set classification_head=true")
         if self.mask_dilation < 0 or (self.mask_dilation and self.mask_dilation % 2 == 0):

@@ -83,7 +83,8 @@ class SuperSimpleNet(OnBackbone):
         """Measure the spread of the adapted features, and set the noise level by it unless that is given.
 
         The spread is the root mean square, over channels, of the standard deviation of a channel. It is
-        measured after the adaptor, which starts with unit gain, because the noise is added there.
+        measured after the adaptor, because the noise is added there. The adaptor starts at random with unit
+        gain, or as a whitening of the features.
         """
         with torch.no_grad():
             if self.config.whitening:
@@ -98,7 +99,7 @@ class SuperSimpleNet(OnBackbone):
     def whiten(self, encoded: Iterable[tuple[Tensor, ...]]) -> float:
         """Start the adaptor as a whitening of the features; return their spread after it.
 
-        The whitened axes are rotated at random, so that no channel has more than its share of small noise.
+        The whitened axes are rotated at random, after which all channels have about the same variance.
         """
         mean, covariance = ops.cell_covariance(self.features(parts).flatten(0, 2) for parts in encoded)
         matrix, variances = ops.whitening(covariance, self.config.whitening)

@@ -86,8 +86,8 @@ class OpenVino:
         Raises ModelFileError for a graph that OpenVINO cannot run on this processor.
         """
         fixed = self.model.clone()
+        fixed.reshape(list(shape))
         try:
-            fixed.reshape(list(shape))
             with same_signal_stack():
                 request = self.core.compile_model(fixed, "CPU", self.settings).create_infer_request()
         except RuntimeError as error:
