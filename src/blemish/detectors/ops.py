@@ -181,7 +181,7 @@ def map_statistics(
         largest = min(count, max(5, int(top_share * count + 1e-6)))
         return cells.flatten(1).topk(largest).values.mean(1)
 
-    known = {
+    known: dict[str, Callable[[], Tensor]] = {
         "maximum": lambda: maps.flatten(1).amax(1),
         "smoothed_maximum": smoothed_maximum,
         "top_mean": top_mean,
