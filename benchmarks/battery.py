@@ -13,14 +13,16 @@ settings KEY=VALUE, or by options of a training that OPTIONS lists. Conditions:
     light       trained on clean images; the test images are altered in light, sharpness and place
 
 Each cell runs in a process of its own and is one line of JSON; cells that are in the file already are not
-run again, so that a battery that was stopped goes on. Nothing is chosen here: `show` prints what was
-measured, the mean over the seeds with its standard deviation, and the mean over all columns.
+run again, and a training that was killed goes on from its checkpoint, in the folder OUT.unfinished. Nothing
+is chosen here: `show` prints what was measured, the mean over the seeds with its standard deviation, and the
+mean over all columns.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -42,6 +44,8 @@ from blemish import data, seeding
 from blemish.demo import dataset
 from blemish.files import digest
 from blemish.tables import aligned
+from blemish.training import checkpoint
+from blemish.training.session import checkpoint_path
 from blemish.types import Evaluation, Sample
 
 OPTIONS = ("light", "scale", "supervision", "preset", "steps", "budget")
@@ -83,6 +87,11 @@ class Cell:
         """What identifies the cell."""
         return self.name, self.condition, self.variant, self.seed
 
+    @property
+    def file_name(self) -> str:
+        """A name for the files of the cell."""
+        return hashlib.sha256(repr(self.key).encode()).hexdigest()[:16]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run cells, or show what was measured."""
@@ -107,9 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cell = commands.add_parser("cell")
     cell.add_argument("cell")
     cell.add_argument("--cache", default="off")
+    cell.add_argument("--unfinished", type=Path, required=True)
     options = parser.parse_args(arguments)
     if options.command == "cell":
-        print(json.dumps(measured(Cell(**json.loads(options.cell)), options.cache)))
+        cell_asked = Cell(**json.loads(options.cell))
+        print(json.dumps(measured(cell_asked, options.cache, options.unfinished)))
         return 0
     if options.command == "show":
         print(shown(options))
@@ -132,6 +143,7 @@ def run_all(options: argparse.Namespace) -> int:
         if options.threads:
             environment["OMP_NUM_THREADS"] = str(options.threads)
         command = [sys.executable, __file__, "cell", json.dumps(asdict(cell)), "--cache", options.cache]
+        command += ["--unfinished", f"{options.out}.unfinished"]
         made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if made.returncode:
             failed += 1
@@ -156,16 +168,23 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     yield Cell(category, condition, variant, seed)
 
 
-def measured(cell: Cell, cache: str) -> dict[str, Any]:
-    """Train and evaluate one cell; return everything that was measured."""
+def measured(cell: Cell, cache: str, unfinished: Path) -> dict[str, Any]:
+    """Train and evaluate one cell; return everything that was measured.
+
+    unfinished: folder of the checkpoints of trainings that were killed, and of this one while it runs.
+    """
+    unfinished.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         root = category(cell, folder)
         manifest = write_manifest(root, cell, folder / "manifest.csv")
-        out = folder / "model.blemish"
+        out = unfinished / f"{cell.file_name}.blemish"
+        before = checkpoint_path(out, resume=True)
+        options = trained(cell.variant) | ({"resume": True} if before.exists() else {})
+        seconds = float(checkpoint.header(before)["seconds"]) if before.exists() else 0.0
         started = time.monotonic()
-        model = blemish.train(manifest, out=out, seed=cell.seed, cache=cache, **trained(cell.variant))
-        seconds = time.monotonic() - started
+        model = blemish.train(manifest, out=out, seed=cell.seed, cache=cache, **options)
+        seconds += time.monotonic() - started
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         facts = {
             "cell": asdict(cell),
@@ -177,9 +196,13 @@ def measured(cell: Cell, cache: str) -> dict[str, Any]:
             "milliseconds": milliseconds(model),
             "image_size": list(model.image_size),
         }
-        if cell.condition == "light":
-            return facts | in_other_light(model, root, folder)
-        return facts | metrics(blemish.evaluate(model, manifest))
+        found = (
+            in_other_light(model, root, folder)
+            if cell.condition == "light"
+            else metrics(blemish.evaluate(model, manifest))
+        )
+        out.unlink()
+        return facts | found
 
 
 def category(cell: Cell, folder: Path) -> Path:

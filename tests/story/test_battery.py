@@ -5,11 +5,15 @@ import csv
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+import blemish
 import drawn
 from blemish import data
+from blemish.errors import StoppedError
+from blemish.progress import Event
 
 VARIANT = "patchcore image_size=64x64 layers=stage1,stage2 bank_size=100"
 
@@ -107,6 +111,39 @@ def test_a_battery_that_was_stopped_goes_on_and_is_shown(
     assert shown[0].split() == ["image", "AUROC", "parts", "mean"]
     assert shown[1].split()[-3:] == ["100.00", "(0.00)", "100.00"]
     assert shown[4].startswith(VARIANT)
+
+
+def test_a_training_that_was_killed_goes_on_from_its_checkpoint(
+    battery: ModuleType, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn.tiny_weights(tmp_path / "efficientnet_lite0.safetensors")
+    monkeypatch.setenv("BLEMISH_WEIGHTS", str(tmp_path))
+    variant = "simplenet image_size=64x64 layers=stage1,stage2 steps=6"
+    cell, unfinished = battery.Cell(str(parts), "clean", variant, 0), tmp_path / "unfinished"
+    whole = battery.measured(cell, "off", unfinished)
+    seen: list[Event] = []
+
+    def enough(events: list[Event]) -> bool:
+        return any(event.phase == "training" and event.step >= 4 for event in events)
+
+    def killed(*words: Any, **options: Any) -> Any:
+        with pytest.raises(StoppedError):
+            train(*words, **options, report=seen.append, stop=lambda: enough(seen[-1:]))
+        raise KeyboardInterrupt
+
+    def watched(*words: Any, **options: Any) -> Any:
+        return train(*words, **options, report=seen.append)
+
+    train = blemish.train
+    monkeypatch.setattr(blemish, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        battery.measured(cell, "off", unfinished)
+    monkeypatch.setattr(blemish, "train", watched)
+    seen.clear()
+    found = battery.measured(cell, "off", unfinished)
+    assert found["image_auroc"] == whole["image_auroc"]
+    assert min(event.step for event in seen if event.phase == "training" and event.losses) == 5
+    assert not list(unfinished.iterdir())
 
 
 def test_a_variant_that_lacks_a_column_has_no_mean(battery: ModuleType) -> None:
