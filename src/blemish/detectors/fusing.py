@@ -33,8 +33,9 @@ class Lowered(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.network = copy.deepcopy(network).to(dtype)
-        for name in network.full_precision if isinstance(network, Fused) else ():
-            self.network.register_buffer(name, network.get_buffer(name).clone())
+        for whole, lowered in zip(network.modules(), self.network.modules(), strict=True):
+            for name in whole.full_precision if isinstance(whole, Fused) else ():
+                lowered.register_buffer(name, whole.get_buffer(name).clone())
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

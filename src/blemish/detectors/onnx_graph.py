@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 from torch import nn
 
 from blemish.detectors.base import Detector
@@ -44,6 +45,9 @@ def export_network(
         )
     if program is None:
         raise ExportError("torch's exporter returned no graph")
+    # Joined methods may contain the same backbone, which then is computed once.
+    DeduplicateInitializersPass(size_limit=1 << 30)(program.model)
+    CommonSubexpressionEliminationPass()(program.model)
     model = program.model_proto
     # The exporter records paths of this machine's source files on every node, and continues the numbering of
     # nodes from one export to the next. Without both, equal networks give equal bytes.

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blemish.detectors import sizing
+from blemish.detectors.joined.config import JoinedConfig
 from blemish.detectors.settings import (
     FROM_IMAGES,
+    GOOD_ONLY,
+    OF_STEPS,
     Config,
     Method,
     Preset,
@@ -39,10 +42,14 @@ FIRST = "patchcore"
 """The method for good images alone, by as much of the battery as was run (docs/accuracy.md)."""
 LABELLED = "supersimplenet"
 """The method that learns from defects, too, and the one for a run whose steps or epochs are given."""
+JOIN = "+"
+"""What stands between the names of joined methods."""
 
 
 def method(name: str) -> Method:
-    """Return a method by name; raise ConfigError with the nearest known name if there is none."""
+    """Return a method by name, or joined methods; raise ConfigError with the nearest known name."""
+    if JOIN in name:
+        return joined(name)
     if name not in METHODS:
         raise ConfigError(f"unknown model {name!r}; {nearest(name, METHODS)}")
     found = METHODS[name]
@@ -58,6 +65,61 @@ def preset(name: str, wanted: str) -> Preset:
     if wanted not in presets:
         raise ConfigError(f"{name} has no preset {wanted!r}; {nearest(wanted, presets)}")
     return presets[wanted]
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the names of joined methods, or the one name."""
+    return name.split(JOIN)
+
+
+def joined(name: str) -> Method:
+    """Return the methods joined by JOIN in a name, as one."""
+    methods = [method(part) for part in parts_of(name)]
+
+    def make(config: JoinedConfig) -> Detector:
+        from blemish.detectors.joined.detector import Joined
+
+        names = [part["method"] for part in config.parts]
+        configs = [configure(part["method"], settings=part["config"]) for part in config.parts]
+        return Joined(config, [method(one).build(own) for one, own in zip(names, configs, strict=True)])
+
+    return Method(
+        make,
+        JoinedConfig(),
+        {"default": Preset({}, GOOD_ONLY)},
+        has_steps=False,  # its parts may have some
+        leaves_one_out=all(each.leaves_one_out for each in methods),
+    )
+
+
+def settings_of_parts(name: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Divide settings among joined methods.
+
+    A setting goes to every part that has it or, as PART.SETTING, to those of that name or number, counted
+    from 1. Raises ConfigError for one that no part has.
+    """
+    names = parts_of(name)
+    types = [settings_of(method(part)) for part in names]
+    found: list[dict[str, Any]] = [{} for _ in names]
+    for key, value in given.items():
+        place, _, setting = key.rpartition(".")
+        parts = [number for number, part in enumerate(names) if place in ("", part, str(number + 1))]
+        if not parts:
+            raise ConfigError(f"setting {key}: {name} has no part {place!r}; {nearest(place, names)}")
+        able = [number for number in parts if setting in types[number]]
+        if not able:
+            known = {each for number in parts for each in types[number]}
+            raise ConfigError(f"no part of {name} has a setting {setting!r}; {nearest(setting, known)}")
+        if place and setting in ("image_size", "side"):
+            raise ConfigError(f"setting {key}: the parts of {name} see one image; expected {setting} alone")
+        for number in able:
+            found[number][setting] = value
+    return found
+
+
+def settings_of(found: Method) -> set[str]:
+    """Return the names of the settings that mean something to a method."""
+    return field_types(found.config).keys() - (set() if found.has_steps else set(OF_STEPS))
 
 
 def methods_with_setting(setting: str) -> list[str]:
@@ -154,4 +216,6 @@ def resize_fitted_buffers(detector: Detector, stored: Mapping[str, Any]) -> None
     """Resize the buffers whose size is determined by fitting to the sizes of the stored tensors."""
     for name in detector.fitted_buffers:
         if name in stored:
-            detector.register_buffer(name, detector.get_buffer(name).new_empty(stored[name].shape))
+            owner, _, own = name.rpartition(".")
+            empty = detector.get_buffer(name).new_empty(stored[name].shape)
+            detector.get_submodule(owner).register_buffer(own, empty)

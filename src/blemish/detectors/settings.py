@@ -22,6 +22,8 @@ STATISTICS = ("maximum", "smoothed_maximum", "top_mean")
 """Statistics of an anomaly map that every method can be scored by; `ops.map_statistics` computes them."""
 FROM_IMAGES = (0, 0)
 """The image size of a config that leaves it open: a run derives it from the training images."""
+OF_STEPS = ("steps", "epochs", "schedule", "clip_norm")
+"""Settings that mean nothing to a method without optimiser steps."""
 
 Edges = Literal["none", "rings", "cells", "blind"]
 """What can be done about places of a map where good parts score high; the module `edges` does it."""

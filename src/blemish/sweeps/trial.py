@@ -45,9 +45,9 @@ def run_trial(
         tell(report, f"{trial.out} is already trained: evaluating it")
     else:
         from blemish.training import run
+        from blemish.training.session import begun
 
-        begun = trial.out.with_name(trial.out.name + ".checkpoint").exists()
-        run.run(replace(trial.request(base), resume=begun), report=report, stop=stop)
+        run.run(replace(trial.request(base), resume=begun(trial.out)), report=report, stop=stop)
     with load(trial.out, threads=threads) as model:
         return evaluate(model, base.data, layout=base.layout, exhibits=0, report=report, stop=stop)
 
@@ -66,12 +66,15 @@ def refuse_other(trial: Trial, base: TrainingRequest) -> None:
 
 def expected(request: TrainingRequest) -> dict[str, Any]:
     """Return the part of a model file's manifest that is known before training."""
+    from blemish.detectors import registry
     from blemish.detectors.settings import as_json
     from blemish.files import digest
     from blemish.training import fingerprint
     from blemish.training.length import Length
     from blemish.training.plan import drop_copies, find_copies, plan
 
+    if len(registry.parts_of(request.model or "")) > 1:  # what else its parts must have is theirs to know
+        return {"training": {"run": {"model": request.model, "seed": request.seed}}}
     planned = plan(request)
     planned = drop_copies(planned, find_copies(planned.parts))
     config = planned.config

@@ -16,7 +16,7 @@ from blemish.data.labels import choose_defects, describe, keep_masks, supervise
 from blemish.data.shapes import most_frequent
 from blemish.data.split import Split, split
 from blemish.detectors import registry, sizing
-from blemish.detectors.settings import FROM_IMAGES, Config, Method, read_settings
+from blemish.detectors.settings import FROM_IMAGES, OF_STEPS, Config, Method, read_settings
 from blemish.errors import ConfigError, DataError
 from blemish.files import SHORT_DIGEST, digest, short_digest
 from blemish.inference import bundle, calibration
@@ -221,7 +221,7 @@ def refuse_length(request: TrainingRequest, model: str, method: Method) -> None:
     if method.has_steps:
         return
     asked = list(request.length.given)
-    unused = {name: getattr(method.config, name) for name in ("steps", "epochs", "schedule", "clip_norm")}
+    unused = {name: getattr(method.config, name) for name in OF_STEPS}
     given = request.settings
     asked += [name for name in unused if name in given and str(given[name]) != str(unused[name])]
     asked += ["schedule"] * (request.schedule != "default") + ["resume"] * request.resume

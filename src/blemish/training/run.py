@@ -30,7 +30,7 @@ from blemish.inference.bundle import Bundle
 from blemish.inference.engines import Engine
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, Stop, never, silent, tell, tracked
-from blemish.training import fingerprint, loop
+from blemish.training import fingerprint, joining, loop
 from blemish.training.finalise import COMPARED, finalise, from_held_out, from_left_out
 from blemish.training.loop import Run
 from blemish.training.material import Material, assemble, digests_of, encode_all, open_natural, read_images
@@ -61,6 +61,8 @@ LEFT_OUT = 1000
 
 def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never) -> Predictor:
     """Carry out a training request; see `train`."""
+    if request.model is not None and len(registry.parts_of(request.model)) > 1:
+        return joining.run(request, run, report=report, stop=stop)
     started = time.monotonic()
     device = choose_device(request.device)
     check_writable(request.out)

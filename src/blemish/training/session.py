@@ -25,6 +25,17 @@ def checkpoint_path(out: Path, resume: bool) -> Path:
     return path
 
 
+def part_path(out: Path, number: int) -> Path:
+    """Return where part `number` of joined methods is kept until the run that writes `out` ends."""
+    return out.with_name(f"{out.name}.part{number}")
+
+
+def begun(out: Path) -> bool:
+    """Return whether an unfinished run that writes `out` has left something to go on from."""
+    remains = (out.name + ".checkpoint", out.name + ".part")
+    return any(path.name.startswith(remains) for path in out.parent.glob("*"))
+
+
 def start_or_resume(
     run: Run,
     length: Length,

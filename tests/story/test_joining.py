@@ -1,0 +1,229 @@
+"""Joined methods: what each part is asked for, one scale, one file, and going on after an interruption."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import blemish
+import drawn
+from blemish.detectors import registry
+from blemish.detectors.joined.detector import Joined, Scale, Sum
+from blemish.errors import BlemishError, ConfigError, ModelFileError, StoppedError
+from blemish.inference import bundle
+from blemish.inference.engines.pytorch import restored
+from blemish.progress import Event
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAIR = "patchcore+simplenet"
+SETTINGS = {
+    "image_size": "64x64",
+    "layers": "stage1,stage2",
+    "bank_size": "100",
+    "hidden_channels": "16",
+    "steps": "30",
+    "head_learning_rate": "1e-2",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("joined")
+
+
+@pytest.fixture(scope="module")
+def parts(folder: Path) -> Path:
+    return drawn.data_set(folder / "parts", train=24, good=6, bad=6)
+
+
+@pytest.fixture(autouse=True)
+def weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (folder / "efficientnet_lite0.safetensors").exists():
+        drawn.tiny_weights(folder / "efficientnet_lite0.safetensors")
+    monkeypatch.setenv("BLEMISH_WEIGHTS", str(folder))
+
+
+def train(parts: Path, out: Path, model: str = PAIR, **options: Any) -> blemish.Predictor:
+    settings = SETTINGS | options.pop("settings", {})
+    return blemish.train(parts, out=out, model=model, settings=settings, **options)
+
+
+@pytest.fixture
+def pair(parts: Path, folder: Path) -> Path:
+    """A joined model, trained once."""
+    out = folder / "pair.blemish"
+    if not out.exists():
+        train(parts, out)
+    return out
+
+
+def test_parts_are_brought_to_one_scale_and_added() -> None:
+    total = Sum([2, 1], ["maximum", "sum"])
+    total.measure(
+        [Scale((1.0, 10.0), (2.0, 5.0), (0.5, 2.0), 0.5, 2.5), Scale((0.0,), (1.0,), (3.0, 4.0), -1.0, 3.0)]
+    )
+    first = torch.full((1, 8, 8), 0.5)
+    first[0, 2, 3] = 4.5
+    second = torch.full((1, 8, 8), -1.0)
+    second[0, 2, 3] = 7.0
+    maps, statistics, *shown = total([first, second], [torch.tensor([[5.0, 30.0]]), torch.tensor([[11.0]])])
+    assert (float(shown[0].min()), float(shown[0][0, 2, 3])) == (0.0, 2.0)
+    assert (float(shown[1].min()), float(shown[1][0, 2, 3])) == (0.0, 2.0)
+    assert float(maps[0, 2, 3]) == 2.0
+    # The first part's z-scores are 2 and 4, so its score is 4, which is (4 - 0.5) / 2 = 1.75 on the scale.
+    assert statistics[0].tolist() == [2.0, 1.75 + (11 - 3) / 4]
+
+
+def test_a_joined_model_tells_defects_apart_in_one_file(pair: Path, parts: Path) -> None:
+    with blemish.load(pair) as model:
+        assert model.manifest.method == PAIR
+        assert model.manifest.outputs == ("map", "statistics", "patchcore", "simplenet")
+        found = blemish.evaluate(model, parts)
+    assert (found.rows[0].image_auroc or 0) > 0.95
+    assert (found.rows[0].aupro or 0) > 0.5
+    assert not list(pair.parent.glob("pair.blemish.*"))
+
+
+def test_thresholds_come_from_images_that_no_part_learned_from(pair: Path, parts: Path) -> None:
+    with blemish.load(pair) as model:
+        training, calibration = model.manifest.training, model.manifest.calibration
+    assert training.files is not None
+    assert len(training.files.held_out) == len(calibration.scores) == training.held_out_images == 5
+    assert not {*training.files.held_out} & {*training.files.train}
+    assert len(training.files.train) == 19
+    assert calibration.left_out  # one part remembers those images, and scored each without itself
+
+
+def test_methods_that_leave_one_out_are_joined_without_holding_images_out(
+    parts: Path, tmp_path: Path
+) -> None:
+    settings = {key: SETTINGS[key] for key in ("image_size", "layers", "bank_size")} | {"dimensions": "8"}
+    model = blemish.train(parts, out=tmp_path / "m.blemish", model="patchcore+padim", settings=settings)
+    assert len(model.calibration.scores) == 24
+    assert model.calibration.left_out
+    assert model.manifest.training.held_out_images == 0
+
+
+def test_the_graph_is_that_of_the_detector_and_has_a_shared_backbone_once(pair: Path, parts: Path) -> None:
+    opened = bundle.read(pair)
+    detector = restored(opened)
+    inputs = np.random.default_rng(0).random((2, 3, 64, 64), np.float32)
+    with blemish.load(pair) as model, torch.no_grad():
+        found = model.engine.run(inputs)
+        for name, expected in zip(opened.manifest.outputs, detector(torch.from_numpy(inputs)), strict=True):
+            np.testing.assert_allclose(found[name], expected.numpy(), rtol=1e-3, atol=1e-3)
+
+    def convolutions(graph: bytes) -> int:
+        return sum(node.op_type == "Conv" for node in onnx.load_from_string(graph).graph.node)
+
+    assert isinstance(detector, Joined)
+    one = detector.detectors[0]
+    backbone = sum(isinstance(module, torch.nn.Conv2d) for module in one.modules())
+    assert backbone <= convolutions(opened.graph) < 2 * backbone
+
+
+def test_what_a_place_is_like_is_said_by_the_part_that_remembers(pair: Path, parts: Path) -> None:
+    with blemish.load(pair) as model:
+        detector = restored(bundle.read(pair))
+        image = torch.from_numpy(model.manifest.preprocessing.inputs(drawn.part(0)))
+        assert detector.matches(image)[0].digest in {
+            digest[:15]
+            for digest in model.manifest.training.files.names  # type: ignore[union-attr]
+        }
+
+
+def test_parts_that_were_trained_are_not_trained_again(parts: Path, pair: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "m.blemish", list[Event]()
+
+    def stop() -> bool:
+        return bool(seen) and seen[-1].phase == "training" and seen[-1].step >= 10
+
+    with pytest.raises(StoppedError):
+        train(parts, out, report=seen.append, stop=stop)
+    assert not out.exists()
+    with pytest.raises(ConfigError, match=r"part1 belongs to an unfinished run: continue it with --resume"):
+        train(parts, out)
+    with pytest.raises(ModelFileError, match=r"part1 belongs to another run: its seed is 0, not 1"):
+        train(parts, out, resume=True, seed=1)
+    said: list[str] = []
+    model = train(parts, out, resume=True, report=lambda event: said.append(event.message))
+    assert "part 1, patchcore: trained before" in said
+    with blemish.load(pair) as whole:
+        assert model.calibration == whole.calibration
+    assert [path.name for path in tmp_path.iterdir()] == ["m.blemish"]
+
+
+def test_settings_go_to_the_parts_that_have_them() -> None:
+    names = "simplenet+patchcore+simplenet"
+    given = {"whitening": "0.1", "bank_size": 5, "1.layers": "stage1", "3.layers": "stage2", "steps": "7"}
+    first, second, third = registry.settings_of_parts(names, given)
+    assert first == {"whitening": "0.1", "layers": "stage1", "steps": "7"}
+    assert second == {"whitening": "0.1", "bank_size": 5}
+    assert third == {"whitening": "0.1", "layers": "stage2", "steps": "7"}
+    assert registry.settings_of_parts(names, {"simplenet.noise": 1}) == [{"noise": 1}, {}, {"noise": 1}]
+
+
+def test_what_a_later_part_cannot_do_is_refused_before_the_first_is_trained(
+    parts: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="dimensions 48: the features have 40"):
+        blemish.train(
+            parts,
+            out=tmp_path / "m.blemish",
+            model="patchcore+padim",
+            settings={"image_size": "64x64", "layers": "stage1,stage2"},
+            report=lambda event: said.append(event.message),
+        )
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "sentence"),
+    [
+        ("patchcore+simplnet", {}, r"unknown model 'simplnet'; did you mean 'simplenet'\?"),
+        ("patchcore+", {}, r"unknown model ''; expected one of"),
+        (
+            PAIR,
+            {"settings": {"bank_sise": 5}},
+            r"no part of .* has a setting 'bank_sise'; did you mean 'bank",
+        ),
+        (PAIR, {"settings": {"padim.side": 5}}, r"setting padim.side: .* has no part 'padim'"),
+        (PAIR, {"settings": {"1.side": 64}}, r"setting 1.side: the parts of .* see one image; expected side"),
+        (PAIR, {"settings": {"patchcore.noise": 1}}, r"no part of .* has a setting 'noise'"),
+        (PAIR, {"light": "standardise"}, r"--light standardise: joined methods .* do not support it"),
+        (PAIR, {"start": "a.blemish"}, r"--from: joined methods .* do not support it"),
+        (PAIR, {"weights": "a.safetensors"}, r"--weights: joined methods .* do not support it"),
+        (PAIR, {"natural_images": "none"}, r"natural images none: no part of .* reads them"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused_before_any_work(
+    model: str, options: dict[str, Any], sentence: str, parts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BlemishError, match=sentence):
+        train(parts, tmp_path / "m.blemish", model, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_length_is_refused_where_no_part_has_steps(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"epochs: patchcore\+padim is fitted in one pass; expected none"):
+        blemish.train(parts, out=tmp_path / "m.blemish", model="patchcore+padim", epochs=3)
+
+
+def test_a_sweep_trains_joined_methods(parts: Path, tmp_path: Path, pair: Path) -> None:
+    from blemish.sweeps import repeats
+    from blemish.training.request import TrainingRequest
+
+    base = TrainingRequest(data=parts, out=tmp_path / "m.blemish", model=PAIR, settings=SETTINGS)
+    trials = repeats.plan(base.out, 0, 2, None, None)
+    shutil.copy(pair, trials[0].out)
+    results = repeats.run(trials, base, jobs=1)
+    assert [trial.seed for trial, _ in results] == [0, 1]
+    other = TrainingRequest(data=parts, out=base.out, model="patchcore+padim", settings=SETTINGS)
+    with pytest.raises(ModelFileError, match="belongs to another run"):
+        repeats.run(trials, other, jobs=1)
