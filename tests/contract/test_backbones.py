@@ -231,7 +231,7 @@ def test_weights_that_are_added_keep_the_facts_of_their_file(
 
 def test_the_installed_teachers_are_small() -> None:
     files = list((Path(blemish.__file__).parent / "teachers").iterdir())
-    assert sum(file.stat().st_size for file in files) < 25e6
+    assert sum(file.stat().st_size for file in files) < 22e6
 
 
 def test_a_file_of_weights_without_a_record_has_no_facts(tmp_path: Path) -> None:

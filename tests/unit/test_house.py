@@ -33,12 +33,17 @@ WITHOUT_TORCH = (
     *("cli.main", "cli.terminal"),
 )
 """Modules that a PC without torch can import."""
-TRAINING_ONLY = {"torch", "safetensors", "scipy", "onnx", "onnxscript", "typing_extensions"}
+TRAINING_ONLY = {"torch", "safetensors", "scipy", "onnx", "onnxscript", "onnx_ir", "typing_extensions"}
 """Packages that `blemish[train]` adds."""
 HEAVY = TRAINING_ONLY | {
     *("numpy", "PIL", "onnxruntime", "cc3d", "jinja2", "tqdm", "platformdirs", "msgspec"),
 }
-PACKAGES = {"PIL": "pillow", "cc3d": "connected-components-3d", "sklearn": "scikit-learn"}
+PACKAGES = {
+    "PIL": "pillow",
+    "cc3d": "connected-components-3d",
+    "onnx_ir": "onnx-ir",
+    "sklearn": "scikit-learn",
+}
 """Packages whose name on the index is not that of their module."""
 EMPTY = ("training", "detectors", "data.loading")
 """Wings whose __init__ holds a docstring and nothing else."""

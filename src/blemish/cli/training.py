@@ -36,7 +36,9 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
     """Declare the arguments of `train`."""
     sub.add_argument("data", type=Path, metavar="DATA", help="folder or manifest with good images")
     sub.add_argument(
-        "--model", metavar="M", help=f"method (default: the one that suits the data): {', '.join(METHODS)}"
+        "--model",
+        metavar="M[+M...]",
+        help=f"method (default: the one that suits the data), or several joined: {', '.join(METHODS)}",
     )
     sub.add_argument("--out", type=Path, required=True, metavar="F.blemish", help="the model file to write")
     sub.add_argument(
@@ -123,7 +125,11 @@ def method_arguments(sub: argparse.ArgumentParser) -> None:
         help="default, or paper for the published length, optimiser and batch size",
     )
     sub.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the method"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the method; of one of several: METHOD.KEY=VALUE or NUMBER.KEY=VALUE",
     )
 
 

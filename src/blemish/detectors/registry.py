@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from blemish.detectors import sizing
-from blemish.detectors.joined.config import JoinedConfig
 from blemish.detectors.settings import (
     FROM_IMAGES,
     GOOD_ONLY,
@@ -27,6 +26,7 @@ from blemish.seeding import initial_seed
 
 if TYPE_CHECKING:
     from blemish.detectors.base import Detector
+    from blemish.detectors.joined.config import JoinedConfig
     from blemish.types import Supervision
 
 METHODS: dict[str, str | Method] = {
@@ -74,6 +74,8 @@ def parts_of(name: str) -> list[str]:
 
 def joined(name: str) -> Method:
     """Return the methods joined by JOIN in a name, as one."""
+    from blemish.detectors.joined.config import JoinedConfig
+
     methods = [method(part) for part in parts_of(name)]
 
     def make(config: JoinedConfig) -> Detector:

@@ -22,4 +22,4 @@ from blemish.detectors.settings import GOOD_ONLY, Method, Preset
 
 PRESETS = {"default": Preset({}, GOOD_ONLY), "paper": Preset(PAPER, GOOD_ONLY)}
 SMALL = Method(EfficientAD, EfficientADConfig(size="small"), PRESETS)
-MEDIUM = Method(EfficientAD, EfficientADConfig(size="medium"), PRESETS)
+MEDIUM = Method(EfficientAD, EfficientADConfig(size="medium", steps=1000), PRESETS)
