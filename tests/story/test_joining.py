@@ -210,6 +210,16 @@ def test_what_cannot_be_joined_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_untrained_joined_methods_have_the_largest_of_their_sizes() -> None:
+    detector = registry.build("patchcore+simplenet", registry.configure("patchcore+simplenet"), 0)
+    assert detector.config.image_size == (384, 384)
+    with torch.no_grad():
+        maps, statistics, *shown = detector(torch.rand(1, 3, 384, 384))
+    assert maps.shape == (1, 384, 384)
+    assert [each.shape for each in shown] == [maps.shape, maps.shape]
+    assert statistics.shape == (1, 1)
+
+
 def test_a_length_is_refused_where_no_part_has_steps(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"epochs: patchcore\+padim is fitted in one pass; expected none"):
         blemish.train(parts, out=tmp_path / "m.blemish", model="patchcore+padim", epochs=3)

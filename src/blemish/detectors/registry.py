@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,8 @@ def configure(
     A setting is a string, as on a command line, or a value of the field's type. The image size may be left
     open. Raises ConfigError for a name or a value that does not fit.
     """
+    if JOIN in name and "parts" not in (settings or {}):
+        return configure_parts(name, wanted, settings or {}, supervision)
     chosen, found, given = preset(name, wanted), method(name), dict(settings or {})
     changes = read_settings(name, found.config, {**chosen.changes, **chosen.regimes[supervision], **given})
     if changes.get("steps") and "steps" in given and "epochs" not in given:
@@ -166,6 +169,24 @@ def configure(
     config = dataclasses.replace(found.config, **found.config.reconciled(changes, given))
     check(config, has_steps=found.has_steps)
     return config
+
+
+def configure_parts(
+    name: str, wanted: str, settings: Mapping[str, Any], supervision: Supervision
+) -> JoinedConfig:
+    """Return the config of joined methods, at the size of the part that usually sees the most pixels."""
+    from blemish.detectors.joined.config import JoinedConfig
+
+    names = parts_of(name)
+    configs = [
+        configure(part, wanted, given, supervision)
+        for part, given in zip(names, settings_of_parts(name, settings), strict=True)
+    ]
+    sizes = (sizing.square(each) if each.image_size == FROM_IMAGES else each.image_size for each in configs)
+    size = max(sizes, key=math.prod)
+    configs = [dataclasses.replace(each, image_size=size) for each in configs]
+    parts = ({"method": one, "config": as_json(own)} for one, own in zip(names, configs, strict=True))
+    return JoinedConfig(image_size=size, parts=tuple(parts))
 
 
 def own_settings(

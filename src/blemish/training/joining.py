@@ -146,8 +146,7 @@ def with_one_size(requests: Sequence[TrainingRequest], planned: Sequence[Plan]) 
             each,
             scale=None,
             defect_size=None,
-            settings={key: value for key, value in each.settings.items() if key != "side"}
-            | {"image_size": size},
+            settings={**each.settings, "image_size": size},
         )
         for each in requests
     ]
@@ -166,14 +165,13 @@ def finished(asked: TrainingRequest) -> Bundle:
     """Open a part that was trained before; raise ModelFileError if it belongs to another run."""
     made = bundle.read(asked.out)
     record, wanted = made.manifest.training.run, plan(asked)
-    for name, found, expected in (
-        ("model", record.model, wanted.model),
-        ("preset", record.preset, wanted.preset),
-        ("supervision", record.supervision, wanted.supervision),
-        ("seed", record.seed, asked.seed),
-        ("config", record.config, as_json(wanted.config)),
-    ):
-        if found != expected:
+    known: dict[str, Any] = {
+        name: getattr(record, name) for name in ("model", "preset", "supervision", "seed")
+    }
+    due: dict[str, Any] = {"model": wanted.model, "preset": wanted.preset, "seed": asked.seed}
+    due |= {"supervision": wanted.supervision, **as_json(wanted.config)}
+    for name, expected in due.items():
+        if (found := (record.config | known).get(name)) != expected:
             raise ModelFileError(f"{asked.out} belongs to another run: its {name} is {found}, not {expected}")
     return made
 
