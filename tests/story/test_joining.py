@@ -12,7 +12,9 @@ import torch
 import blemish
 import drawn
 from blemish.detectors import registry
+from blemish.detectors.joined.config import JoinedConfig
 from blemish.detectors.joined.detector import Joined, Scale, Sum
+from blemish.detectors.patchcore.config import PatchCoreConfig
 from blemish.errors import BlemishError, ConfigError, ModelFileError, StoppedError
 from blemish.inference import bundle
 from blemish.inference.engines.pytorch import restored
@@ -49,7 +51,8 @@ def weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(parts: Path, out: Path, model: str = PAIR, **options: Any) -> blemish.Predictor:
-    settings = SETTINGS | options.pop("settings", {})
+    given = SETTINGS | options.pop("settings", {})
+    settings = {key: value for key, value in given.items() if value is not None}
     return blemish.train(parts, out=out, model=model, settings=settings, **options)
 
 
@@ -63,13 +66,18 @@ def pair(parts: Path, folder: Path) -> Path:
 
 
 def test_parts_are_brought_to_one_scale_and_added() -> None:
-    total = Sum([2, 1], ["maximum", "sum"])
+    config = JoinedConfig(image_size=(32, 32), statistics=("maximum", "sum"))
+    parts = [
+        PatchCoreConfig(image_size=(32, 32), statistics=("maximum", "top_mean")),
+        PatchCoreConfig(image_size=(32, 32), statistics=("maximum",)),
+    ]
+    total = Sum(config, parts)
     total.measure(
         [Scale((1.0, 10.0), (2.0, 5.0), (0.5, 2.0), 0.5, 2.5), Scale((0.0,), (1.0,), (3.0, 4.0), -1.0, 3.0)]
     )
-    first = torch.full((1, 8, 8), 0.5)
+    first = torch.full((1, 32, 32), 0.5)
     first[0, 2, 3] = 4.5
-    second = torch.full((1, 8, 8), -1.0)
+    second = torch.full((1, 32, 32), -1.0)
     second[0, 2, 3] = 7.0
     maps, statistics, *shown = total([first, second], [torch.tensor([[5.0, 30.0]]), torch.tensor([[11.0]])])
     assert (float(shown[0].min()), float(shown[0][0, 2, 3])) == (0.0, 2.0)
@@ -194,7 +202,11 @@ def test_what_a_later_part_cannot_do_is_refused_before_the_first_is_trained(
             r"no part of .* has a setting 'bank_sise'; did you mean 'bank",
         ),
         (PAIR, {"settings": {"padim.side": 5}}, r"setting padim.side: .* has no part 'padim'"),
-        (PAIR, {"settings": {"1.side": 64}}, r"setting 1.side: the parts of .* see one image; expected side"),
+        (
+            PAIR,
+            {"settings": {"image_size": None, "1.image_size": "32x64", "2.image_size": "64x32"}},
+            r"see 64 x 32 and 32 x 64 pixels; expected one of them to be the larger in both directions",
+        ),
         (PAIR, {"settings": {"patchcore.noise": 1}}, r"no part of .* has a setting 'noise'"),
         (PAIR, {"light": "standardise"}, r"--light standardise: joined methods .* do not support it"),
         (PAIR, {"start": "a.blemish"}, r"--from: joined methods .* do not support it"),
@@ -208,6 +220,24 @@ def test_what_cannot_be_joined_is_refused_before_any_work(
     with pytest.raises(BlemishError, match=sentence):
         train(parts, tmp_path / "m.blemish", model, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_sees_images_at_its_own_size() -> None:
+    """A smaller part sees what it would see of the image itself, up to being resized twice."""
+    names = "simplenet+simplenet"
+    settings = {"layers": "stage1,stage2", "1.image_size": "64x64", "2.image_size": "32x64"}
+    detector = registry.build(names, registry.configure(names, settings=settings), 0).eval()
+    assert isinstance(detector, Joined)
+    images = torch.rand(2, 3, 64, 64)
+    whole, reduced = detector.sum.seen(images)
+    assert whole is images
+    expected = torch.nn.functional.interpolate(images, (32, 64), mode="bilinear", antialias=True)
+    torch.testing.assert_close(reduced, expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        found, fused = detector(images), detector.fused()(images)
+    assert [each.shape for each in found[2:]] == [(2, 64, 64)] * 2
+    for one, other in zip(found, fused, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_untrained_joined_methods_have_the_largest_of_their_sizes() -> None:

@@ -113,8 +113,6 @@ def settings_of_parts(name: str, given: Mapping[str, Any]) -> list[dict[str, Any
         if not able:
             known = {each for number in parts for each in types[number]}
             raise ConfigError(f"no part of {name} has a setting {setting!r}; {nearest(setting, known)}")
-        if place and setting in ("image_size", "side"):
-            raise ConfigError(f"setting {key}: the parts of {name} see one image; expected {setting} alone")
         for number in able:
             found[number][setting] = value
     return found
@@ -174,7 +172,7 @@ def configure(
 def configure_parts(
     name: str, wanted: str, settings: Mapping[str, Any], supervision: Supervision
 ) -> JoinedConfig:
-    """Return the config of joined methods, at the size of the part that usually sees the most pixels."""
+    """Return the config of joined methods; a size that is left open becomes a square."""
     from blemish.detectors.joined.config import JoinedConfig
 
     names = parts_of(name)
@@ -182,9 +180,11 @@ def configure_parts(
         configure(part, wanted, given, supervision)
         for part, given in zip(names, settings_of_parts(name, settings), strict=True)
     ]
-    sizes = (sizing.square(each) if each.image_size == FROM_IMAGES else each.image_size for each in configs)
-    size = max(sizes, key=math.prod)
-    configs = [dataclasses.replace(each, image_size=size) for each in configs]
+    configs = [
+        dataclasses.replace(each, image_size=sizing.square(each)) if each.image_size == FROM_IMAGES else each
+        for each in configs
+    ]
+    size = max((each.image_size for each in configs), key=math.prod)
     parts = ({"method": one, "config": as_json(own)} for one, own in zip(names, configs, strict=True))
     return JoinedConfig(image_size=size, parts=tuple(parts))
 

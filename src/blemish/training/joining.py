@@ -25,8 +25,10 @@ from blemish.detectors.base import Detector
 from blemish.detectors.joined.config import JoinedConfig
 from blemish.detectors.joined.detector import Joined, Scale
 from blemish.detectors.settings import as_json
+from blemish.detectors.sizing import written
 from blemish.errors import ConfigError, DataError, ModelFileError
 from blemish.files import check_writable, short_digest
+from blemish.images import Preprocessing
 from blemish.inference import bundle, calibration
 from blemish.inference.bundle import Bundle
 from blemish.inference.engines.pytorch import restored
@@ -55,9 +57,8 @@ def run(
     requests = requests_of_parts(request)
     wanted = [plan(each) for each in requests]
     refuse_lengths(request, wanted)
-    requests = with_one_size(requests, wanted)
+    largest(str(request.model), [each.config.image_size for each in wanted])
     refuse_remains(request, requests)
-    wanted = [plan(each) for each in requests]
     for each in wanted:  # before another part is trained for nothing
         registry.build(each.model, each.config, request.seed)
     made: dict[int, Bundle] = {}
@@ -112,19 +113,13 @@ def requests_of_parts(request: TrainingRequest) -> list[TrainingRequest]:
 def request_of_part(
     request: TrainingRequest, number: int, part: str, settings: dict[str, Any]
 ) -> TrainingRequest:
-    """Return the request of one part: only a method with steps is given their number, a schedule, ...
-
-    Without a size, each part sees as many pixels as the one that usually sees the most.
-    """
+    """Return the request of one part: only a method with steps is given their number, a schedule, ..."""
     method = registry.method(part)
     changes: dict[str, Any] = {}
     if not method.has_steps:
         changes = {"steps": None, "epochs": None, "budget": None, "schedule": "default", "resume": False}
     if not method.config.reads_natural_images:
         changes["natural_images"] = "drawn"
-    if not settings.keys() & {"image_size", "side"} and request.scale is None and request.defect_size is None:
-        names = registry.parts_of(str(request.model))
-        settings = settings | {"side": max(registry.method(each).config.side for each in names)}
     return dataclasses.replace(
         request, out=part_path(request.out, number), model=part, settings=settings, **changes
     )
@@ -138,18 +133,16 @@ def refuse_lengths(request: TrainingRequest, planned: Sequence[Plan]) -> None:
         )
 
 
-def with_one_size(requests: Sequence[TrainingRequest], planned: Sequence[Plan]) -> list[TrainingRequest]:
-    """Return the requests with the size of the part that needs the most pixels."""
-    size = max((each.config.image_size for each in planned), key=math.prod)
-    return [
-        dataclasses.replace(
-            each,
-            scale=None,
-            defect_size=None,
-            settings={**each.settings, "image_size": size},
-        )
-        for each in requests
-    ]
+def largest(name: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size that images are read at for all parts; raise ConfigError if none is the largest."""
+    height, width = max(sizes, key=math.prod)
+    for size in sizes:
+        if size[0] > height or size[1] > width:
+            raise ConfigError(
+                f"the parts of {name} see {written(size)} and {written((height, width))} pixels; expected "
+                "one of them to be the larger in both directions"
+            )
+    return height, width
 
 
 def refuse_remains(request: TrainingRequest, requests: Sequence[TrainingRequest]) -> None:
@@ -181,27 +174,22 @@ def finished(asked: TrainingRequest) -> Bundle:
 
 def join(request: TrainingRequest, parts: Sequence[Bundle], report: Report, stop: Stop) -> Predictor:
     """Bring trained parts to one scale, set thresholds, and write the file of all."""
-    first = parts[0].manifest
-    for each in parts:
-        if each.manifest.preprocessing != first.preprocessing:
-            raise ConfigError(
-                f"the parts of {request.model} read images differently: {each.manifest.preprocessing} and "
-                f"{first.preprocessing}; expected parts of one size for one data set"
-            )
+    preprocessing = common(request, parts)
     detectors = [restored(each) for each in parts]
     config = JoinedConfig(
-        image_size=first.preprocessing.image_size,
+        image_size=preprocessing.image_size,
         parts=tuple({"method": each.manifest.method, "config": each.manifest.config} for each in parts),
     )
     detector = Joined(config, detectors).eval()
     digests = scored_images(parts)
-    store = store_of(request, digests, parts)
+    store = store_of(request, digests, preprocessing)
     without = [each.manifest.calibration.left_out for each in parts]
 
     def outputs(indices: Sequence[int], phase: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
         for index in tracked(indices, len(indices), report, phase, stop=stop):
             with torch.no_grad():
-                yield scored(detectors, without, store.batch([index]), store.digest(index))
+                seen = detector.sum.seen(store.batch([index]))
+                yield scored(detectors, without, seen, store.digest(index))
 
     everything = range(len(store.paths))
     some = everything[:: -(-len(everything) // SCALED_BY)]
@@ -222,6 +210,20 @@ def join(request: TrainingRequest, parts: Sequence[Bundle], report: Report, stop
     return finalise(request.out, detector, compared, facts, lambda graph: found, report=report)
 
 
+def common(request: TrainingRequest, parts: Sequence[Bundle]) -> Preprocessing:
+    """Return how images are read for all parts; raise ConfigError if they differ in more than their size."""
+    found = [part.manifest.preprocessing for part in parts]
+    size = largest(str(request.model), [each.image_size for each in found])
+    first, *rest = [dataclasses.replace(each, image_size=size) for each in found]
+    for each in rest:
+        if each != first:
+            raise ConfigError(
+                f"the parts of {request.model} read images differently, as {each} and {first}; expected "
+                "parts that were trained on one data set"
+            )
+    return first
+
+
 def scored_images(parts: Sequence[Bundle]) -> list[str]:
     """Return short digests of the good images that no part has learned from, or all can leave out."""
     files = [(part.manifest.calibration.left_out, part.manifest.training.files) for part in parts]
@@ -230,7 +232,7 @@ def scored_images(parts: Sequence[Bundle]) -> list[str]:
     return sorted(set.intersection(*(held or learned)))[:SCORED]
 
 
-def store_of(request: TrainingRequest, digests: Sequence[str], parts: Sequence[Bundle]) -> ImageStore:
+def store_of(request: TrainingRequest, digests: Sequence[str], preprocessing: Preprocessing) -> ImageStore:
     """Return a store of the good images with these digests; raise DataError if some are missing."""
     wanted, found = set(digests), dict[str, Path]()
     for sample in data.scan(request.data, request.layout):
@@ -242,7 +244,7 @@ def store_of(request: TrainingRequest, digests: Sequence[str], parts: Sequence[B
             "with; expected the data set as it was"
         )
     paths = [found[digest] for digest in digests]
-    return ImageStore(paths, parts[0].manifest.preprocessing, Memory(request.memory))
+    return ImageStore(paths, preprocessing, Memory(request.memory))
 
 
 def is_good(sample: Sample) -> bool:
@@ -251,11 +253,14 @@ def is_good(sample: Sample) -> bool:
 
 
 def scored(
-    detectors: Sequence[Detector], without: Sequence[bool], images: Tensor, digest: str
+    detectors: Sequence[Detector], without: Sequence[bool], seen: Sequence[Tensor], digest: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return each part's maps and statistics of a good image; without: whether it is one it remembers."""
+    """Return each part's maps and statistics of a good image, of which it sees (1, 3, H_i, W_i) inputs.
+
+    without: whether the part remembers this image, and must leave it out.
+    """
     found = []
-    for detector, leave_out in zip(detectors, without, strict=True):
+    for detector, images, leave_out in zip(detectors, seen, without, strict=True):
         if leave_out:
             outputs = detector.leave_out(detector.encode(images), [digest] * len(images))
         else:

@@ -12,7 +12,7 @@ from blemish.detectors.settings import STATISTICS, Config
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedConfig(Config):
-    """The settings of joined methods: those of each part, which see images of one size."""
+    """The settings of joined methods: those of each part. `image_size` is that of the largest part."""
 
     parts: tuple[dict[str, Any], ...] = ()
     """For each part its `method` and its `config`."""

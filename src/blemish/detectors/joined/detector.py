@@ -14,8 +14,10 @@ from typing_extensions import override
 
 from blemish.detectors import ops
 from blemish.detectors.base import Detector, Match
-from blemish.detectors.fusing import Fused, Kept
+from blemish.detectors.cells import resized
+from blemish.detectors.fusing import Fused, Kept, enlarge
 from blemish.detectors.joined.config import JoinedConfig
+from blemish.detectors.settings import Config
 from blemish.errors import ConfigError
 
 CELL = 4
@@ -37,6 +39,26 @@ class Scale:
     """What its map usually shows at most."""
 
 
+class Reduction(nn.Module):
+    """Resize (B, 3, H, W) images to the smaller size of a part, as images are resized when they are read."""
+
+    down: Tensor
+    across: Tensor
+
+    def __init__(self, size: tuple[int, int], wanted: tuple[int, int]) -> None:
+        super().__init__()
+        for name, length, reduced in zip(("down", "across"), size, wanted, strict=True):
+            unit = torch.eye(length)[None, None]
+            matrix = functional.interpolate(unit, (reduced, length), mode="bilinear", antialias=True)
+            self.register_buffer(name, matrix[0, 0], persistent=False)
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize images."""
+        planes = enlarge(images.flatten(0, 1), self.down, self.across)
+        return planes.view(-1, images.shape[1], *planes.shape[1:])
+
+
 class Sum(nn.Module):
     """Bring the maps and statistics of several parts to one scale, and add them up."""
 
@@ -47,13 +69,15 @@ class Sum(nn.Module):
     levels: Tensor
     units: Tensor
 
-    def __init__(self, counts: Sequence[int], names: Sequence[str]) -> None:
-        """Start with scales that change nothing.
-
-        counts: the number of each part's statistics; names: the statistics of the sum.
-        """
+    def __init__(self, config: JoinedConfig, parts: Sequence[Config]) -> None:
+        """Start with scales that change nothing; parts: the config of each part."""
         super().__init__()
-        self.counts, self.names = list(counts), list(names)
+        self.size, self.names = config.image_size, config.statistics
+        self.counts = counts = [len(part.statistics) for part in parts]
+        self.reductions = nn.ModuleList(
+            nn.Identity() if part.image_size == self.size else Reduction(self.size, part.image_size)
+            for part in parts
+        )
         for name, number, value in (
             *(("centers", sum(counts), 0.0), ("scales", sum(counts), 1.0)),
             *(("score_centers", len(counts), 0.0), ("score_scales", len(counts), 1.0)),
@@ -70,10 +94,20 @@ class Sum(nn.Module):
         self.levels.copy_(torch.tensor([each.level for each in scales]))
         self.units.copy_(torch.tensor([(each.peak - each.level) or 1.0 for each in scales]))
 
+    def seen(self, images: Tensor) -> list[Tensor]:
+        """Return (B, 3, H, W) images as each part sees them, at its size."""
+        return [reduction(images) for reduction in self.reductions]
+
     @override
     def forward(self, maps: Sequence[Tensor], statistics: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the (B, H, W) mean map, the (B, K) statistics, and each part's map on the common scale."""
-        shown = [(each - self.levels[place]) / self.units[place] for place, each in enumerate(maps)]
+        """Return the (B, H, W) mean map, the (B, K) statistics, and each part's map on the common scale.
+
+        maps, statistics: (B, H_i, W_i) and (B, K_i) of each part.
+        """
+        shown = [
+            resized((each - self.levels[place])[:, None] / self.units[place], self.size)[:, 0]
+            for place, each in enumerate(maps)
+        ]
         mean = torch.stack(shown).mean(0)
         cells = functional.avg_pool2d(mean[:, None], CELL)[:, 0]
         return mean, ops.map_statistics(mean, cells, self.names, sum=partial(self.added, statistics)), *shown
@@ -86,7 +120,7 @@ class Sum(nn.Module):
 
 
 class Joined(Detector):
-    """Detectors, in evaluation mode, that see the same image."""
+    """Detectors, in evaluation mode, that see the same image, each at its own size."""
 
     config: JoinedConfig
 
@@ -94,7 +128,7 @@ class Joined(Detector):
         super().__init__()
         self.config = config
         self.parts = nn.ModuleList(parts)
-        self.sum = Sum([len(part.config.statistics) for part in parts], config.statistics)
+        self.sum = Sum(config, [part.config for part in parts])
         self.outputs = ("map", "statistics", *names_of([each["method"] for each in config.parts]))
         self.fitted_buffers = tuple(
             f"parts.{number}.{name}" for number, part in enumerate(parts) for name in part.fitted_buffers
@@ -117,9 +151,9 @@ class Joined(Detector):
     @override
     def matches(self, images: Tensor) -> list[Match]:
         """Return what the first part that remembers good images says."""
-        for part in self.detectors:
+        for part, seen in zip(self.detectors, self.sum.seen(images), strict=True):
             if part.fitted_buffers:
-                return part.matches(images)
+                return part.matches(seen)
         return super().matches(images)
 
     @override
@@ -136,9 +170,10 @@ class Joined(Detector):
     def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
         if not isinstance(network, FusedJoined):
             return network
+        seen = [network.sum.seen(batch) for batch in batches]
         parts = [
-            part.for_integers(fused, batches)
-            for part, fused in zip(self.detectors, network.parts, strict=True)
+            part.for_integers(fused, [each[place] for each in seen])
+            for place, (part, fused) in enumerate(zip(self.detectors, network.parts, strict=True))
         ]
         return FusedJoined(parts, network.sum).eval()
 
@@ -158,7 +193,7 @@ class FusedJoined(Fused):
 
 def joined(parts: nn.ModuleList, total: Sum, images: Tensor) -> tuple[Tensor, ...]:
     """Return the outputs of joined parts."""
-    found = [part(images) for part in parts]
+    found = [part(seen) for part, seen in zip(parts, total.seen(images), strict=True)]
     outputs: tuple[Tensor, ...] = total([each[0] for each in found], [each[1].float() for each in found])
     return outputs
 
