@@ -189,25 +189,27 @@ def join(request: TrainingRequest, parts: Sequence[Bundle], report: Report, stop
         for index in tracked(indices, len(indices), report, phase, stop=stop):
             with torch.no_grad():
                 seen = detector.sum.seen(store.batch([index]))
-                yield scored(detectors, without, seen, store.digest(index))
+                found = scored(detectors, without, seen, store.digest(index))
+            yield found
 
     everything = range(len(store.paths))
     some = everything[:: -(-len(everything) // SCALED_BY)]
     detector.sum.measure(scales(parts, list(outputs(some, "scaling"))))
-    sums = [
-        detector.sum([maps for maps, _ in found], [statistics for _, statistics in found])
-        for found in outputs(everything, "scoring")
-    ]
-    found = calibration.fit(
-        np.concatenate([each[1].numpy() for each in sums]),
-        np.array([float(each[0].amax()) for each in sums]),
+    statistics, maxima = [], []
+    for found in outputs(everything, "scoring"):
+        maps, values, *_ = detector.sum([one for one, _ in found], [values for _, values in found])
+        statistics.append(values.numpy())
+        maxima.append(float(maps.amax()))
+    thresholds = calibration.fit(
+        np.concatenate(statistics),
+        np.array(maxima),
         config.statistics,
         false_reject_rate=request.false_reject_rate,
         left_out=any(without),
     )
     compared = store.without(frozenset(everything[COMPARED:]))
     facts = facts_of(request, config, parts, digests)
-    return finalise(request.out, detector, compared, facts, lambda graph: found, report=report)
+    return finalise(request.out, detector, compared, facts, lambda graph: thresholds, report=report)
 
 
 def common(request: TrainingRequest, parts: Sequence[Bundle]) -> Preprocessing:
