@@ -45,7 +45,7 @@ from blemish.demo import dataset
 from blemish.files import digest
 from blemish.tables import aligned
 from blemish.training import checkpoint
-from blemish.training.session import checkpoint_path
+from blemish.training.session import begun
 from blemish.types import Evaluation, Sample
 
 OPTIONS = ("light", "scale", "supervision", "preset", "steps", "budget")
@@ -179,9 +179,9 @@ def measured(cell: Cell, cache: str, unfinished: Path) -> dict[str, Any]:
         root = category(cell, folder)
         manifest = write_manifest(root, cell, folder / "manifest.csv")
         out = unfinished / f"{cell.file_name}.blemish"
-        before = checkpoint_path(out, resume=True)
-        options = trained(cell.variant) | ({"resume": True} if before.exists() else {})
-        seconds = float(checkpoint.header(before)["seconds"]) if before.exists() else 0.0
+        options = trained(cell.variant) | ({"resume": True} if begun(out) else {})
+        checkpoints = unfinished.glob(f"{out.name}*.checkpoint")
+        seconds = sum(float(checkpoint.header(path)["seconds"]) for path in checkpoints)
         started = time.monotonic()
         model = blemish.train(manifest, out=out, seed=cell.seed, cache=cache, **options)
         seconds += time.monotonic() - started

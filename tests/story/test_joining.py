@@ -1,6 +1,7 @@
 """Joined methods: what each part is asked for, one scale, one file, and going on after an interruption."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import blemish
 import drawn
 from blemish.detectors import registry
 from blemish.detectors.joined.config import JoinedConfig
-from blemish.detectors.joined.detector import Joined, Scale, Sum
+from blemish.detectors.joined.detector import Average, Joined, Scale
 from blemish.detectors.patchcore.config import PatchCoreConfig
 from blemish.errors import BlemishError, ConfigError, ModelFileError, StoppedError
+from blemish.files import short_digest
 from blemish.inference import bundle
 from blemish.inference.engines.pytorch import restored
 from blemish.progress import Event
@@ -65,26 +67,17 @@ def pair(parts: Path, folder: Path) -> Path:
     return out
 
 
-def test_parts_are_brought_to_one_scale_and_added() -> None:
-    config = JoinedConfig(image_size=(32, 32), statistics=("maximum", "sum"))
-    parts = [
-        PatchCoreConfig(image_size=(32, 32), statistics=("maximum", "top_mean")),
-        PatchCoreConfig(image_size=(32, 32), statistics=("maximum",)),
-    ]
-    total = Sum(config, parts)
-    total.measure(
-        [Scale((1.0, 10.0), (2.0, 5.0), (0.5, 2.0), 0.5, 2.5), Scale((0.0,), (1.0,), (3.0, 4.0), -1.0, 3.0)]
-    )
-    first = torch.full((1, 32, 32), 0.5)
-    first[0, 2, 3] = 4.5
-    second = torch.full((1, 32, 32), -1.0)
-    second[0, 2, 3] = 7.0
-    maps, statistics, *shown = total([first, second], [torch.tensor([[5.0, 30.0]]), torch.tensor([[11.0]])])
+def test_maps_are_brought_to_one_scale_and_averaged() -> None:
+    config = JoinedConfig(image_size=(32, 32), statistics=("maximum",))
+    average = Average(config, [PatchCoreConfig(image_size=(32, 32))] * 3)
+    average.set_scales([Scale(0.5, 2.5), Scale(-1.0, 3.0), Scale(7.0, 7.0)])
+    first, second, flat = (torch.full((1, 32, 32), level) for level in (0.5, -1.0, 7.0))
+    first[0, 2, 3], second[0, 2, 3] = 4.5, 7.0
+    maps, statistics, *shown = average([first, second, flat])
     assert (float(shown[0].min()), float(shown[0][0, 2, 3])) == (0.0, 2.0)
     assert (float(shown[1].min()), float(shown[1][0, 2, 3])) == (0.0, 2.0)
-    assert float(maps[0, 2, 3]) == 2.0
-    # The first part's z-scores are 2 and 4, so its score is 4, which is (4 - 0.5) / 2 = 1.75 on the scale.
-    assert statistics[0].tolist() == [2.0, 1.75 + (11 - 3) / 4]
+    assert not shown[2].any()
+    assert float(maps[0, 2, 3]) == float(statistics) == pytest.approx(4 / 3)
 
 
 def test_a_joined_model_tells_defects_apart_in_one_file(pair: Path, parts: Path) -> None:
@@ -156,14 +149,36 @@ def test_parts_that_were_trained_are_not_trained_again(parts: Path, pair: Path, 
     assert not out.exists()
     with pytest.raises(ConfigError, match=r"part1 belongs to an unfinished run: continue it with --resume"):
         train(parts, out)
-    with pytest.raises(ModelFileError, match=r"part1 belongs to another run: its seed is 0, not 1"):
+    with pytest.raises(
+        ModelFileError, match=r"part1 belongs to another run: its training run seed is 0, not 1"
+    ):
         train(parts, out, resume=True, seed=1)
+    with pytest.raises(ModelFileError, match=r"part1 belongs to another run: its training run images is"):
+        train(drawn.data_set(tmp_path / "others", train=10, good=2, bad=2), out, resume=True)
     said: list[str] = []
     model = train(parts, out, resume=True, report=lambda event: said.append(event.message))
     assert "part 1, patchcore: trained before" in said
     with blemish.load(pair) as whole:
         assert model.calibration == whole.calibration
-    assert [path.name for path in tmp_path.iterdir()] == ["m.blemish"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.blemish", "others"]
+
+
+def test_a_joined_model_is_not_continued(parts: Path, pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a model of joined methods, which cannot be continued"):
+        blemish.train(parts, out=tmp_path / "m.blemish", start=pair)
+
+
+def test_a_part_that_remembers_scores_each_image_without_it(parts: Path, pair: Path, tmp_path: Path) -> None:
+    """With the cells that are remembered of it, an image would score lower than the thresholds assume."""
+    with blemish.load(pair) as model:
+        held = model.manifest.training.files.held_out  # type: ignore[union-attr]
+        known = model.calibration
+        with_itself = []
+        for path in sorted((parts / "train/good").iterdir()):
+            if short_digest(path) in held:
+                with_itself.append(model.predict(path).score)
+    assert len(with_itself) == len(known.scores)
+    assert np.median(with_itself) < np.median(known.scores)
 
 
 def test_settings_go_to_the_parts_that_have_them() -> None:
@@ -209,6 +224,18 @@ def test_what_a_later_part_cannot_do_is_refused_before_the_first_is_trained(
         ),
         (PAIR, {"settings": {"patchcore.noise": 1}}, r"no part of .* has a setting 'noise'"),
         (PAIR, {"light": "standardise"}, r"--light standardise: joined methods .* do not support it"),
+        (
+            "padim+padim",
+            {
+                "settings": {
+                    "hidden_channels": None,
+                    "head_learning_rate": None,
+                    "bank_size": None,
+                    "steps": None,
+                }
+            },
+            r"two parts are the same; expected another method",
+        ),
         (PAIR, {"start": "a.blemish"}, r"--from: joined methods .* do not support it"),
         (PAIR, {"weights": "a.safetensors"}, r"--weights: joined methods .* do not support it"),
         (PAIR, {"natural_images": "none"}, r"natural images none: no part of .* reads them"),
@@ -229,7 +256,7 @@ def test_a_part_sees_images_at_its_own_size() -> None:
     detector = registry.build(names, registry.configure(names, settings=settings), 0).eval()
     assert isinstance(detector, Joined)
     images = torch.rand(2, 3, 64, 64)
-    whole, reduced = detector.sum.seen(images)
+    whole, reduced = detector.average.seen(images)
     assert whole is images
     expected = torch.nn.functional.interpolate(images, (32, 64), mode="bilinear", antialias=True)
     torch.testing.assert_close(reduced, expected, rtol=0, atol=1e-5)
@@ -264,6 +291,8 @@ def test_a_sweep_trains_joined_methods(parts: Path, tmp_path: Path, pair: Path) 
     shutil.copy(pair, trials[0].out)
     results = repeats.run(trials, base, jobs=1)
     assert [trial.seed for trial, _ in results] == [0, 1]
-    other = TrainingRequest(data=parts, out=base.out, model="patchcore+padim", settings=SETTINGS)
+    other = TrainingRequest(data=parts, out=base.out, model="simplenet+patchcore", settings=SETTINGS)
+    with pytest.raises(ModelFileError, match="belongs to another run"):
+        repeats.run(trials, replace(base, settings=SETTINGS | {"steps": "31"}), jobs=1)
     with pytest.raises(ModelFileError, match="belongs to another run"):
         repeats.run(trials, other, jobs=1)

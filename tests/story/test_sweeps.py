@@ -24,8 +24,9 @@ from blemish.progress import Event
 from blemish.sweeps import local
 from blemish.sweeps.repeats import plan, run
 from blemish.sweeps.summary import Spread, summarise, table, write_json
-from blemish.sweeps.trial import Trial, difference, expected
+from blemish.sweeps.trial import Trial
 from blemish.training.checkpoint import header
+from blemish.training.expected import difference, expected
 from blemish.training.request import TrainingRequest
 from blemish.types import Calibration, Evaluation, MetricRow
 

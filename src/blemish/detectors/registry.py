@@ -82,8 +82,11 @@ def joined(name: str) -> Method:
     def make(config: JoinedConfig) -> Detector:
         from blemish.detectors.joined.detector import Joined
 
-        names = [part["method"] for part in config.parts]
-        configs = [configure(part["method"], settings=part["config"]) for part in config.parts]
+        names = [part.get("method", "") for part in config.parts]
+        configs = [
+            configure(one, settings=part.get("config", {}))
+            for one, part in zip(names, config.parts, strict=True)
+        ]
         return Joined(config, [method(one).build(own) for one, own in zip(names, configs, strict=True)])
 
     return Method(
@@ -99,12 +102,13 @@ def settings_of_parts(name: str, given: Mapping[str, Any]) -> list[dict[str, Any
     """Divide settings among joined methods.
 
     A setting goes to every part that has it or, as PART.SETTING, to those of that name or number, counted
-    from 1. Raises ConfigError for one that no part has.
+    from 1. A number precedes a name, and a name what all parts are given. Raises ConfigError for a setting
+    that no part has.
     """
     names = parts_of(name)
     types = [settings_of(method(part)) for part in names]
     found: list[dict[str, Any]] = [{} for _ in names]
-    for key, value in given.items():
+    for key in sorted(given, key=lambda key: ("." in key, key.partition(".")[0].isdigit())):
         place, _, setting = key.rpartition(".")
         parts = [number for number, part in enumerate(names) if place in ("", part, str(number + 1))]
         if not parts:
@@ -114,7 +118,7 @@ def settings_of_parts(name: str, given: Mapping[str, Any]) -> list[dict[str, Any
             known = {each for number in parts for each in types[number]}
             raise ConfigError(f"no part of {name} has a setting {setting!r}; {nearest(setting, known)}")
         for number in able:
-            found[number][setting] = value
+            found[number][setting] = given[key]
     return found
 
 

@@ -116,8 +116,7 @@ def fit(
             f"found map maxima of shape {maxima.shape} for {len(statistics)} held-out images; "
             "expected one finite number for each"
         )
-    several = statistics.shape[1] > 1
-    centers, scales = centers_and_scales(statistics) if several else ((0.0,), (1.0,))
+    centers, scales = _centers_and_scales(statistics)
     scores = _scores(statistics, centers, scales)
     return _with_thresholds(
         names,
@@ -305,8 +304,9 @@ def _review_index(count: int, rate: float) -> int:
     return min(max(math.floor((count + 1) * rate * (1 + _ROUNDING)) - 1, 0), count - 1)
 
 
-def centers_and_scales(statistics: Doubles) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return what the columns of (m, K) statistics are turned into robust z-scores by; see `fit`."""
+def _centers_and_scales(statistics: Doubles) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if statistics.shape[1] == 1:
+        return (0.0,), (1.0,)
     centers = np.median(statistics, axis=0)
     scales = 1.4826 * np.median(np.abs(statistics - centers), axis=0)
     low, high = np.quantile(statistics, (0.1, 0.9), axis=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,61 +56,16 @@ def refuse_other(trial: Trial, base: TrainingRequest) -> None:
 
     Device, precision, versions and photographs are not compared.
     """
-    manifest = bundle.read(trial.out).manifest
-    if text := difference(manifest.to_json(), expected(trial.request(base)), ""):
+    from blemish.detectors import registry
+    from blemish.training.expected import difference, expected
+    from blemish.training.joining import expected_of_parts
+
+    manifest, request = bundle.read(trial.out).manifest, trial.request(base)
+    joined = len(registry.parts_of(request.model or "")) > 1
+    if text := difference(manifest.to_json(), (expected_of_parts if joined else expected)(request), ""):
         raise ModelFileError(
             f"{trial.out} belongs to another run: {text}; delete it, or choose another --out"
         )
-
-
-def expected(request: TrainingRequest) -> dict[str, Any]:
-    """Return the part of a model file's manifest that is known before training."""
-    from blemish.detectors import registry
-    from blemish.detectors.settings import as_json
-    from blemish.files import digest
-    from blemish.training import fingerprint
-    from blemish.training.length import Length
-    from blemish.training.plan import drop_copies, find_copies, plan
-
-    if len(registry.parts_of(request.model or "")) > 1:  # what else its parts must have is theirs to know
-        return {"training": {"run": {"model": request.model, "seed": request.seed}}}
-    planned = plan(request)
-    planned = drop_copies(planned, find_copies(planned.parts))
-    config = planned.config
-    made: dict[str, Any] = {
-        "model": planned.model,
-        "preset": planned.preset,
-        "seed": request.seed,
-        "config": as_json(config),
-        "supervision": planned.supervision,
-        "light": planned.light,
-        "images": fingerprint.digest_samples(planned.samples),
-        "from": fingerprint.digest_start(planned.start),
-        "held_out": fingerprint.digest_all(digest(sample.path) for sample in planned.parts.held_out),
-    }
-    if request.weights is not None:
-        made["pretrained"] = fingerprint.digest_all([digest(request.weights)])
-    if config.reads_natural_images and request.natural_images in ("drawn", "none"):
-        made["natural_images"] = request.natural_images
-    training: dict[str, Any] = {"run": made}
-    asked = request.length
-    if asked.budget is None and planned.method.has_steps:
-        usual = planned.length if planned.start else Length(config.steps, config.epochs)
-        length = asked if asked != Length() else usual
-        training |= {"epochs": length.epochs} if length.epochs else {"steps": length.steps}
-    found: dict[str, Any] = {
-        "training": training,
-        "calibration": {"false_reject_rate": request.false_reject_rate},
-    }
-    return found if planned.light == "off" else found | {"light_calibration": {"limit": request.light_limit}}
-
-
-def difference(found: Any, wanted: Any, name: str) -> str:
-    """Describe the first wanted value that differs from the one found; "" if none does."""
-    if not isinstance(found, Mapping) or not isinstance(wanted, Mapping):
-        return "" if found == wanted else f"its {name} is {found!s:.60}, not {wanted!s:.60}"
-    each = (difference(found.get(key), value, f"{name} {key}".strip()) for key, value in wanted.items())
-    return next(filter(None, each), "")
 
 
 def record(trial: Trial, evaluation: Evaluation) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from blemish.detectors.joined.config import JoinedConfig
 from blemish.detectors.joined.detector import Joined, Scale
 from blemish.detectors.settings import as_json
 from blemish.detectors.sizing import written
-from blemish.errors import ConfigError, DataError, ModelFileError
+from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
 from blemish.files import check_writable, short_digest
 from blemish.images import Preprocessing
 from blemish.inference import bundle, calibration
@@ -34,11 +34,11 @@ from blemish.inference.bundle import Bundle
 from blemish.inference.engines.pytorch import restored
 from blemish.inference.predictor import Predictor
 from blemish.progress import Report, Stop, never, silent, tell, tracked
+from blemish.training.expected import difference, expected
 from blemish.training.finalise import COMPARED, finalise
 from blemish.training.plan import Plan, plan
 from blemish.training.request import TrainingRequest
 from blemish.training.session import part_path
-from blemish.types import Calibration, Sample
 
 TrainPart = Callable[..., Predictor]
 """Carries out the training request of one part: `run.run`."""
@@ -63,7 +63,10 @@ def run(
         registry.build(each.model, each.config, request.seed)
     made: dict[int, Bundle] = {}
     order = sorted(range(len(requests)), key=lambda number: wanted[number].method.has_steps)
-    started, waiting = time.monotonic(), sum(each.method.has_steps for each in wanted)
+    started = time.monotonic()
+    waiting = sum(
+        each.method.has_steps and not asked.out.exists() for each, asked in zip(wanted, requests, strict=True)
+    )
     for number in order:
         asked, name = requests[number], wanted[number].model
         if asked.out.exists():
@@ -75,7 +78,10 @@ def run(
             asked = dataclasses.replace(asked, budget=max(left / waiting, 1.0))
         waiting -= wanted[number].method.has_steps
         tell(report, f"part {number + 1} of {len(requests)}: {name}")
-        train_part(asked, report=report, stop=stop)
+        try:
+            train_part(asked, report=report, stop=stop)
+        except StoppedError as error:
+            raise StoppedError(str(error).replace("command again", "command with --resume")) from error
         made[number] = bundle.read(asked.out)
     parts = [made[number] for number in range(len(requests))]
     opened = join(request, parts, report, stop)
@@ -102,11 +108,14 @@ def requests_of_parts(request: TrainingRequest) -> list[TrainingRequest]:
         registry.method(part).config.reads_natural_images for part in registry.parts_of(name)
     ):
         raise ConfigError(f"natural images {request.natural_images}: no part of {name} reads them")
-    found = []
+    found: list[TrainingRequest] = []
     for number, (part, settings) in enumerate(
         zip(registry.parts_of(name), registry.settings_of_parts(name, request.settings), strict=True), 1
     ):
-        found.append(request_of_part(request, number, part, settings))
+        asked = request_of_part(request, number, part, settings)
+        if any((each.model, each.settings) == (asked.model, asked.settings) for each in found):
+            raise ConfigError(f"{name}: two parts are the same; expected another method or other settings")
+        found.append(asked)
     return found
 
 
@@ -157,16 +166,21 @@ def refuse_remains(request: TrainingRequest, requests: Sequence[TrainingRequest]
 def finished(asked: TrainingRequest) -> Bundle:
     """Open a part that was trained before; raise ModelFileError if it belongs to another run."""
     made = bundle.read(asked.out)
-    record, wanted = made.manifest.training.run, plan(asked)
-    known: dict[str, Any] = {
-        name: getattr(record, name) for name in ("model", "preset", "supervision", "seed")
-    }
-    due: dict[str, Any] = {"model": wanted.model, "preset": wanted.preset, "seed": asked.seed}
-    due |= {"supervision": wanted.supervision, **as_json(wanted.config)}
-    for name, expected in due.items():
-        if (found := (record.config | known).get(name)) != expected:
-            raise ModelFileError(f"{asked.out} belongs to another run: its {name} is {found}, not {expected}")
+    if text := difference(made.manifest.to_json(), expected(asked), ""):
+        raise ModelFileError(f"{asked.out} belongs to another run: {text}")
     return made
+
+
+def expected_of_parts(request: TrainingRequest) -> dict[str, Any]:
+    """Return what is known of the model file of joined methods before they are trained."""
+    planned = [plan(each) for each in requests_of_parts(request)]
+    parts = [{"method": each.model, "config": as_json(each.config)} for each in planned]
+    return {
+        "training": {
+            "run": {"model": request.model, "seed": request.seed, "config": {"parts": parts}},
+        },
+        "calibration": {"false_reject_rate": request.false_reject_rate},
+    }
 
 
 # --- joining them ---
@@ -182,22 +196,30 @@ def join(request: TrainingRequest, parts: Sequence[Bundle], report: Report, stop
     )
     detector = Joined(config, detectors).eval()
     digests = scored_images(parts)
-    store = store_of(request, digests, preprocessing)
+    paths = paths_of(request, digests)
+    store = ImageStore(paths, preprocessing, Memory(request.memory))
     without = [each.manifest.calibration.left_out for each in parts]
+    remembered = [
+        ImageStore(paths, each.manifest.preprocessing, Memory(request.memory)) if leave_out else None
+        for each, leave_out in zip(parts, without, strict=True)
+    ]
 
-    def outputs(indices: Sequence[int], phase: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def outputs(indices: Sequence[int], phase: str) -> Iterator[list[Tensor]]:
         for index in tracked(indices, len(indices), report, phase, stop=stop):
             with torch.no_grad():
-                seen = detector.sum.seen(store.batch([index]))
-                found = scored(detectors, without, seen, store.digest(index))
-            yield found
+                seen = detector.average.seen(store.batch([index]))
+                found = [
+                    part(each) if own is None else left_out(part, own, index)
+                    for part, own, each in zip(detectors, remembered, seen, strict=True)
+                ]
+            yield [each[0] for each in found]
 
     everything = range(len(store.paths))
     some = everything[:: -(-len(everything) // SCALED_BY)]
-    detector.sum.measure(scales(parts, list(outputs(some, "scaling"))))
+    detector.average.set_scales(scales(outputs(some, "scaling")))
     statistics, maxima = [], []
     for found in outputs(everything, "scoring"):
-        maps, values, *_ = detector.sum([one for one, _ in found], [values for _, values in found])
+        maps, values, *_ = detector.average(found)
         statistics.append(values.numpy())
         maxima.append(float(maps.amax()))
     thresholds = calibration.fit(
@@ -234,65 +256,53 @@ def scored_images(parts: Sequence[Bundle]) -> list[str]:
     return sorted(set.intersection(*(held or learned)))[:SCORED]
 
 
-def store_of(request: TrainingRequest, digests: Sequence[str], preprocessing: Preprocessing) -> ImageStore:
-    """Return a store of the good images with these digests; raise DataError if some are missing."""
+def paths_of(request: TrainingRequest, digests: Sequence[str]) -> list[Path]:
+    """Return the paths of the good images with these digests; raise DataError unless all are there."""
+    if not digests:
+        raise DataError(
+            f"the parts of {request.model} have no good image in common to set thresholds from; expected "
+            "parts that were trained on one data set"
+        )
     wanted, found = set(digests), dict[str, Path]()
     for sample in data.scan(request.data, request.layout):
-        if is_good(sample) and (digest := short_digest(sample.path)) in wanted:
+        if not sample.label and (digest := short_digest(sample.path)) in wanted:
             found.setdefault(digest, sample.path)
     if len(found) < len(wanted):
         raise DataError(
             f"found {len(found)} of {len(wanted)} good images in {request.data} that the parts were trained "
             "with; expected the data set as it was"
         )
-    paths = [found[digest] for digest in digests]
-    return ImageStore(paths, preprocessing, Memory(request.memory))
+    return [found[digest] for digest in digests]
 
 
-def is_good(sample: Sample) -> bool:
-    """Return whether a sample is a good one."""
-    return sample.label == 0
+def left_out(part: Detector, store: ImageStore, index: int) -> tuple[Tensor, ...]:
+    """Return the outputs of a part for an image that it was fitted to, as if it had not been.
 
-
-def scored(
-    detectors: Sequence[Detector], without: Sequence[bool], seen: Sequence[Tensor], digest: str
-) -> list[tuple[Tensor, Tensor]]:
-    """Return each part's maps and statistics of a good image, of which it sees (1, 3, H_i, W_i) inputs.
-
-    without: whether the part remembers this image, and must leave it out.
+    What it was fitted to are features in half precision, of the image at the part's own size.
     """
-    found = []
-    for detector, images, leave_out in zip(detectors, seen, without, strict=True):
-        if leave_out:
-            outputs = detector.leave_out(detector.encode(images), [digest] * len(images))
-        else:
-            outputs = detector(images)
-        found.append((outputs[0], outputs[1]))
-    return found
+    encoded = tuple(each.half().float() for each in part.encode(store.batch([index])))
+    return part.leave_out(encoded, [store.digest(index)])
 
 
-def scales(parts: Sequence[Bundle], outputs: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[Scale]:
-    """Return the scale of each part, by its outputs for each of several good images."""
-    found = []
-    for number, part in enumerate(parts):
-        known: Calibration = part.manifest.calibration
-        maps = [each[number][0] for each in outputs]
-        statistics = np.concatenate([each[number][1].numpy() for each in outputs])
-        scores = calibration.image_scores(statistics, known)
-        (center,), (scale,) = calibration.centers_and_scales(scores[:, None])
-        level = float(np.median([float(each.median()) for each in maps]))
-        peak = float(np.median([float(each.amax()) for each in maps]))
-        found.append(Scale(known.centers, known.scales, (center, scale), level, peak))
-    return found
+def scales(outputs: Iterable[Sequence[Tensor]]) -> list[Scale]:
+    """Return the scale of each part, by its maps of several good images."""
+    levels, peaks = [], []
+    for maps in outputs:
+        levels.append([float(each.median()) for each in maps])
+        peaks.append([float(each.amax()) for each in maps])
+    return [
+        Scale(float(level), float(peak))
+        for level, peak in zip(np.median(levels, axis=0), np.median(peaks, axis=0), strict=True)
+    ]
 
 
 def facts_of(
     request: TrainingRequest, config: JoinedConfig, parts: Sequence[Bundle], scored_on: Sequence[str]
 ) -> dict[str, Any]:
-    """Return what the file records about its training: of the part with most steps, and of all parts."""
+    """Return what the file records about its training: of the part that saw most defects, and of all."""
     records = [part.manifest.training for part in parts]
-    longest = max(records, key=lambda record: record.steps)
-    facts: dict[str, Any] = msgspec.to_builtins(longest)
+    fullest = max(records, key=lambda record: (record.defective_images, record.steps))
+    facts: dict[str, Any] = msgspec.to_builtins(fullest)
     held = [] if all(part.manifest.calibration.left_out for part in parts) else list(scored_on)
     used = [each.files for each in records if each.files is not None]
     train = {digest for each in used for digest in each.train} - set(held)
@@ -310,6 +320,7 @@ def facts_of(
         "notes": [
             f"{part.manifest.method}: {note}" for part in parts for note in part.manifest.training.notes
         ],
+        "good_images": max(each.good_images for each in records),
         "held_out_images": len(held),
         "files": {
             "train": sorted(train),

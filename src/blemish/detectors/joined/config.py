@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from typing_extensions import override
-
-from blemish.detectors.settings import STATISTICS, Config
+from blemish.detectors.settings import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +16,3 @@ class JoinedConfig(Config):
     """For each part its `method` and its `config`."""
     batch_size: int = 1
     statistics: tuple[str, ...] = ("top_mean",)
-    """Of the joined map, or "sum": the sum of the parts' z-scores."""
-
-    @property
-    @override
-    def known_statistics(self) -> tuple[str, ...]:
-        return (*STATISTICS, "sum")

@@ -1,11 +1,10 @@
-"""Joined detectors: their scores and maps on one scale, and summed."""
+"""Joined detectors: their maps on one scale, and averaged."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +25,18 @@ CELL = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """How good images look to one part: what its scores and maps are measured by."""
+    """How good images look to one part: what its map is measured by."""
 
-    centers: Sequence[float]
-    """Of the part's K statistics, as in its own calibration."""
-    scales: Sequence[float]
-    score: tuple[float, float]
-    """Centre and scale of the part's scores, the largest of its statistics' z-scores."""
     level: float
     """What its map shows nearly everywhere."""
     peak: float
     """What its map usually shows at most."""
+
+    @property
+    def unit(self) -> float:
+        """The distance of both; 1 where the map of good images is the same everywhere."""
+        distance = self.peak - self.level
+        return distance if distance > 1e-6 * max(abs(self.peak), abs(self.level)) else 1.0
 
 
 class Reduction(nn.Module):
@@ -59,13 +59,10 @@ class Reduction(nn.Module):
         return planes.view(-1, images.shape[1], *planes.shape[1:])
 
 
-class Sum(nn.Module):
-    """Bring the maps and statistics of several parts to one scale, and add them up."""
+class Average(Fused):
+    """Bring the maps of several parts to one scale, and average them."""
 
-    centers: Tensor
-    scales: Tensor
-    score_centers: Tensor
-    score_scales: Tensor
+    full_precision = ("levels", "units")
     levels: Tensor
     units: Tensor
 
@@ -73,50 +70,35 @@ class Sum(nn.Module):
         """Start with scales that change nothing; parts: the config of each part."""
         super().__init__()
         self.size, self.names = config.image_size, config.statistics
-        self.counts = counts = [len(part.statistics) for part in parts]
         self.reductions = nn.ModuleList(
             nn.Identity() if part.image_size == self.size else Reduction(self.size, part.image_size)
             for part in parts
         )
-        for name, number, value in (
-            *(("centers", sum(counts), 0.0), ("scales", sum(counts), 1.0)),
-            *(("score_centers", len(counts), 0.0), ("score_scales", len(counts), 1.0)),
-            *(("levels", len(counts), 0.0), ("units", len(counts), 1.0)),
-        ):
-            self.register_buffer(name, torch.full((number,), value))
+        self.register_buffer("levels", torch.zeros(len(parts)))
+        self.register_buffer("units", torch.ones(len(parts)))
 
-    def measure(self, scales: Sequence[Scale]) -> None:
-        """Take the scales of the parts."""
-        self.centers.copy_(torch.tensor([value for each in scales for value in each.centers]))
-        self.scales.copy_(torch.tensor([value for each in scales for value in each.scales]))
-        self.score_centers.copy_(torch.tensor([each.score[0] for each in scales]))
-        self.score_scales.copy_(torch.tensor([each.score[1] for each in scales]))
+    def set_scales(self, scales: Sequence[Scale]) -> None:
+        """Set the scale of each part."""
         self.levels.copy_(torch.tensor([each.level for each in scales]))
-        self.units.copy_(torch.tensor([(each.peak - each.level) or 1.0 for each in scales]))
+        self.units.copy_(torch.tensor([each.unit for each in scales]))
 
     def seen(self, images: Tensor) -> list[Tensor]:
         """Return (B, 3, H, W) images as each part sees them, at its size."""
         return [reduction(images) for reduction in self.reductions]
 
     @override
-    def forward(self, maps: Sequence[Tensor], statistics: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the (B, H, W) mean map, the (B, K) statistics, and each part's map on the common scale.
 
-        maps, statistics: (B, H_i, W_i) and (B, K_i) of each part.
+        maps: (B, H_i, W_i) of each part.
         """
         shown = [
-            resized((each - self.levels[place])[:, None] / self.units[place], self.size)[:, 0]
+            resized((each.float() - self.levels[place])[:, None] / self.units[place], self.size)[:, 0]
             for place, each in enumerate(maps)
         ]
         mean = torch.stack(shown).mean(0)
         cells = functional.avg_pool2d(mean[:, None], CELL)[:, 0]
-        return mean, ops.map_statistics(mean, cells, self.names, sum=partial(self.added, statistics)), *shown
-
-    def added(self, statistics: Sequence[Tensor]) -> Tensor:
-        """Return the (B,) sum of the parts' z-scores from the (B, K_i) statistics of each."""
-        scaled = (torch.cat(list(statistics), 1) - self.centers) / self.scales
-        scores = torch.stack([part.amax(1) for part in torch.split(scaled, self.counts, 1)], 1)
-        return ((scores - self.score_centers) / self.score_scales).sum(1)
+        return mean, ops.map_statistics(mean, cells, self.names), *shown
 
 
 class Joined(Detector):
@@ -128,8 +110,8 @@ class Joined(Detector):
         super().__init__()
         self.config = config
         self.parts = nn.ModuleList(parts)
-        self.sum = Sum(config, [part.config for part in parts])
-        self.outputs = ("map", "statistics", *names_of([each["method"] for each in config.parts]))
+        self.average = Average(config, [part.config for part in parts])
+        self.outputs = ("map", "statistics", *outputs_of([each["method"] for each in config.parts]))
         self.fitted_buffers = tuple(
             f"parts.{number}.{name}" for number, part in enumerate(parts) for name in part.fitted_buffers
         )
@@ -146,19 +128,19 @@ class Joined(Detector):
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return joined(self.parts, self.sum, images)
+        return averaged(self.parts, self.average, images)
 
     @override
     def matches(self, images: Tensor) -> list[Match]:
         """Return what the first part that remembers good images says."""
-        for part, seen in zip(self.detectors, self.sum.seen(images), strict=True):
+        for part, seen in zip(self.detectors, self.average.seen(images), strict=True):
             if part.fitted_buffers:
                 return part.matches(seen)
         return super().matches(images)
 
     @override
     def fused(self) -> nn.Module:
-        return FusedJoined([part.fused() for part in self.detectors], self.sum).eval()
+        return FusedJoined([part.fused() for part in self.detectors], self.average).eval()
 
     @override
     def with_fewer_channels(
@@ -170,35 +152,36 @@ class Joined(Detector):
     def for_integers(self, network: nn.Module, batches: Sequence[Tensor]) -> nn.Module:
         if not isinstance(network, FusedJoined):
             return network
-        seen = [network.sum.seen(batch) for batch in batches]
+        seen = [network.average.seen(batch) for batch in batches]
         parts = [
             part.for_integers(fused, [each[place] for each in seen])
             for place, (part, fused) in enumerate(zip(self.detectors, network.parts, strict=True))
         ]
-        return FusedJoined(parts, network.sum).eval()
+        return FusedJoined(parts, network.average).eval()
 
 
 class FusedJoined(Fused):
     """Fused parts. What they compute alike, such as a backbone that they share, is one part of the graph."""
 
-    def __init__(self, parts: Sequence[nn.Module], total: Sum) -> None:
+    def __init__(self, parts: Sequence[nn.Module], average: Average) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
-        self.sum = total
+        self.average = average
 
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return joined(self.parts, self.sum, images)
+        return averaged(self.parts, self.average, images)
 
 
-def joined(parts: nn.ModuleList, total: Sum, images: Tensor) -> tuple[Tensor, ...]:
+def averaged(parts: nn.ModuleList, average: Average, images: Tensor) -> tuple[Tensor, ...]:
     """Return the outputs of joined parts."""
-    found = [part(seen) for part, seen in zip(parts, total.seen(images), strict=True)]
-    outputs: tuple[Tensor, ...] = total([each[0] for each in found], [each[1].float() for each in found])
+    outputs: tuple[Tensor, ...] = average(
+        [part(seen)[0] for part, seen in zip(parts, average.seen(images), strict=True)]
+    )
     return outputs
 
 
-def names_of(methods: Sequence[str]) -> list[str]:
+def outputs_of(methods: Sequence[str]) -> list[str]:
     """Return a name for each part: its method, with a number if several have the same."""
     seen: Counter[str] = Counter()
     names = []
