@@ -44,8 +44,7 @@ from blemish import data, seeding
 from blemish.demo import dataset
 from blemish.files import digest
 from blemish.tables import aligned
-from blemish.training import checkpoint
-from blemish.training.session import begun
+from blemish.training.session import remains
 from blemish.types import Evaluation, Sample
 
 OPTIONS = ("light", "scale", "supervision", "preset", "steps", "budget")
@@ -179,12 +178,12 @@ def measured(cell: Cell, cache: str, unfinished: Path) -> dict[str, Any]:
         root = category(cell, folder)
         manifest = write_manifest(root, cell, folder / "manifest.csv")
         out = unfinished / f"{cell.file_name}.blemish"
-        options = trained(cell.variant) | ({"resume": True} if begun(out) else {})
-        checkpoints = unfinished.glob(f"{out.name}*.checkpoint")
-        seconds = sum(float(checkpoint.header(path)["seconds"]) for path in checkpoints)
+        options = trained(cell.variant)
+        options |= {"resume": True} if remains(out, options["model"]) else {}
         started = time.monotonic()
         model = blemish.train(manifest, out=out, seed=cell.seed, cache=cache, **options)
-        seconds += time.monotonic() - started
+        # A training that was resumed records what it took before, too.
+        seconds = max(time.monotonic() - started, model.manifest.training.seconds)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         facts = {
             "cell": asdict(cell),

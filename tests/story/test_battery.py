@@ -113,12 +113,18 @@ def test_a_battery_that_was_stopped_goes_on_and_is_shown(
     assert shown[4].startswith(VARIANT)
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "simplenet image_size=64x64 layers=stage1,stage2 steps=6",
+        "patchcore+simplenet image_size=64x64 layers=stage1,stage2 bank_size=50 simplenet.steps=6",
+    ],
+)
 def test_a_training_that_was_killed_goes_on_from_its_checkpoint(
-    battery: ModuleType, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    battery: ModuleType, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     drawn.tiny_weights(tmp_path / "efficientnet_lite0.safetensors")
     monkeypatch.setenv("BLEMISH_WEIGHTS", str(tmp_path))
-    variant = "simplenet image_size=64x64 layers=stage1,stage2 steps=6"
     cell, unfinished = battery.Cell(str(parts), "clean", variant, 0), tmp_path / "unfinished"
     whole = battery.measured(cell, "off", unfinished)
     seen: list[Event] = []

@@ -21,6 +21,8 @@ from blemish.files import short_digest
 from blemish.inference import bundle
 from blemish.inference.engines.pytorch import restored
 from blemish.progress import Event
+from blemish.training.joining import scales
+from blemish.training.session import remains
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,13 +92,18 @@ def test_a_joined_model_tells_defects_apart_in_one_file(pair: Path, parts: Path)
     assert not list(pair.parent.glob("pair.blemish.*"))
 
 
-def test_thresholds_come_from_images_that_no_part_learned_from(pair: Path, parts: Path) -> None:
+def test_thresholds_come_from_images_that_no_part_learned_from(
+    pair: Path, parts: Path, tmp_path: Path
+) -> None:
     with blemish.load(pair) as model:
         training, calibration = model.manifest.training, model.manifest.calibration
     assert training.files is not None
     assert len(training.files.held_out) == len(calibration.scores) == training.held_out_images == 5
     assert not {*training.files.held_out} & {*training.files.train}
     assert len(training.files.train) == 19
+    alone = train(parts, tmp_path / "one.blemish", "simplenet", settings={"bank_size": None, "steps": "2"})
+    assert alone.manifest.training.files is not None
+    assert set(training.files.held_out) == set(alone.manifest.training.files.held_out)
     assert calibration.left_out  # one part remembers those images, and scored each without itself
 
 
@@ -157,10 +164,52 @@ def test_parts_that_were_trained_are_not_trained_again(parts: Path, pair: Path, 
         train(drawn.data_set(tmp_path / "others", train=10, good=2, bad=2), out, resume=True)
     said: list[str] = []
     model = train(parts, out, resume=True, report=lambda event: said.append(event.message))
-    assert "part 1, patchcore: trained before" in said
+    assert "m.blemish.part1, patchcore: trained before" in said
     with blemish.load(pair) as whole:
         assert model.calibration == whole.calibration
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.blemish", "others"]
+
+
+def test_a_run_that_was_stopped_while_joining_goes_on(parts: Path, pair: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "m.blemish", list[Event]()
+    with pytest.raises(StoppedError, match=r"while scoring .*; run the same command with --resume"):
+        train(parts, out, report=seen.append, stop=lambda: bool(seen) and seen[-1].phase == "scoring")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.blemish.part1", "m.blemish.part2"]
+    (tmp_path / "m.blemish.part3").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"part3 is no part of patchcore\+simplenet"):
+        train(parts, out, resume=True)
+    (tmp_path / "m.blemish.part3").unlink()
+    with blemish.load(pair) as whole:
+        assert train(parts, out, resume=True).calibration == whole.calibration
+
+
+def test_a_sweep_of_one_method_ignores_what_joined_methods_left(tmp_path: Path) -> None:
+    out = tmp_path / "m.blemish"
+    for name in ("m.blemish.part1", "m.blemish.part2.checkpoint", "m.blemish.parts", "m.blemish.part2.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in remains(out, PAIR)] == ["m.blemish.part1", "m.blemish.part2.checkpoint"]
+    assert remains(out, "patchcore") == []
+    (tmp_path / "m.blemish.checkpoint").touch()
+    assert [path.name for path in remains(out, None)] == ["m.blemish.checkpoint"]
+
+
+def test_scales_are_the_medians_of_levels_and_peaks() -> None:
+    maps = np.random.default_rng(0).gamma(2.0, size=(7, 2, 1, 15, 15)).astype(np.float32)
+    found = scales([[torch.from_numpy(part) for part in image] for image in maps])
+    for number, scale in enumerate(found):
+        each = maps[:, number].reshape(7, -1)
+        assert scale.level == pytest.approx(np.median(np.median(each, axis=1)))
+        assert scale.peak == pytest.approx(np.median(each.max(axis=1)))
+
+
+@pytest.mark.parametrize(("form", "precision"), [("onnx", "int8"), ("onnx", "fp16")])
+def test_joined_models_are_exported(
+    form: str, precision: str, pair: Path, parts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m.blemish"
+    blemish.export(pair, parts, out=out, format=form, precision=precision)
+    with blemish.load(out) as model:
+        assert (blemish.evaluate(model, parts).rows[0].image_auroc or 0) > 0.95
 
 
 def test_a_joined_model_is_not_continued(parts: Path, pair: Path, tmp_path: Path) -> None:

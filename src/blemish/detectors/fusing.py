@@ -34,7 +34,7 @@ class Lowered(nn.Module):
         self.dtype = dtype
         self.network = copy.deepcopy(network).to(dtype)
         for whole, lowered in zip(network.modules(), self.network.modules(), strict=True):
-            for name in whole.full_precision if isinstance(whole, Fused) else ():
+            for name in getattr(whole, "full_precision", ()):
                 lowered.register_buffer(name, whole.get_buffer(name).clone())
 
     @override

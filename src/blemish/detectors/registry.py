@@ -49,7 +49,7 @@ JOIN = "+"
 
 def method(name: str) -> Method:
     """Return a method by name, or joined methods; raise ConfigError with the nearest known name."""
-    if JOIN in name:
+    if is_joined(name):
         return joined(name)
     if name not in METHODS:
         raise ConfigError(f"unknown model {name!r}; {nearest(name, METHODS)}")
@@ -71,6 +71,11 @@ def preset(name: str, wanted: str) -> Preset:
 def parts_of(name: str) -> list[str]:
     """Return the names of joined methods, or the one name."""
     return name.split(JOIN)
+
+
+def is_joined(name: str | None) -> bool:
+    """Return whether a name is that of joined methods."""
+    return name is not None and JOIN in name
 
 
 def joined(name: str) -> Method:
@@ -160,7 +165,7 @@ def configure(
     A setting is a string, as on a command line, or a value of the field's type. The image size may be left
     open. Raises ConfigError for a name or a value that does not fit.
     """
-    if JOIN in name and "parts" not in (settings or {}):
+    if is_joined(name) and "parts" not in (settings or {}):
         return configure_parts(name, wanted, settings or {}, supervision)
     chosen, found, given = preset(name, wanted), method(name), dict(settings or {})
     changes = read_settings(name, found.config, {**chosen.changes, **chosen.regimes[supervision], **given})

@@ -44,9 +44,11 @@ def run_trial(
         tell(report, f"{trial.out} is already trained: evaluating it")
     else:
         from blemish.training import run
-        from blemish.training.session import begun
+        from blemish.training.session import remains
 
-        run.run(replace(trial.request(base), resume=begun(trial.out)), report=report, stop=stop)
+        request = trial.request(base)
+        begun = bool(remains(trial.out, request.model))
+        run.run(replace(request, resume=begun), report=report, stop=stop)
     with load(trial.out, threads=threads) as model:
         return evaluate(model, base.data, layout=base.layout, exhibits=0, report=report, stop=stop)
 
@@ -61,8 +63,8 @@ def refuse_other(trial: Trial, base: TrainingRequest) -> None:
     from blemish.training.joining import expected_of_parts
 
     manifest, request = bundle.read(trial.out).manifest, trial.request(base)
-    joined = len(registry.parts_of(request.model or "")) > 1
-    if text := difference(manifest.to_json(), (expected_of_parts if joined else expected)(request), ""):
+    wanted = (expected_of_parts if registry.is_joined(request.model) else expected)(request)
+    if text := difference(manifest.to_json(), wanted, ""):
         raise ModelFileError(
             f"{trial.out} belongs to another run: {text}; delete it, or choose another --out"
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from blemish import data
+from blemish.backbones import weights
 from blemish.data.loading.cache import Memory
 from blemish.data.loading.stores import ImageStore
 from blemish.detectors import registry
@@ -26,6 +27,7 @@ from blemish.detectors.joined.config import JoinedConfig
 from blemish.detectors.joined.detector import Joined, Scale
 from blemish.detectors.settings import as_json
 from blemish.detectors.sizing import written
+from blemish.devices import choose_device
 from blemish.errors import ConfigError, DataError, ModelFileError, StoppedError
 from blemish.files import check_writable, short_digest
 from blemish.images import Preprocessing
@@ -38,7 +40,7 @@ from blemish.training.expected import difference, expected
 from blemish.training.finalise import COMPARED, finalise
 from blemish.training.plan import Plan, plan
 from blemish.training.request import TrainingRequest
-from blemish.training.session import part_path
+from blemish.training.session import checkpoint_path, part_path, remains
 
 TrainPart = Callable[..., Predictor]
 """Carries out the training request of one part: `run.run`."""
@@ -55,39 +57,43 @@ def run(
     """Carry out the training request of joined methods; see `train`."""
     check_writable(request.out)
     requests = requests_of_parts(request)
-    wanted = [plan(each) for each in requests]
-    refuse_lengths(request, wanted)
-    largest(str(request.model), [each.config.image_size for each in wanted])
-    refuse_remains(request, requests)
-    for each in wanted:  # before another part is trained for nothing
-        registry.build(each.model, each.config, request.seed)
-    made: dict[int, Bundle] = {}
-    order = sorted(range(len(requests)), key=lambda number: wanted[number].method.has_steps)
-    started = time.monotonic()
-    waiting = sum(
-        each.method.has_steps and not asked.out.exists() for each, asked in zip(wanted, requests, strict=True)
-    )
-    for number in order:
-        asked, name = requests[number], wanted[number].model
-        if asked.out.exists():
-            made[number] = finished(asked)
-            tell(report, f"part {number + 1}, {name}: trained before")
-            continue
-        if wanted[number].method.has_steps and request.budget is not None:
-            left = float(request.budget) - (time.monotonic() - started)
-            asked = dataclasses.replace(asked, budget=max(left / waiting, 1.0))
-        waiting -= wanted[number].method.has_steps
-        tell(report, f"part {number + 1} of {len(requests)}: {name}")
-        try:
-            train_part(asked, report=report, stop=stop)
-        except StoppedError as error:
-            raise StoppedError(str(error).replace("command again", "command with --resume")) from error
-        made[number] = bundle.read(asked.out)
-    parts = [made[number] for number in range(len(requests))]
-    opened = join(request, parts, report, stop)
+    planned = [plan(each) for each in requests]
+    refuse(request, requests, planned)
+    try:
+        parts = train_parts(request, requests, planned, train_part, report, stop)
+        opened = join(request, parts, report, stop)
+    except StoppedError as error:
+        raise StoppedError(str(error).replace("command again", "command with --resume")) from error
     for asked in requests:
         asked.out.unlink(missing_ok=True)
     return opened
+
+
+def train_parts(
+    request: TrainingRequest,
+    requests: Sequence[TrainingRequest],
+    planned: Sequence[Plan],
+    train_part: TrainPart,
+    report: Report,
+    stop: Stop,
+) -> list[Bundle]:
+    """Train the parts that are not there yet, those without steps first, and open all."""
+    pairs = list(zip(requests, planned, strict=True))
+    for asked, _ in pairs:
+        if asked.out.exists():
+            refuse_another_run(asked)
+            tell(report, f"{asked.out.name}, {asked.model}: trained before")
+    left = [(asked, wanted) for asked, wanted in pairs if not asked.out.exists()]
+    left.sort(key=lambda pair: pair[1].method.has_steps)
+    started, waiting = time.monotonic(), sum(wanted.method.has_steps for _, wanted in left)
+    for asked, wanted in left:
+        if wanted.method.has_steps and request.budget is not None:
+            seconds = float(request.budget) - (time.monotonic() - started)
+            asked = dataclasses.replace(asked, budget=max(seconds / waiting, 1.0))
+            waiting -= 1
+        tell(report, f"{asked.out.name}: {asked.model}")
+        train_part(asked, report=report, stop=stop)
+    return [bundle.read(asked.out) for asked in requests]
 
 
 # --- what each part is asked for ---
@@ -134,12 +140,26 @@ def request_of_part(
     )
 
 
-def refuse_lengths(request: TrainingRequest, planned: Sequence[Plan]) -> None:
-    """Raise ConfigError for a length where no part has steps."""
+def refuse(request: TrainingRequest, requests: Sequence[TrainingRequest], planned: Sequence[Plan]) -> None:
+    """Raise a BlemishError for what would fail after some of the parts have been trained for nothing."""
     if request.length.given and not any(each.method.has_steps for each in planned):
         raise ConfigError(
             f"{' and '.join(request.length.given)}: {request.model} is fitted in one pass; expected none"
         )
+    largest(str(request.model), [each.config.image_size for each in planned])
+    left = remains(request.out, request.model)
+    if left and not request.resume:
+        raise ConfigError(
+            f"{left[0]} belongs to an unfinished run: continue it with --resume, or delete the file"
+        )
+    known = {path for each in requests for path in (each.out, checkpoint_path(each.out, resume=True))}
+    for path in left:
+        if path not in known:
+            raise ConfigError(f"{path} is no part of {request.model}; delete it, or choose another --out")
+    for each in planned:
+        detector = registry.build(each.model, each.config, request.seed)
+        if detector.frozen:
+            weights.find(detector.pretrained_name)
 
 
 def largest(name: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -154,21 +174,10 @@ def largest(name: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return height, width
 
 
-def refuse_remains(request: TrainingRequest, requests: Sequence[TrainingRequest]) -> None:
-    """Raise ConfigError for parts of an unfinished run, unless this run goes on from them."""
-    found = next((each.out for each in requests if each.out.exists()), None)
-    if found is not None and not request.resume:
-        raise ConfigError(
-            f"{found} belongs to an unfinished run: continue it with --resume, or delete the file"
-        )
-
-
-def finished(asked: TrainingRequest) -> Bundle:
-    """Open a part that was trained before; raise ModelFileError if it belongs to another run."""
-    made = bundle.read(asked.out)
-    if text := difference(made.manifest.to_json(), expected(asked), ""):
+def refuse_another_run(asked: TrainingRequest) -> None:
+    """Raise ModelFileError for a part that was trained before, but by another run."""
+    if text := difference(bundle.read(asked.out).manifest.to_json(), expected(asked), ""):
         raise ModelFileError(f"{asked.out} belongs to another run: {text}")
-    return made
 
 
 def expected_of_parts(request: TrainingRequest) -> dict[str, Any]:
@@ -189,28 +198,29 @@ def expected_of_parts(request: TrainingRequest) -> dict[str, Any]:
 def join(request: TrainingRequest, parts: Sequence[Bundle], report: Report, stop: Stop) -> Predictor:
     """Bring trained parts to one scale, set thresholds, and write the file of all."""
     preprocessing = common(request, parts)
-    detectors = [restored(each) for each in parts]
     config = JoinedConfig(
         image_size=preprocessing.image_size,
         parts=tuple({"method": each.manifest.method, "config": each.manifest.config} for each in parts),
     )
-    detector = Joined(config, detectors).eval()
+    device = choose_device(request.device)
+    detector = Joined(config, [restored(each) for each in parts]).eval().to(device)
     digests = scored_images(parts)
     paths = paths_of(request, digests)
     store = ImageStore(paths, preprocessing, Memory(request.memory))
-    without = [each.manifest.calibration.left_out for each in parts]
     remembered = [
-        ImageStore(paths, each.manifest.preprocessing, Memory(request.memory)) if leave_out else None
-        for each, leave_out in zip(parts, without, strict=True)
+        ImageStore(paths, each.manifest.preprocessing, Memory(request.memory))
+        if each.manifest.calibration.left_out
+        else None
+        for each in parts
     ]
 
     def outputs(indices: Sequence[int], phase: str) -> Iterator[list[Tensor]]:
         for index in tracked(indices, len(indices), report, phase, stop=stop):
             with torch.no_grad():
-                seen = detector.average.seen(store.batch([index]))
+                seen = detector.average.seen(store.batch([index]).to(device))
                 found = [
-                    part(each) if own is None else left_out(part, own, index)
-                    for part, own, each in zip(detectors, remembered, seen, strict=True)
+                    part(each) if own is None else left_out(part, own, index, device)
+                    for part, own, each in zip(detector.detectors, remembered, seen, strict=True)
                 ]
             yield [each[0] for each in found]
 
@@ -220,14 +230,14 @@ def join(request: TrainingRequest, parts: Sequence[Bundle], report: Report, stop
     statistics, maxima = [], []
     for found in outputs(everything, "scoring"):
         maps, values, *_ = detector.average(found)
-        statistics.append(values.numpy())
+        statistics.append(values.cpu().numpy())
         maxima.append(float(maps.amax()))
     thresholds = calibration.fit(
         np.concatenate(statistics),
         np.array(maxima),
         config.statistics,
         false_reject_rate=request.false_reject_rate,
-        left_out=any(without),
+        left_out=any(each is not None for each in remembered),
     )
     compared = store.without(frozenset(everything[COMPARED:]))
     facts = facts_of(request, config, parts, digests)
@@ -275,12 +285,12 @@ def paths_of(request: TrainingRequest, digests: Sequence[str]) -> list[Path]:
     return [found[digest] for digest in digests]
 
 
-def left_out(part: Detector, store: ImageStore, index: int) -> tuple[Tensor, ...]:
+def left_out(part: Detector, store: ImageStore, index: int, device: str) -> tuple[Tensor, ...]:
     """Return the outputs of a part for an image that it was fitted to, as if it had not been.
 
     What it was fitted to are features in half precision, of the image at the part's own size.
     """
-    encoded = tuple(each.half().float() for each in part.encode(store.batch([index])))
+    encoded = tuple(each.half().float() for each in part.encode(store.batch([index]).to(device)))
     return part.leave_out(encoded, [store.digest(index)])
 
 

@@ -79,7 +79,7 @@ def plan(request: TrainingRequest) -> Plan:
     Raises a BlemishError for what does not exist or cannot be combined.
     """
     start = None if request.start is None else bundle.read(request.start)
-    if start is not None and len(registry.parts_of(start.manifest.training.run.model)) > 1:
+    if start is not None and registry.is_joined(start.manifest.training.run.model):
         raise ConfigError(f"{start.path} is a model of joined methods, which cannot be continued")
     request, why = with_model(request, start)
     model, preset, given = settle_settings(request, start)

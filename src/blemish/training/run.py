@@ -61,7 +61,7 @@ LEFT_OUT = 1000
 
 def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never) -> Predictor:
     """Carry out a training request; see `train`."""
-    if request.model is not None and len(registry.parts_of(request.model)) > 1:
+    if registry.is_joined(request.model):
         return joining.run(request, run, report=report, stop=stop)
     started = time.monotonic()
     device = choose_device(request.device)

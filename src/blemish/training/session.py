@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from blemish.detectors import registry
 from blemish.errors import ConfigError
 from blemish.progress import tell
 from blemish.training import loop
@@ -30,10 +32,15 @@ def part_path(out: Path, number: int) -> Path:
     return out.with_name(f"{out.name}.part{number}")
 
 
-def begun(out: Path) -> bool:
-    """Return whether an unfinished run that writes `out` has left something to go on from."""
-    remains = (out.name + ".checkpoint", out.name + ".part")
-    return any(path.name.startswith(remains) for path in out.parent.glob("*"))
+def remains(out: Path, model: str | None) -> list[Path]:
+    """Return what an unfinished run of a method that writes `out` has left to go on from.
+
+    Of joined methods these are parts and their checkpoints, otherwise the checkpoint.
+    """
+    if not registry.is_joined(model):
+        return [path for path in [checkpoint_path(out, resume=True)] if path.exists()]
+    wanted = re.compile(re.escape(out.name) + r"\.part\d+(\.checkpoint)?")
+    return sorted(path for path in out.parent.glob("*") if wanted.fullmatch(path.name))
 
 
 def start_or_resume(

@@ -59,7 +59,7 @@ class Reduction(nn.Module):
         return planes.view(-1, images.shape[1], *planes.shape[1:])
 
 
-class Average(Fused):
+class Average(nn.Module):
     """Bring the maps of several parts to one scale, and average them."""
 
     full_precision = ("levels", "units")
