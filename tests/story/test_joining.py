@@ -135,14 +135,16 @@ def test_the_graph_is_that_of_the_detector_and_has_a_shared_backbone_once(pair: 
     assert backbone <= convolutions(opened.graph) < 2 * backbone
 
 
-def test_what_a_place_is_like_is_said_by_the_part_that_remembers(pair: Path, parts: Path) -> None:
+def test_what_a_place_is_like_is_said_by_the_part_that_remembers(pair: Path) -> None:
     with blemish.load(pair) as model:
-        detector = restored(bundle.read(pair))
         image = torch.from_numpy(model.manifest.preprocessing.inputs(drawn.part(0)))
-        assert detector.matches(image)[0].digest in {
-            digest[:15]
-            for digest in model.manifest.training.files.names  # type: ignore[union-attr]
-        }
+        files = model.manifest.training.files
+    detector = restored(bundle.read(pair))
+    assert isinstance(detector, Joined)
+    found = detector.matches(image)
+    assert found == detector.detectors[0].matches(image)
+    assert files is not None
+    assert found[0].digest in {digest[:15] for digest in files.names}
 
 
 def test_parts_that_were_trained_are_not_trained_again(parts: Path, pair: Path, tmp_path: Path) -> None:
