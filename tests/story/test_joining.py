@@ -318,6 +318,25 @@ def test_a_part_sees_images_at_its_own_size() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+def test_parts_of_different_sizes_are_one_file(parts: Path, tmp_path: Path) -> None:
+    """Its graph is compared with the detector at the end of training; here, with what the file restores."""
+    out, smaller = tmp_path / "m.blemish", tmp_path / "int8.blemish"
+    settings = {"image_size": None, "patchcore.image_size": "96x96", "simplenet.image_size": "64x64"}
+    with train(parts, out, settings=settings) as model:
+        assert model.image_size == (96, 96)
+        inputs = model.manifest.preprocessing.inputs(drawn.part(0))
+        found = model.engine.run(inputs)
+        outputs = model.manifest.outputs
+    detector = restored(bundle.read(out))
+    with torch.no_grad():
+        for name, expected in zip(outputs, detector(torch.from_numpy(inputs)), strict=True):
+            np.testing.assert_allclose(found[name], expected.numpy(), rtol=1e-3, atol=1e-3)
+    assert detector.matches(torch.from_numpy(inputs))
+    blemish.export(out, parts, out=smaller, format="onnx", precision="int8")
+    with blemish.load(smaller) as model:
+        assert (blemish.evaluate(model, parts).rows[0].image_auroc or 0) > 0.95
+
+
 def test_untrained_joined_methods_have_the_largest_of_their_sizes() -> None:
     detector = registry.build("patchcore+simplenet", registry.configure("patchcore+simplenet"), 0)
     assert detector.config.image_size == (384, 384)

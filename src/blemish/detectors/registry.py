@@ -234,7 +234,8 @@ def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -
 
     detector, stored = build(name, configure(name, settings=config), seed=0), load(weights)
     resize_fitted_buffers(detector, stored)
-    started = dict(detector.named_buffers())
+    kept = detector.state_dict().keys()
+    started = {name: value for name, value in detector.named_buffers() if name in kept}
     try:
         detector.load_state_dict(started | stored)
     except RuntimeError as error:
