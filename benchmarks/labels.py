@@ -30,6 +30,8 @@ from typing import Any
 import blemish
 from blemish import images
 from blemish.cli.terminal import Terminal
+from blemish.detectors import registry
+from blemish.detectors.supersimplenet.config import GOOD_ONLY
 
 METRICS = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 NO_HEAD: dict[str, Any] = {"classification_head": False}
@@ -94,6 +96,9 @@ def ablation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             continue
         if name == "old training":
             settings = settings | GRADIENT_RULES[options.supervision]
+        if options.supervision == "none":  # the paper's form, not what the defaults for good images are
+            plain = registry.method(model).config
+            settings = {key: getattr(plain, key) for key in GOOD_ONLY} | settings
         if (
             options.supervision == "none"
             and model == "supersimplenet"

@@ -18,6 +18,7 @@ from blemish.testing.parts import KIND, data_set, part, spotted
 
 __all__ = [
     "KIND",
+    "PLAIN",
     "STEPS",
     "TINY",
     "Tiny",
@@ -30,7 +31,18 @@ __all__ = [
     "weights",
 ]
 
-TINY: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
+    "upscale": True,
+    "whitening": 0,
+    "anomalies": "perlin",
+    "differences": 0,
+    "misplaced": 0,
+    "focal_loss": True,
+    "batch_size": 8,
+    "edges": "none",
+}
+"""Settings that make the default for good images alone what it is with labels: the paper's form."""
+TINY: dict[str, Any] = PLAIN | {
     "backbone": "efficientnet_lite0",
     "layers": ("stage1", "stage2"),
     "hidden_channels": 16,

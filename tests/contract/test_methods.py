@@ -36,7 +36,20 @@ from blemish.types import Batch, Supervision
 
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
-RESNET = {"backbone": "resnet18", "hidden_channels": 32, "image_size": (64, 96), "noise_ratio": 1.0}
+RESNET = drawn.PLAIN | {
+    "backbone": "resnet18",
+    "hidden_channels": 32,
+    "image_size": (64, 96),
+    "noise_ratio": 1.0,
+}
+WHOLE = {"upscale": False, "anomalies": "whole", "focal_loss": False}
+LEARNED = WHOLE | {
+    "whitening": 0.1,
+    "components": 12,
+    "misplaced": 0.25,
+    "differences": 0.5,
+    "edges": "rings",
+}
 SMALL = drawn.TINY | {"layers": ("stage2",)}
 FEW = SMALL | {"batch_size": 4}
 REMEMBERED = {
@@ -67,8 +80,9 @@ CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
         30,
     ),
     "supersimplenet rings": ("supersimplenet", "none", SMALL | {"edges": "rings"}, 30),
-    "simplenet": ("simplenet", "none", SMALL, 60),
-    "simplenet blind": ("simplenet", "none", SMALL | {"edges": "blind"}, 60),
+    "supersimplenet for good images": ("supersimplenet", "none", drawn.TINY | LEARNED, 60),
+    "simplenet": ("simplenet", "none", SMALL | WHOLE, 60),
+    "simplenet blind": ("simplenet", "none", SMALL | WHOLE | {"edges": "blind"}, 60),
     "patchcore": ("patchcore", "none", REMEMBERED, None),
     "patchcore as published": ("patchcore", "none", PUBLISHED, None),
     "padim": ("padim", "none", GAUSSIANS, None),

@@ -339,10 +339,10 @@ def test_parts_of_different_sizes_are_one_file(parts: Path, tmp_path: Path) -> N
 
 def test_untrained_joined_methods_have_the_largest_of_their_sizes() -> None:
     detector = registry.build("patchcore+simplenet", registry.configure("patchcore+simplenet"), 0)
-    assert detector.config.image_size == (384, 384)
+    assert detector.config.image_size == (512, 512)
     with torch.no_grad():
-        maps, statistics, *shown = detector(torch.rand(1, 3, 384, 384))
-    assert maps.shape == (1, 384, 384)
+        maps, statistics, *shown = detector(torch.rand(1, 3, 512, 512))
+    assert maps.shape == (1, 512, 512)
     assert [each.shape for each in shown] == [maps.shape, maps.shape]
     assert statistics.shape == (1, 1)
 

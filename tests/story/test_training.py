@@ -700,7 +700,7 @@ def test_the_schedule_sets_the_rates(
 
 def test_parts_that_are_not_square_keep_their_shape(tmp_path: Path) -> None:
     data, file = drawn.data_set(tmp_path / "parts", train=8, size=(126, 50)), tmp_path / "m.blemish"
-    settings = {"layers": ("stage2",), "hidden_channels": 16}
+    settings = {"layers": ("stage2",), "hidden_channels": 16, "side": 256}
     weights = drawn.tiny_weights(tmp_path / "lite0.safetensors", layers=("stage2",))
     events = list[Event]()
     model = run.train(

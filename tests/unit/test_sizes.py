@@ -236,13 +236,18 @@ def long_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "expected", "says"),
     [
-        ({}, (416, 160), "416 x 160 (shape kept; 3.3 of the size)"),
+        ({}, (800, 320), "800 x 320 (shape kept; 6.4 of the size)"),
+        ({"settings": {"side": 256}}, (416, 160), "416 x 160 (shape kept; 3.3 of the size)"),
         ({"model": "efficientad-s"}, (640, 256), "640 x 256 (shape kept; 5.1 of the size)"),
         ({"settings": {"side": "384"}}, (640, 256), "640 x 256 (shape kept; 5.1 of the size)"),
         ({"scale": "2"}, (256, 96), "256 x 96 (scale 2)"),
         ({"scale": "2x4"}, (256, 192), "256 x 192 (scale 2 x 4)"),
         ({"scale": 2, "preset": "paper"}, (256, 96), "256 x 96 (scale 2)"),
-        ({"defect_size": "4px"}, (416, 160), "416 x 160 (a defect of 4 pixels covers 12.8, of 12 needed)"),
+        (
+            {"defect_size": "4px", "settings": {"side": 256}},
+            (416, 160),
+            "416 x 160 (a defect of 4 pixels covers 12.8, of 12 needed)",
+        ),
         ({"settings": {"image_size": "64x32"}}, (64, 32), ""),
         ({"preset": "paper"}, (256, 256), ""),
         ({"preset": "journal"}, (256, 256), ""),

@@ -20,6 +20,7 @@ from blemish.detectors.registry import build, configure
 from blemish.detectors.schedules import SCHEDULES
 from blemish.detectors.settings import STATISTICS
 from blemish.detectors.supersimplenet import heads
+from blemish.detectors.supersimplenet.anomalies import Remade, real_masks
 from blemish.detectors.supersimplenet.config import SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import SegmentationHead, scatter_rows, spread_shifted
@@ -85,10 +86,17 @@ class Losses:
             detector.loss(batch, draw(seed))
 
     def take(
-        self, parts: Any, noisy: Tensor, noise: Tensor, target: Tensor, labels: Tensor, weights: Tensor
+        self,
+        parts: Any,
+        noisy: Tensor,
+        noise: Tensor,
+        target: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        remade: Remade | None,
     ) -> dict[str, Tensor]:
         self.noisy, self.noise, self.target = noisy, noise, target
-        self.labels, self.weights = labels, weights
+        self.labels, self.weights, self.remade = labels, weights, remade
         return {}
 
 
@@ -181,7 +189,7 @@ def test_without_synthetic_anomalies_there_is_one_copy() -> None:
 
 def test_masks_come_down_bilinearly_and_count_from_a_half() -> None:
     masks = (torch.rand(3, *SIZE, generator=draw(4)) < 0.5).float()
-    small, weights = make().real_masks(batch_of(masks, [1, 1, 1], [True] * 3), CELLS)
+    small, weights = real_masks(batch_of(masks, [1, 1, 1], [True] * 3), CELLS)
     # With ends not aligned, the middle of four pixels lies between its two inner ones.
     inner = masks.view(3, 16, 4, 12, 4)[:, :, 1:3, :, 1:3].mean((2, 4))
     assert torch.equal(small, inner >= 0.5)
@@ -191,13 +199,12 @@ def test_masks_come_down_bilinearly_and_count_from_a_half() -> None:
 
 @pytest.mark.parametrize("size", [SIZE, (61, 43)])
 def test_a_defect_that_vanishes_marks_the_cells_that_it_touches(size: tuple[int, int]) -> None:
-    detector = make()
     for y, x in ((0, 0), (3, 5), (30, 20), (size[0] - 1, size[1] - 1)):
         masks = torch.zeros(3, *size)
         masks[0, y, x] = 1
         masks[1, : size[0] // 2] = 1
         masks[1, -1, -1] = 1  # beside one that does not vanish, this is lost
-        small, _ = detector.real_masks(batch_of(masks, [1, 1, 0], [True] * 3), CELLS)
+        small, _ = real_masks(batch_of(masks, [1, 1, 0], [True] * 3), CELLS)
         marked = small[0].nonzero().tolist()
         assert [y * 16 // size[0], x * 12 // size[1]] in marked
         assert len(marked) <= (1 if size == SIZE else 4)
@@ -566,7 +573,7 @@ def test_each_row_of_the_ablation_changes_what_it_names_and_nothing_else(
 
     def config(row: dict[str, Any]) -> SuperSimpleNetConfig:
         small = {"backbone": "efficientnet_lite0", "layers": ("stage1", "stage2"), "hidden_channels": 16}
-        known = configure(row["model"], settings=small | row["settings"], supervision=row["supervision"])
+        known = configure(row["model"], settings=row["settings"] | small, supervision=row["supervision"])
         assert isinstance(known, SuperSimpleNetConfig)
         return known
 
@@ -625,7 +632,9 @@ def test_a_run_has_the_numbers_of_its_supervision(
     found = planned(drawn.data_set(tmp_path / "parts", train_bad=2), **labels)
     assert found.supervision == supervision
     usual = configure("supersimplenet", supervision=supervision)
-    assert found.config == dataclasses.replace(usual, image_size=(256, 256))  # of parts of 64 x 64
+    assert found.config == dataclasses.replace(
+        usual, image_size=(usual.side, usual.side)
+    )  # of parts of 64 x 64
     assert isinstance(found.config, SuperSimpleNetConfig)
     assert found.config.perlin_threshold == threshold
 

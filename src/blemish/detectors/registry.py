@@ -89,8 +89,7 @@ def joined(name: str) -> Method:
 
         names = [part.get("method", "") for part in config.parts]
         configs = [
-            configure(one, settings=part.get("config", {}))
-            for one, part in zip(names, config.parts, strict=True)
+            stored_config(one, part.get("config", {})) for one, part in zip(names, config.parts, strict=True)
         ]
         return Joined(config, [method(one).build(own) for one, own in zip(names, configs, strict=True)])
 
@@ -203,10 +202,23 @@ def own_settings(
 ) -> dict[str, Any]:
     """Return the settings in which a model's config, as JSON values, differs from its preset and supervision.
 
-    Fields that this version does not know are left out.
+    Fields that this version does not know are left out; one that the model lacks is as it was before it was
+    a setting, which is how the method's own config has it.
     """
     usual = as_json(configure(name, wanted, supervision=supervision))
-    return {key: value for key, value in config.items() if key in usual and value != usual[key]}
+    known = {**as_json(method(name).config), **config}
+    return {key: value for key, value in known.items() if key in usual and value != usual[key]}
+
+
+def stored_config(name: str, config: Mapping[str, Any]) -> Config:
+    """Return the config of a model file; a field that an older file lacks has the method's own default.
+
+    Raises ConfigError for a name or a value that does not fit.
+    """
+    found = method(name)
+    made = dataclasses.replace(found.config, **read_settings(name, found.config, config))
+    check(made, has_steps=found.has_steps)
+    return made
 
 
 def build(name: str, config: Config, seed: int) -> Detector:
@@ -232,7 +244,7 @@ def restore(name: str, config: Mapping[str, Any], weights: bytes, source: str) -
     """
     from safetensors.torch import load
 
-    detector, stored = build(name, configure(name, settings=config), seed=0), load(weights)
+    detector, stored = build(name, stored_config(name, config), seed=0), load(weights)
     resize_fitted_buffers(detector, stored)
     kept = detector.state_dict().keys()
     started = {name: value for name, value in detector.named_buffers() if name in kept}

@@ -171,6 +171,7 @@ def inherit(
             )
     supervision: Any = run.supervision
     own = registry.own_settings(run.model, run.preset, supervision, config)
+    own |= {key: config[key] for key in usual.FIXED & config.keys()}  # another supervision may have others
     if "side" in given:
         own.pop("image_size", None)
     return run.model, run.preset if preset == "default" else preset, own | dict(given)

@@ -21,7 +21,18 @@ class SuperSimpleNetConfig(Config):
     """The settings of SuperSimpleNet."""
 
     SCHEDULE: ClassVar[frozenset[str]] = Config.SCHEDULE | {"adaptor_learning_rate", "head_learning_rate"}
-    FIXED: ClassVar[frozenset[str]] = frozenset({"backbone", "layers", "noise_ratio", "whitening"})
+    FIXED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "backbone",
+            "layers",
+            "noise_ratio",
+            "whitening",
+            "components",
+            "misplaced",
+            "hidden_channels",
+            "upscale",
+        }
+    )
 
     backbone: str = "efficientnet_lite0"
     layers: tuple[str, ...] = ()
@@ -36,6 +47,8 @@ class SuperSimpleNetConfig(Config):
     whitening: float = 0.0
     """Start the adaptor as a whitening of the good images' features, regularised by this share of their mean
     variance; 0: start it at random, as in the paper."""
+    components: int = 0
+    """Keep so many principal components of the last, coarsest layer when whitening; 0: all of them."""
     upscale: bool = True
     """Double the resolution of the finest layer."""
     hidden_channels: int = 0
@@ -53,6 +66,11 @@ class SuperSimpleNetConfig(Config):
     noise_ratio."""
     noise_ratio: float = 0.5
     """Noise level relative to the spread of the features."""
+    differences: float = 0.0
+    """Share of the noisy cells that are moved along the difference of two good cells instead of at random."""
+    misplaced: float = 0.0
+    """Good cells in a wrong place that count as anomalous, as a share of the cells of a batch. Above 0, the
+    segmentation head also reads where a cell lies."""
     raise_noise: bool = True
     """Double a noise level that was not set if noisy and clean held-out cells cannot be told apart."""
     perlin_threshold: float = 0.2
@@ -78,8 +96,28 @@ class SuperSimpleNetConfig(Config):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range and for settings that contradict each other."""
         refuse_numbers(
-            (("whitening", self.whitening, 0 <= self.whitening < math.inf, "at least 0, and finite"),)
+            (
+                ("whitening", self.whitening, 0 <= self.whitening < math.inf, "at least 0, and finite"),
+                ("components", self.components, self.components >= 0, "at least 0"),
+                ("differences", self.differences, 0 <= self.differences <= 1, "0 to 1"),
+                ("misplaced", self.misplaced, 0 <= self.misplaced <= 1, "0 to 1"),
+            )
         )
+        if self.components and not self.whitening:
+            raise ConfigError(
+                f"components={self.components} with whitening=0: they are found while whitening; expected "
+                "whitening above 0"
+            )
+        if self.differences and self.classification_head:
+            raise ConfigError(
+                f"differences={self.differences} with classification_head=true, which is shown noise alone; "
+                "expected differences=0"
+            )
+        if self.components and self.classification_head and not self.adapt_classification_features:
+            raise ConfigError(
+                f"components={self.components} with adapt_classification_features=false: noise is drawn for "
+                "what is kept only; expected components=0"
+            )
         if "head" in self.statistics and not self.classification_head:
             raise ConfigError("the statistic 'head' needs --set classification_head=true")
         if self.mask_dilation < 0 or (self.mask_dilation and self.mask_dilation % 2 == 0):
@@ -92,11 +130,24 @@ class SuperSimpleNetConfig(Config):
 
     @override
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Score by the map if a preset scores by the classification head and the user turned that off."""
-        headless = "statistics" not in given and not changes.get("classification_head")
-        if headless and "head" in changes.get("statistics", ()):
-            return changes | {"statistics": self.statistics}
-        return changes
+        """Leave out of a preset what the user's settings contradict.
+
+        Without a classification head the map is scored; with one, which the good-only defaults are not made
+        for, and with another backbone than they name layers of, those defaults are left out.
+        """
+        headed = changes.get("classification_head", False)
+        if not headed and "statistics" not in given and "head" in changes.get("statistics", ()):
+            changes = changes | {"statistics": self.statistics}
+        if not changes.keys() >= GOOD_ONLY.keys():
+            return changes
+        out: set[str] = set()
+        if headed:
+            out = set(GOOD_ONLY)
+        elif not changes.get("backbone", self.backbone).startswith("efficientnet_lite"):
+            out = {"layers", "components"}
+        elif changes["layers"] != GOOD_ONLY["layers"] or not changes["whitening"]:
+            out = {"components"}
+        return {key: value for key, value in changes.items() if key in given or key not in out}
 
     @override
     def refuse_supervision(self, supervision: Supervision) -> None:
@@ -148,7 +199,23 @@ FASTER = {"adaptor_learning_rate": 1e-3, "head_learning_rate": 2e-3}
 """Ten times the paper's rates, for runs of hundreds rather than thousands of steps (docs/papers.md,
 Measured)."""
 
-DEFAULT_REGIMES = {name: changes | (FASTER if changes else {}) for name, changes in REGIMES.items()}
+GOOD_ONLY: dict[str, Any] = {
+    "side": 512,
+    "layers": ("stage3", "stage5", "stage6"),
+    "upscale": False,
+    "whitening": 0.1,
+    "components": 96,
+    "hidden_channels": 1024,
+    "anomalies": "whole",
+    "differences": 0.5,
+    "misplaced": 0.25,
+    "focal_loss": False,
+    "batch_size": 2,
+    "edges": "rings",
+}
+"""What both methods' defaults are for good images alone; docs/accuracy.md says what chose them."""
+
+DEFAULT_REGIMES = {name: (changes | FASTER) if changes else GOOD_ONLY for name, changes in REGIMES.items()}
 
 JOURNAL_REGIMES = REGIMES | {
     name: REGIMES[name] | {"mask_dilation": 7, "distance_weights": True} for name in ("mixed", "full")

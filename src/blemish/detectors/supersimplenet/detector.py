@@ -13,7 +13,9 @@ from typing_extensions import override
 
 from blemish.backbones import Backbone, choose_layers
 from blemish.detectors import edges, ops
+from blemish.detectors.cells import places
 from blemish.detectors.on_backbone import OnBackbone
+from blemish.detectors.supersimplenet.anomalies import Remade, draw_remade, real_masks
 from blemish.detectors.supersimplenet.config import PUBLISHED_NOISE, SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.heads import (
     ClassificationHead,
@@ -49,11 +51,12 @@ class SuperSimpleNet(OnBackbone):
         super().__init__()
         self.config: SuperSimpleNetConfig = config
         self.backbone = Backbone(config.backbone, choose_layers(config.backbone, config.layers))
-        channels = sum(self.backbone.channels)
+        joined, coarsest = sum(self.backbone.channels), self.backbone.channels[-1]
+        channels = joined - coarsest + min(coarsest, config.components or coarsest)
         # The paper's 1x1 convolutions, as linear layers on cells with their channels last.
-        self.adaptor = nn.Linear(channels, channels)
+        self.adaptor = nn.Linear(joined, channels)
         hidden = config.hidden_channels or max(256, 2 * channels // 3)
-        self.segmentation = SegmentationHead(channels, hidden)
+        self.segmentation = SegmentationHead(channels, hidden, placed=config.misplaced > 0)
         self.classification = ClassificationHead(channels) if config.classification_head else None
         for module in (self.adaptor, self.segmentation, self.classification):
             for part in module.modules() if module is not None else ():
@@ -99,15 +102,27 @@ class SuperSimpleNet(OnBackbone):
     def whiten(self, encoded: Iterable[tuple[Tensor, ...]]) -> float:
         """Start the adaptor as a whitening of the features; return their spread after it.
 
-        The whitened axes are rotated at random, after which all channels have about the same variance.
+        Of the coarsest layer, `components` may leave the leading principal components only. The whitened axes
+        are rotated at random, after which all channels have about the same variance.
         """
         mean, covariance = ops.cell_covariance(self.features(parts).flatten(0, 2) for parts in encoded)
-        matrix, variances = ops.whitening(covariance, self.config.whitening)
+        axes = self.leading_axes(covariance)
+        matrix, variances = ops.whitening(axes.T @ covariance @ axes, self.config.whitening)
         rotation = torch.linalg.qr(self.adaptor.weight.double().cpu())[0]
-        weight = rotation @ matrix.T
+        weight = rotation @ matrix.T @ axes.T
         self.adaptor.weight.copy_(weight)
         self.adaptor.bias.copy_(-weight @ mean)
         return float(variances.mean().sqrt())
+
+    def leading_axes(self, covariance: Tensor) -> Tensor:
+        """Return the (C, kept) axes, as columns, that are kept of all layers, given the (C, C) covariance."""
+        count, kept = self.backbone.channels[-1], self.adaptor.out_features
+        axes = torch.eye(len(covariance), dtype=covariance.dtype)[:, :kept]
+        if kept < len(covariance):
+            own = ops.principal_axes(covariance[-count:, -count:])[0]
+            axes[-count:, -count:] = 0
+            axes[-count:, len(covariance) - count :] = own[:, : kept - len(covariance)]
+        return axes
 
     @override
     def optimizer(self) -> torch.optim.Optimizer:
@@ -147,11 +162,19 @@ class SuperSimpleNet(OnBackbone):
         bias = functional.linear(self.adaptor.bias, first.weight, first.bias)
         return spread(parts, self.feature_size(encoded)) + bias
 
+    def placed(self, size: Sequence[int]) -> Tensor | None:
+        """Return what a cell's place adds to the head's first layer, (h w, hidden), if it is read."""
+        layer = self.segmentation.place
+        if layer is None:
+            return None
+        added: Tensor = layer(places(size[0], size[1]).flatten(0, 1).to(layer.weight))
+        return added
+
     @override
     def loss(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Return the loss terms on two copies of every image, each with its own noise mask (section 3.2)."""
         size = self.feature_size(batch.encoded)
-        masks, weights = self.real_masks(batch, size)
+        masks, weights = real_masks(batch, size)
         if self.config.anomalies != "none":
             masks, weights = masks.repeat(2, 1, 1), weights.repeat(2, 1, 1)
         noisy = self.draw_masks(len(masks), size, generator)
@@ -165,24 +188,8 @@ class SuperSimpleNet(OnBackbone):
         weights = torch.where(masks, weights, 1.0) * masked[:, None, None]
         labels = batch.labels.repeat(len(masks) // len(batch.labels))
         labels = torch.maximum(labels, target.flatten(1).any(1).float())
-        return self.losses(batch.encoded, noisy, noise, target, labels, weights)
-
-    def real_masks(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Resize real masks and their weights to (B, h, w) bilinearly; cells of at least 0.5 are anomalous.
-
-        If a mask vanishes in this way, every cell that it touches is anomalous.
-        """
-        if batch.masks is None:
-            nothing = torch.zeros(len(batch.labels), *size, device=batch.labels.device)
-            return nothing.bool(), nothing
-        small = functional.interpolate(batch.masks[:, None], size, mode="bilinear")[:, 0] >= 0.5
-        touched = functional.adaptive_max_pool2d(batch.masks, size) > 0
-        vanished = ~small.flatten(1).any(1)[:, None, None]
-        small = small | (touched & vanished)
-        if batch.weights is None:
-            return small, torch.ones_like(small, dtype=torch.float32)
-        weights = functional.interpolate(batch.weights[:, None], size, mode="bilinear")[:, 0]
-        return small, torch.where(vanished, functional.adaptive_max_pool2d(batch.weights, size), weights)
+        remade = draw_remade(self.config, noise, len(batch.labels) * size[0] * size[1], generator)
+        return self.losses(batch.encoded, noisy, noise, target, labels, weights, remade)
 
     def draw_masks(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Sample (count, h, w) boolean masks of the cells that receive noise."""
@@ -212,43 +219,58 @@ class SuperSimpleNet(OnBackbone):
         masks: Tensor,
         labels: Tensor,
         weights: Tensor | None = None,
+        remade: Remade | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss terms of section 3.3 on N images: one or more copies of the B encoded ones.
 
         noisy: (N, h, w) booleans, the cells that receive the rows of `noise` in order (surplus rows are
         zeros); masks: (N, h, w) booleans, the anomalous cells; labels: (N,), whether each image is anomalous;
-        weights: (N, h, w), those of the cells in the segmentation loss, 0 where a cell is left out.
+        weights: (N, h, w), those of the cells in the segmentation loss, 0 where a cell is left out; remade:
+        anomalies made of good cells.
         """
-        logits = self.segment(encoded, noisy, noise)
+        found = self.segment(encoded, noisy, noise, remade)
+        logits, strays = found[: noisy.numel()], found[noisy.numel() :]
         target = masks.flatten().float()
         weight = torch.ones_like(target) if weights is None else weights.flatten().float()
         terms = segmentation_losses(logits, target, weight, focal_loss=self.config.focal_loss)
+        if len(strays):
+            terms["misplaced"] = self.config.misplaced * (0.5 - strays).relu().mean()
         if self.classification is not None:
             seen = logits.detach() if self.config.stop_gradient else logits
             score = self.classify(encoded, seen.view(noisy.shape), noisy, noise).float()
             terms["score"] = focal(score, labels).mean()
         return terms
 
-    def segment(self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor) -> Tensor:
-        """Return the segmentation logits of every cell, (N h w,) float32.
+    def segment(
+        self, encoded: tuple[Tensor, ...], noisy: Tensor, noise: Tensor, remade: Remade | None = None
+    ) -> Tensor:
+        """Return the segmentation logits of every cell, then those of misplaced cells, float32.
 
         A cell without noise is the same in all copies, so it is computed once: the rows are the cells of the
-        B images, followed by the noisy ones.
+        B images, followed by the noisy ones and the misplaced ones.
         """
-        rows = self.hidden(encoded).flatten(0, 2)
+        bare = self.hidden(encoded).flatten(0, 2)
+        placed = self.placed(noisy.shape[1:])
+        rows = bare if placed is None else (bare.view(-1, *placed.shape) + placed).flatten(0, 1)
         cells, copies = len(rows), noisy.numel() // len(rows)
         if not len(noise):
-            logits: Tensor = self.segmentation(rows)
-            return logits.float().repeat(copies)
-        places = noisy.flatten().nonzero()[:, 0]
-        origin = functional.pad(places % cells, (0, len(noise) - len(places)))
-        counts = (~noisy).view(copies, cells).sum(0).float()
-        counts = functional.pad(counts, (0, len(places)), value=1.0)
-        counts = functional.pad(counts, (0, len(noise) - len(places)))
+            noisy = torch.zeros_like(noisy)
+        at = noisy.flatten().nonzero()[:, 0]
+        origin = functional.pad(at % cells, (0, len(noise) - len(at)))
         added = rows[origin] + functional.linear(noise, self.segmentation.first.weight).to(rows.dtype)
-        logits = self.segmentation(torch.cat([rows, added]), counts).float()
-        clean, changed = logits[:cells].repeat(copies), logits[cells : cells + len(places)]
-        return clean.index_copy(0, places, changed)
+        strays = bare[:0]
+        if remade is not None:
+            reach = remade.reach[:, None].to(rows.dtype)
+            added = added + reach * (bare[remade.pairs[0]] - bare[remade.pairs[1]])
+            if placed is not None:
+                strays = bare[remade.strays[0]] + placed[remade.strays[1] % len(placed)]
+        counts = (~noisy).view(copies, cells).sum(0).float()
+        counts = functional.pad(counts, (0, len(at)), value=1.0)
+        counts = functional.pad(counts, (0, len(noise) - len(at)))
+        counts = functional.pad(counts, (0, len(strays)), value=1.0)
+        logits: Tensor = self.segmentation(torch.cat([rows, added, strays]), counts).float()
+        clean, changed = logits[:cells].repeat(copies), logits[cells : cells + len(at)]
+        return torch.cat([clean.index_copy(0, at, changed), logits[cells + len(noise) :]])
 
     def classify(
         self,
@@ -323,6 +345,9 @@ class SuperSimpleNet(OnBackbone):
     def cells(self, encoded: tuple[Tensor, ...]) -> Tensor:
         """Return the (B, h, w) segmentation logits in evaluation mode, before anything is done at edges."""
         hidden = self.hidden(encoded)
+        placed = self.placed(hidden.shape[1:3])
+        if placed is not None:
+            hidden = hidden + placed.view(hidden.shape[1:])
         logits: Tensor = self.segmentation(hidden.flatten(0, 2))
         return logits.view(hidden.shape[:3])
 

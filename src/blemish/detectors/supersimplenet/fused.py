@@ -23,7 +23,7 @@ from typing_extensions import override
 
 from blemish.backbones.folding import without_norms
 from blemish.detectors import edges, ops
-from blemish.detectors.cells import by_cells, cell_parts
+from blemish.detectors.cells import by_cells, cell_parts, places
 from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import SLOPE, spread, spread_shifted
@@ -37,6 +37,7 @@ class FusedSuperSimpleNet(Fused):
     across: Tensor
     gain: Tensor
     shift: Tensor
+    along: Tensor
     bias: Tensor
     vector: Tensor
 
@@ -62,6 +63,11 @@ class FusedSuperSimpleNet(Fused):
         columns = torch.split(weight, [part.shape[3] for part in parts], 1)
         self.hidden = nn.ModuleList([linear(each) for each in columns])
         self.register_buffer("bias", bias.detach().clone())
+        self.placed = head.place is not None
+        if head.place is not None:  # a sum of what the row adds and what the column adds
+            slopes, axes = gain[:, None] * head.place.weight, places(*size)
+            self.register_buffer("bias", (bias + axes[:, :1, :1] * slopes[:, 0]).detach().clone())
+            self.register_buffer("along", (axes[:1, :, 1:] * slopes[:, 1]).detach().clone())
         self.register_buffer("vector", head.last.weight[0].detach().clone())
         self.classification = None if detector.classification is None else FusedClassification(detector)
 
@@ -71,6 +77,8 @@ class FusedSuperSimpleNet(Fused):
         encoded = by_cells(self.backbone(images))
         parts = [layer(x) for x, layer in zip(encoded, self.hidden, strict=True)]
         hidden = spread(parts, self.feature_size(encoded)) + self.bias
+        if self.placed:
+            hidden = hidden + self.along
         cells = (functional.leaky_relu(hidden, SLOPE) @ self.vector).float()
         shown = edges.treated(cells, self.config.edges, self.gain, self.shift, self.margin)
         maps = enlarge(shown, self.down, self.across)

@@ -38,12 +38,14 @@ class SegmentationHead(nn.Module):
     """Map the first layer's output for any number of cells, (cells, hidden), to (cells,) logits.
 
     `first` is applied by the detector, which can do so on fewer positions. Cells that are equal are passed as
-    one row with their count, which is the row's weight in the batch norm during training.
+    one row with their count, which is the row's weight in the batch norm during training. `place`, if there
+    is one, is applied by the detector too: to a cell's vertical and horizontal place, from -1 to 1.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, *, placed: bool = False) -> None:
         super().__init__()
         self.first = nn.Linear(channels, hidden)
+        self.place = nn.Linear(2, hidden, bias=False) if placed else None
         self.norm = nn.BatchNorm1d(hidden)
         self.last = nn.Linear(hidden, 1, bias=False)
 
