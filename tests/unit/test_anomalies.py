@@ -176,8 +176,8 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
         configure("supersimplenet", settings=settings)
 
 
-def configured(method: str, *preset: str, **more: Any) -> SuperSimpleNetConfig:
-    found = configure(method, *preset, **more)
+def configured(method: str, preset: str = "default", **more: Any) -> SuperSimpleNetConfig:
+    found = configure(method, preset, **more)
     assert isinstance(found, SuperSimpleNetConfig)
     return found
 
