@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from blemish.detectors import ops
+from blemish.detectors import edges, ops
 from blemish.detectors.base import Detector
+from blemish.detectors.cells import places
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import SLOPE
 
 
 class PlainSuperSimpleNet(nn.Module):
     """Maps (B, 3, H, W) images in [0, 1] to the outputs of `SuperSimpleNet.forward`."""
+
+    ring_gain: Tensor
+    ring_shift: Tensor
 
     def __init__(self, detector: SuperSimpleNet) -> None:
         super().__init__()
@@ -32,9 +36,15 @@ class PlainSuperSimpleNet(nn.Module):
         head = detector.segmentation
         norm = nn.BatchNorm2d(head.norm.num_features)
         norm.load_state_dict(head.norm.state_dict())
-        self.segmentation = nn.Sequential(
-            one_by_one(head.first), norm, nn.LeakyReLU(SLOPE), one_by_one(head.last)
-        )
+        first = one_by_one(head.first)
+        self.placed = head.place is not None
+        if head.place is not None:  # the place of a cell is two more channels
+            weights = [first.weight.data, one_by_one(head.place).weight.data]
+            first.weight = nn.Parameter(torch.cat(weights, 1))
+        self.segmentation = nn.Sequential(first, norm, nn.LeakyReLU(SLOPE), one_by_one(head.last))
+        self.register_buffer("ring_gain", detector.ring_gain)
+        self.register_buffer("ring_shift", detector.ring_shift)
+        self.margin = detector.blind_margin
         self.classification = detector.classification
         kernel = torch.outer(detector.kernel, detector.kernel)
         self.register_buffer("kernel", kernel[None, None])
@@ -53,8 +63,14 @@ class PlainSuperSimpleNet(nn.Module):
         """Return (B, H, W) maps and (B, K) statistics."""
         features = self.features(images)
         adapted = self.adaptor(features)
-        cells = self.segmentation(adapted)
-        maps = functional.interpolate(cells, images.shape[2:], mode="bilinear")
+        size, seen = adapted.shape[2:], adapted
+        if self.placed:
+            place = places(*size).to(adapted).permute(2, 0, 1).expand(len(adapted), -1, -1, -1)
+            seen = torch.cat([adapted, place], 1)
+        cells = self.segmentation(seen)
+        gain, shift = (edges.by_cell(each, size) for each in (self.ring_gain, self.ring_shift))
+        shown = edges.treated(cells[:, 0], self.config.edges, gain, shift, self.margin)
+        maps = functional.interpolate(shown[:, None], images.shape[2:], mode="bilinear")
         if self.config.blur_sigma:
             kernel = cast(Tensor, self.kernel)
             maps = functional.conv2d(
@@ -62,7 +78,7 @@ class PlainSuperSimpleNet(nn.Module):
             )
         seen = adapted if self.config.adapt_classification_features else features
         statistics = ops.map_statistics(
-            maps[:, 0], cells[:, 0], self.config.statistics, head=lambda: self.score(seen, cells)
+            maps[:, 0], shown, self.config.statistics, head=lambda: self.score(seen, cells)
         )
         return maps[:, 0], statistics
 

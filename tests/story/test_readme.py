@@ -250,7 +250,9 @@ def test_the_table_of_guaranteed_rates_is_true() -> None:
 def test_the_table_of_image_sizes_is_true() -> None:
     for image, *stated in rows_of("training.md", "## Image size"):
         height, width = map(int, image.split(" x "))
-        for method, size in zip(("patchcore", "padim", "efficientad-s"), stated, strict=True):
+        for method, size in zip(
+            ("patchcore", "supersimplenet", "padim", "efficientad-s"), stated, strict=True
+        ):
             assert sizing.written(sizing.for_shape(configure(method), (height, width))) == size
 
 

@@ -533,7 +533,8 @@ def inference(folder_of_benchmarks: None) -> ModuleType:
     "settings",
     [
         {"statistics": ("maximum", "top_mean")},
-        {"upscale": False, "blur_sigma": 0.0},
+        {"upscale": False, "blur_sigma": 0.0, "edges": "blind"},
+        {"misplaced": 0, "edges": "none"},
         {"classification_head": True, "statistics": ("head",)},
         {"classification_head": True, "statistics": ("head",), "adapt_classification_features": False},
     ],

@@ -96,9 +96,9 @@ def test_the_nearest_size_is_that_of_an_exhaustive_search() -> None:
 
 def test_a_detector_built_without_images_is_square() -> None:
     for settings, expected in (({}, 256), ({"side": 96}, 96)):
-        config = registry.configure("supersimplenet", settings=settings)
+        config = registry.configure("padim", settings=settings)
         assert config.image_size == FROM_IMAGES
-        assert registry.build("supersimplenet", config, 0).config.image_size == (expected, expected)
+        assert registry.build("padim", config, 0).config.image_size == (expected, expected)
 
 
 def test_a_side_replaces_the_size_of_a_preset() -> None:
@@ -263,7 +263,7 @@ def test_a_plan_settles_the_size_and_says_why(
 
 def test_nearly_square_images_are_said_to_change_shape(tmp_path: Path) -> None:
     data = drawn.data_set(tmp_path, train=4, good=0, bad=0, size=(108, 100))
-    size, said = planned(data)
+    size, said = planned(data, settings={"side": 256})
     assert size == (256, 256)
     assert said == "images are 108 x 100: the network sees 256 x 256 (shape kept within 8 %; 2.5 of the size)"
 
@@ -276,7 +276,7 @@ def test_the_shape_is_that_after_orientation(tmp_path: Path) -> None:
         stored = Image.fromarray(drawn.part(number, (50, 126)))
         stored.save(tmp_path / f"good/{number}.jpg", exif=exif)
     assert images.read(tmp_path / "good/0.jpg").shape == (126, 50, 3)
-    assert planned(tmp_path)[0] == (416, 160)
+    assert planned(tmp_path)[0] == (800, 320)
 
 
 def test_of_several_shapes_the_most_frequent_decides(
@@ -288,7 +288,7 @@ def test_of_several_shapes_the_most_frequent_decides(
         size = (100, 100) if number % 3 == 2 else (126 + number % 2, 50)
         images.write_png(tmp_path / f"train/good/{number}.png", drawn.part(number, size))
         images.write_png(tmp_path / f"validation/good/{number}.png", drawn.part(50 + number, (64, 640)))
-    assert planned(tmp_path)[0] == (416, 160)
+    assert planned(tmp_path)[0] == (800, 320)
     assert caplog.messages == [
         "the training images have several shapes: the network's input has that of 126 x 50, the most "
         "frequent; the others are stretched (4 of 12)"
@@ -301,7 +301,7 @@ def test_only_headers_are_read(long_parts: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(images, "read", read)
     monkeypatch.setattr(images, "read_digested", read)
-    assert planned(long_parts)[0] == (416, 160)
+    assert planned(long_parts)[0] == (800, 320)
 
 
 def test_a_warm_start_keeps_the_earlier_size(tiny: drawn.Tiny, long_parts: Path) -> None:
