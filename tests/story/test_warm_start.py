@@ -141,6 +141,28 @@ def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
     assert new.training.run.pretrained == before.training.run.pretrained
 
 
+def test_labels_keep_what_was_learned_of_places_and_components(tmp_path: Path) -> None:
+    """What the weights depend on is the earlier model's, although a run with labels alone has other defaults."""
+    learned = {"whitening": 0.1, "components": 12, "misplaced": 0.25, "differences": 0.5, "upscale": False}
+    first = run.train(
+        drawn.data_set(tmp_path / "parts", train=8),
+        model="supersimplenet",
+        out=tmp_path / "old.blemish",
+        weights=drawn.tiny_weights(tmp_path / "lite0.safetensors", layers=("stage2", "stage3")),
+        settings=drawn.TINY | {"anomalies": "whole", "layers": ("stage2", "stage3")} | learned,
+        steps=4,
+        device="cpu",
+    )
+    new = go_on(grown(tmp_path / "grown", train=8), tmp_path / "new.blemish", first.path, steps=4)
+    config = new.manifest.config
+    assert new.manifest.training.run.supervision == "full"
+    assert config["classification_head"]
+    assert {key: config[key] for key in learned} == learned | {"differences": 0.0}
+    before, after = (load(bundle.read(each.path).weights) for each in (first, new))
+    assert before.keys() < after.keys()
+    assert after["segmentation.place.weight"].shape == before["segmentation.place.weight"].shape
+
+
 def files(model: Predictor) -> UsedFiles:
     """Return the digests of the images that a model has seen."""
     found = model.manifest.training.files
