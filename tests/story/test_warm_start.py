@@ -142,7 +142,7 @@ def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
 
 
 def test_labels_keep_what_was_learned_of_places_and_components(tmp_path: Path) -> None:
-    """What the weights depend on is the earlier model's, although a run with labels alone has other defaults."""
+    """What the weights depend on is the earlier model's, although labels alone have other defaults."""
     learned = {"whitening": 0.1, "components": 12, "misplaced": 0.25, "differences": 0.5, "upscale": False}
     first = run.train(
         drawn.data_set(tmp_path / "parts", train=8),
