@@ -31,7 +31,7 @@ import blemish
 from blemish import images
 from blemish.cli.terminal import Terminal
 from blemish.detectors import registry
-from blemish.detectors.supersimplenet.config import GOOD_ONLY
+from blemish.detectors.supersimplenet.config import FROM_GOOD
 
 METRICS = ("image_auroc", "image_ap", "pixel_ap", "aupro")
 NO_HEAD: dict[str, Any] = {"classification_head": False}
@@ -98,7 +98,7 @@ def ablation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             settings = settings | GRADIENT_RULES[options.supervision]
         if options.supervision == "none":  # the paper's form, not what the defaults for good images are
             plain = registry.method(model).config
-            settings = {key: getattr(plain, key) for key in GOOD_ONLY} | settings
+            settings = {key: getattr(plain, key) for key in FROM_GOOD} | settings
         if (
             options.supervision == "none"
             and model == "supersimplenet"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from blemish.backbones import BACKBONES
+from blemish.detectors.supersimplenet.config import FROM_GOOD, SuperSimpleNetConfig
 from blemish.inference.predictor import Predictor
 from blemish.progress import Event, Report, silent
 from blemish.testing.parts import KIND, data_set, part, spotted
@@ -31,16 +32,7 @@ __all__ = [
     "weights",
 ]
 
-PLAIN: dict[str, Any] = {
-    "upscale": True,
-    "whitening": 0,
-    "anomalies": "perlin",
-    "differences": 0,
-    "misplaced": 0,
-    "focal_loss": True,
-    "batch_size": 8,
-    "edges": "none",
-}
+PLAIN: dict[str, Any] = {name: getattr(SuperSimpleNetConfig(), name) for name in FROM_GOOD}
 """Settings that make the default for good images alone what it is with labels: the paper's form."""
 TINY: dict[str, Any] = PLAIN | {
     "backbone": "efficientnet_lite0",

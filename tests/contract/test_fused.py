@@ -55,6 +55,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("supersimplenet", RESNET),
     "three layers and head": ("supersimplenet", RESNET | HEAD | {"layers": ("layer1", "layer2", "layer4")}),
     "simplenet": ("simplenet", SMALL),
+    "places and components": (
+        "supersimplenet",
+        SMALL | {"upscale": False, "misplaced": 0.25, "whitening": 0.1, "components": 12, "edges": "rings"},
+    ),
     "rings": ("supersimplenet", SMALL | {"edges": "rings"}),
     "rings and head": ("supersimplenet", SMALL | HEAD | {"edges": "rings"}),
     "blind": ("supersimplenet", SMALL | {"edges": "blind"}),

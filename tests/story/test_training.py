@@ -364,8 +364,9 @@ def test_a_request_goes_through_json_and_back(tiny: Tiny, tmp_path: Path, change
 
 
 def test_a_request_trains_the_same_weights_after_json(
-    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]]
+    tiny: Tiny, tmp_path: Path, states: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # for the folder of that name that the cache is
     request = given(tiny, tmp_path / "m.blemish", **RICH, steps=4, seed=5)
     run.run(request)
     run.run(TrainingRequest.from_json(json.loads(json.dumps(request.to_json()))))

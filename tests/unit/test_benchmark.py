@@ -31,6 +31,7 @@ from blemish.benchmark.run import Benchmark, Burst, Plan, Row, Stream, Timings
 from blemish.cli import main
 from blemish.detectors import fusing
 from blemish.detectors.registry import build, configure
+from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.errors import ConfigError, ImageError, ModelFileError, StoppedError
 from blemish.inference import bundle
 from blemish.inference.choice import Choice
@@ -541,11 +542,14 @@ def inference(folder_of_benchmarks: None) -> ModuleType:
 )
 def test_plain_supersimplenet_gives_our_numbers(inference: ModuleType, settings: dict[str, Any]) -> None:
     detector = build("supersimplenet", configure("supersimplenet", settings=SMALL | settings), 0).eval()
+    assert isinstance(detector, SuperSimpleNet)
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor, low, high in ((module.running_mean, -0.2, 0.2), (module.running_var, 0.5, 1.5)):
                 assert tensor is not None
                 tensor.uniform_(low, high)
+    detector.ring_gain.uniform_(0.5, 1.0)
+    detector.ring_shift.uniform_(-0.2, 0.2)
     batch = torch.rand(2, 3, 64, 64)
     network = inference.plain(detector)
     assert network is not detector

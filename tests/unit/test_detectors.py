@@ -13,7 +13,6 @@ from blemish.detectors import ops
 from blemish.detectors.efficientad.detector import EfficientAD, jitter, luma, quantile, sometimes_grey
 from blemish.detectors.registry import build, configure
 from blemish.detectors.settings import STATISTICS
-from blemish.detectors.supersimplenet.anomalies import Remade
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import axis_matrices, focal, round_up
 from blemish.types import Batch
@@ -217,7 +216,7 @@ def test_an_image_with_synthetic_noise_or_a_real_defect_is_defective(
         masks: Tensor,
         labels: Tensor,
         weights: Tensor,
-        remade: Remade | None,
+        remade: None,
     ) -> dict[str, Tensor]:
         assert torch.equal(weights, torch.ones_like(weights))
         assert remade is None

@@ -12,7 +12,7 @@ from blemish.detectors import registry
 from blemish.detectors.efficientad.config import EfficientADConfig
 from blemish.detectors.registry import METHODS, build, method, with_schedule
 from blemish.detectors.settings import Config, Method, field_types
-from blemish.detectors.supersimplenet.config import GOOD_ONLY, SuperSimpleNetConfig
+from blemish.detectors.supersimplenet.config import FROM_GOOD, SuperSimpleNetConfig
 from blemish.errors import ConfigError
 from blemish.types import Supervision
 
@@ -67,7 +67,7 @@ def test_every_field_is_reachable_as_text(name: str) -> None:
         if name.endswith("simplenet"):  # what the defaults for good images do not go with is left out
             plain = method(name).config
             left_out = {"backbone": ("layers", "components"), "layers": ("components",)}
-            left_out["classification_head"] = tuple(GOOD_ONLY)
+            left_out["classification_head"] = tuple(FROM_GOOD)
             beside = {key: getattr(plain, key) for key in left_out.get(field.name, ())}
         changed = configure(name, settings={field.name: as_text(other)} | beside)
         assert changed == dataclasses.replace(default, **{field.name: other}, **beside) != default

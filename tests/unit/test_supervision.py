@@ -20,7 +20,7 @@ from blemish.detectors.registry import build, configure
 from blemish.detectors.schedules import SCHEDULES
 from blemish.detectors.settings import STATISTICS
 from blemish.detectors.supersimplenet import heads
-from blemish.detectors.supersimplenet.anomalies import Remade, real_masks
+from blemish.detectors.supersimplenet.anomalies import real_masks
 from blemish.detectors.supersimplenet.config import SuperSimpleNetConfig
 from blemish.detectors.supersimplenet.detector import SuperSimpleNet
 from blemish.detectors.supersimplenet.heads import SegmentationHead, scatter_rows, spread_shifted
@@ -93,10 +93,11 @@ class Losses:
         target: Tensor,
         labels: Tensor,
         weights: Tensor,
-        remade: Remade | None,
+        remade: None,
     ) -> dict[str, Tensor]:
         self.noisy, self.noise, self.target = noisy, noise, target
-        self.labels, self.weights, self.remade = labels, weights, remade
+        self.labels, self.weights = labels, weights
+        assert remade is None
         return {}
 
 
@@ -632,9 +633,8 @@ def test_a_run_has_the_numbers_of_its_supervision(
     found = planned(drawn.data_set(tmp_path / "parts", train_bad=2), **labels)
     assert found.supervision == supervision
     usual = configure("supersimplenet", supervision=supervision)
-    assert found.config == dataclasses.replace(
-        usual, image_size=(usual.side, usual.side)
-    )  # of parts of 64 x 64
+    square = (usual.side, usual.side)  # of parts of 64 x 64
+    assert found.config == dataclasses.replace(usual, image_size=square)
     assert isinstance(found.config, SuperSimpleNetConfig)
     assert found.config.perlin_threshold == threshold
 

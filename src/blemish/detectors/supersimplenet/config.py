@@ -138,14 +138,14 @@ class SuperSimpleNetConfig(Config):
         headed = changes.get("classification_head", False)
         if not headed and "statistics" not in given and "head" in changes.get("statistics", ()):
             changes = changes | {"statistics": self.statistics}
-        if not changes.keys() >= GOOD_ONLY.keys():
+        if not changes.keys() >= FROM_GOOD.keys():
             return changes
         out: set[str] = set()
         if headed:
-            out = set(GOOD_ONLY)
+            out = set(FROM_GOOD)
         elif not changes.get("backbone", self.backbone).startswith("efficientnet_lite"):
             out = {"layers", "components"}
-        elif changes["layers"] != GOOD_ONLY["layers"] or not changes["whitening"]:
+        elif changes["layers"] != FROM_GOOD["layers"] or not changes["whitening"]:
             out = {"components"}
         return {key: value for key, value in changes.items() if key in given or key not in out}
 
@@ -199,7 +199,7 @@ FASTER = {"adaptor_learning_rate": 1e-3, "head_learning_rate": 2e-3}
 """Ten times the paper's rates, for runs of hundreds rather than thousands of steps (docs/papers.md,
 Measured)."""
 
-GOOD_ONLY: dict[str, Any] = {
+FROM_GOOD: dict[str, Any] = {
     "side": 512,
     "layers": ("stage3", "stage5", "stage6"),
     "upscale": False,
@@ -215,7 +215,7 @@ GOOD_ONLY: dict[str, Any] = {
 }
 """What both methods' defaults are for good images alone; docs/accuracy.md says what chose them."""
 
-DEFAULT_REGIMES = {name: (changes | FASTER) if changes else GOOD_ONLY for name, changes in REGIMES.items()}
+DEFAULT_REGIMES = {name: (changes | FASTER) if changes else FROM_GOOD for name, changes in REGIMES.items()}
 
 JOURNAL_REGIMES = REGIMES | {
     name: REGIMES[name] | {"mask_dilation": 7, "distance_weights": True} for name in ("mixed", "full")
