@@ -134,7 +134,6 @@ def test_method_and_settings_are_the_old_ones_but_for_what_the_labels_change(
         "clip_norm",
         "perlin_threshold",
         "raise_noise",
-        "side",
         "statistics",
         "stop_gradient",
     }
