@@ -2,7 +2,7 @@
 
     python benchmarks/battery.py run FOLDER... --variants patchcore padim --seeds 3 --out battery.jsonl
     python benchmarks/battery.py run FOLDER... --variants "patchcore place_weight=1 layers=stage3,stage5" ...
-    python benchmarks/battery.py show battery.jsonl [--only bottle,pill] [--conditions clean]
+    python benchmarks/battery.py show battery.jsonl [--only bottle,pill] [--conditions clean] [--kinds]
 
 A category is the folder of a data set, or "demo" for rendered parts. A variant is a method followed by
 settings KEY=VALUE, or by options of a training that OPTIONS lists. Conditions:
@@ -65,6 +65,9 @@ VALUES = {
 }
 """What is measured: its name in a table, and the factor it is printed with."""
 
+BY_KIND = ("image_auroc", "aupro")
+"""What is also measured on each kind of defect and the good images."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -112,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--conditions", default="")
     show.add_argument("--variants", nargs="*", default=[])
     show.add_argument("--values", default="image_auroc,aupro,seconds,memory")
+    show.add_argument("--kinds", action="store_true", help=f"{' and '.join(BY_KIND)} of each kind of defect")
     cell = commands.add_parser("cell")
     cell.add_argument("cell")
     cell.add_argument("--cache", default="off")
@@ -198,7 +202,7 @@ def measured(cell: Cell, cache: str, unfinished: Path) -> dict[str, Any]:
         found = (
             in_other_light(model, root, folder)
             if cell.condition == "light"
-            else metrics(blemish.evaluate(model, manifest))
+            else with_kinds(blemish.evaluate(model, manifest))
         )
         out.unlink()
         return facts | found
@@ -267,6 +271,13 @@ def metrics(found: Evaluation) -> dict[str, float | None]:
     }
 
 
+def with_kinds(found: Evaluation) -> dict[str, Any]:
+    """Return the metrics of an evaluation, with those of each kind of defect by its name."""
+    return metrics(found) | {
+        "kinds": {row.kind: {name: getattr(row, name) for name in BY_KIND} for row in found.rows[1:]}
+    }
+
+
 def in_other_light(model: blemish.Predictor, root: Path, folder: Path) -> dict[str, Any]:
     """Evaluate on altered test images: the mean over the alterations, and each by its name."""
     from light_variants import VARIANTS, altered_copy
@@ -327,8 +338,8 @@ def shown(options: argparse.Namespace) -> str:
     only, conditions = (
         {word for word in text.split(",") if word} for text in (options.only, options.conditions)
     )
-    columns: dict[tuple[str, str], None] = {}
-    found: dict[str, dict[tuple[str, str], list[dict[str, Any]]]] = {}
+    columns: dict[str, None] = {}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
         cell = Cell(**line["cell"])
         unwanted = (
@@ -336,21 +347,27 @@ def shown(options: argparse.Namespace) -> str:
             or (conditions and cell.condition not in conditions)
             or (options.variants and cell.variant not in options.variants)
         )
-        if not unwanted:
-            columns[cell.name, cell.condition] = None
-            found.setdefault(cell.variant, {}).setdefault((cell.name, cell.condition), []).append(line)
-    return "\n\n".join(table(name, list(columns), found) for name in options.values.split(","))
+        if unwanted:
+            continue
+        name = cell.name if cell.condition == "clean" else f"{cell.name} {cell.condition}"
+        measured_on = {name: line}
+        if options.kinds:
+            measured_on = {f"{name}: {kind}": values for kind, values in line.get("kinds", {}).items()}
+        for column, values in measured_on.items():
+            columns[column] = None
+            found.setdefault(cell.variant, {}).setdefault(column, []).append(values)
+    values_asked = BY_KIND if options.kinds else options.values.split(",")
+    return "\n\n".join(table(name, list(columns), found) for name in values_asked)
 
 
 def table(
     value: str,
-    columns: Sequence[tuple[str, str]],
-    found: Mapping[str, Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]],
+    columns: Sequence[str],
+    found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
 ) -> str:
     """Format one value: mean and deviation over the seeds in each column, and the mean over the columns."""
     title, factor = VALUES[value]
-    heads = [name if condition == "clean" else f"{name} {condition}" for name, condition in columns]
-    rows = [[title, *heads, "mean"]]
+    rows = [[title, *columns, "mean"]]
     for variant, measured_cells in found.items():
         row, means = [variant], []
         for column in columns:

@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "padding": ("efficientad-s", {"padding": True, "crop": 0}),
     "medium with padding": ("efficientad-m", {"padding": True, "crop": 0}),
     "reflected edges": ("efficientad-s", {"edges": "reflect"}),
+    "picture": ("efficientad-s", {"image_size": (256, 292), "statistics": ("maximum", "picture")}),
+    "picture, medium": ("efficientad-m", {"autoencoder": False, "statistics": ("picture", "top_mean")}),
     "no autoencoder": ("efficientad-s", {"autoencoder": False}),
     "supersimplenet": ("supersimplenet", SMALL),
     "no upscaling": ("supersimplenet", SMALL | {"upscale": False}),
@@ -90,6 +92,8 @@ def shaken(detector: Detector) -> Detector:
             value.data.normal_(0, 0.2, generator=draw)
         elif name == "quantiles":
             value.copy_(torch.tensor([0.2, 0.7, -0.1, 0.3]))
+        elif name.startswith("picture_"):
+            value.normal_(0, 0.2, generator=draw)
         elif name == "ring_gain":
             value.uniform_(0.3, 3.0, generator=draw)
         elif name == "ring_shift":
@@ -215,9 +219,9 @@ def test_batch_norms_are_multiplied_into_convolutions(name: str) -> None:
 # --- for eight-bit integers ---
 
 
-def fitted(method: str) -> tuple[FusedEfficientAD, list[Tensor]]:
+def fitted(method: str, **settings: Any) -> tuple[FusedEfficientAD, list[Tensor]]:
     """Return a fused EfficientAD whose statistics fit two rendered parts, and the two parts."""
-    detector = build(method, configure(method), 0).eval()
+    detector = build(method, configure(method, settings=settings), 0).eval()
     batches = [image[None] for image in parts(2, (256, 256))]
     for layer in detector.modules():
         if isinstance(layer, nn.Conv2d):
@@ -246,13 +250,14 @@ def inner(network: FusedEfficientAD) -> list[nn.Conv2d]:
     return [*layers, network.structural, *([network.logical] if network.logical else [])]
 
 
+@pytest.mark.parametrize("statistics", ["maximum", "maximum,picture"])
 @pytest.mark.parametrize("method", ["efficientad-s", "efficientad-m"])
 @torch.no_grad()
 def test_equalised_channels_share_one_range_and_change_no_output(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: str, statistics: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64: where a channel's terms nearly cancel, what is left depends on rounding in float32."""
-    network, batches = fitted(method)
+    network, batches = fitted(method, statistics=statistics)
     batches = [batch.double() for batch in batches]
     network.double()
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # what leaves half precision for float32 stays, too

@@ -69,6 +69,7 @@ BOTH = {"statistics": ("head", "maximum")}
 HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
 CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
     "efficientad-s": ("efficientad-s", "none", {}, 2),
+    "efficientad-s, picture": ("efficientad-s", "none", {"statistics": ("maximum", "picture")}, 2),
     "efficientad-m": ("efficientad-m", "none", {"image_size": (256, 320)}, 2),
     "supersimplenet": ("supersimplenet", "none", RESNET, 30),
     "supersimplenet weak": ("supersimplenet", "weak", FEW, 30),
@@ -336,7 +337,7 @@ def figures(method: str, config: Config, file: Path) -> tuple[Tensor, Tensor]:
     detector.prepare([batch.encoded])
     with torch.no_grad():
         loss = torch.stack(list(detector.train().loss(batch, seeding.generator(0)).values())).sum()
-        detector.eval().settle([batch.encoded])
+        detector.eval().settle([batch])
         detector.finish([images])
         return loss, detector(images)[0]
 

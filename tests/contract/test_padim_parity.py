@@ -11,8 +11,7 @@ from sklearn.covariance import ledoit_wolf
 from test_parity import ROUNDING, rand, recorded
 from torch import Tensor
 
-from blemish.detectors import cells, registry
-from blemish.detectors.padim import gaussians
+from blemish.detectors import cells, gaussians, registry
 from blemish.detectors.padim.detector import PaDiM
 
 SIZE = (12, 12)

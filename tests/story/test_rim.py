@@ -144,7 +144,9 @@ def test_a_limited_number_of_images_is_measured_evenly_spaced(
 ) -> None:
     seen: list[tuple[Tensor, ...]] = []
     monkeypatch.setattr(edges, "IMAGES", 3)
-    monkeypatch.setattr(SuperSimpleNet, "settle", lambda _, encoded: seen.extend(encoded))
+    monkeypatch.setattr(
+        SuperSimpleNet, "settle", lambda _, batches: seen.extend(batch.encoded for batch in batches)
+    )
     assert main(words(tiny, tmp_path / "few.blemish", "--steps", "1", edges="rings")) == 0
     opened = bundle.read(tmp_path / "few.blemish")
     files = opened.manifest.training.files

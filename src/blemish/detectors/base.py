@@ -152,11 +152,11 @@ class Detector(nn.Module):
         """The largest number of good training images that `settle` measures; 0 if it measures nothing."""
         return 0
 
-    def settle(self, encoded: Iterable[tuple[Tensor, ...]]) -> None:
+    def settle(self, batches: Iterable[Batch]) -> None:
         """Measure, after the last step, what scoring needs to know about the good training images.
 
-        encoded: the result of `encode` for at most `settles_on` of them, evenly spaced, as batches of one. A
-        method that is fitted without steps measures this in `fit`.
+        batches: at most `settles_on` of them, evenly spaced, one by one. A method that is fitted without
+        steps measures this in `fit`.
         """
 
     def finish(self, images: Iterable[Tensor]) -> None:

@@ -280,8 +280,9 @@ def settle(run: Run, material: Material) -> None:
     if not count:
         return
     chosen = [good[place * len(good) // count] for place in range(count)]
-    entries = (material.batches.encoded.batch([(index, 0)]) for index in chosen)
-    run.detector.settle(tracked(entries, count, run.report, "settling"))
+    entries = ([(index, 0)] for index in chosen)
+    batches = (material.batches.of(each, material.batches.images(each)) for each in entries)
+    run.detector.settle(tracked(batches, count, run.report, "settling"))
 
 
 def fit(

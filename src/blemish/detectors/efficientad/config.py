@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from typing_extensions import override
 
 from blemish.backbones.pdn import CELL
-from blemish.detectors.settings import Config, refuse_numbers
+from blemish.detectors.settings import STATISTICS, Config, refuse_numbers
 from blemish.errors import ConfigError
 
 
@@ -48,6 +48,11 @@ class EfficientADConfig(Config):
     """Side in pixels of the random square that the student sees of each image in a step; 0: the whole
     image."""
     optimiser: Literal["adam", "muon"] = "muon"
+
+    @property
+    @override
+    def known_statistics(self) -> tuple[str, ...]:
+        return (*STATISTICS, "picture")
 
     @property
     @override

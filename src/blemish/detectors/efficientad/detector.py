@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from blemish.backbones import IMAGENET, Normalise, weights
 from blemish.backbones.pdn import CELL, CHANNELS, MARGIN, PDNS
-from blemish.detectors import ops
+from blemish.detectors import gaussians, ops
 from blemish.detectors.base import Detector
 from blemish.detectors.efficientad.config import EfficientADConfig
 from blemish.detectors.fusing import Kept
@@ -23,6 +24,9 @@ from blemish.detectors.muon import Muon
 from blemish.detectors.ops import crops
 from blemish.errors import ConfigError
 from blemish.types import Batch
+
+PICTURES = 500
+"""Good training images that the statistic `picture` is measured on."""
 
 
 class Autoencoder(nn.Module):
@@ -74,6 +78,8 @@ class EfficientAD(Detector):
     teacher_mean: Tensor
     teacher_std: Tensor
     quantiles: Tensor
+    picture_mean: Tensor
+    picture_factor: Tensor
 
     def __init__(self, config: EfficientADConfig) -> None:
         super().__init__()
@@ -103,6 +109,9 @@ class EfficientAD(Detector):
         self.register_buffer("teacher_std", torch.ones(CHANNELS, 1, 1))
         # Low and high quantile of the structural, then of the logical map. These leave a map unchanged.
         self.register_buffer("quantiles", torch.tensor([0.0, 0.1, 0.0, 0.1]))
+        if "picture" in config.statistics:
+            self.register_buffer("picture_mean", torch.zeros(CHANNELS))
+            self.register_buffer("picture_factor", torch.eye(CHANNELS))
 
     @property
     @override
@@ -117,7 +126,8 @@ class EfficientAD(Detector):
     @property
     @override
     def config_buffers(self) -> set[str]:
-        return set() if self.config.map_normalisation else {"quantiles"}
+        measured = {"picture_mean", "picture_factor"}  # anew, after the last step
+        return measured if self.config.map_normalisation else {"quantiles", *measured}
 
     @override
     def load_pretrained(self, path: Path) -> None:
@@ -217,6 +227,31 @@ class EfficientAD(Detector):
         hard = count - math.ceil((count - 1) * self.config.hard_quantile)
         return flat.topk(hard, sorted=False).values.mean()
 
+    @property
+    @override
+    def settles_on(self) -> int:
+        return PICTURES if "picture" in self.config.statistics else 0
+
+    @override
+    def settle(self, batches: Iterable[Batch]) -> None:
+        """Measure mean and covariance of the pictures of good images, for the statistic `picture`."""
+        with torch.no_grad():
+            pictures = torch.cat([self.picture(batch.images) for batch in batches])
+        found = gaussians.moments([pictures[:, None]])
+        self.picture_mean.copy_(found.mean[0])
+        self.picture_factor.copy_(gaussians.factors(gaussians.shrunk(found)[0])[0])
+
+    def picture(self, images: Tensor) -> Tensor:
+        """Return what whole images show, (B, C): the means of the student's first outputs over all places."""
+        described: Tensor = self.student(self.surround(self.normalise(images)))
+        return described[:, :CHANNELS].mean((2, 3))
+
+    def strangeness(self, images: Tensor) -> Tensor:
+        """Return the (B,) Mahalanobis distances of the pictures from those of good images (PUAD)."""
+        apart = (self.picture(images) - self.picture_mean) @ self.picture_factor.T
+        distances: Tensor = torch.linalg.vector_norm(apart, dim=1)
+        return distances
+
     @override
     def finish(self, images: Iterable[Tensor]) -> None:
         """Measure the quantiles of the maps on held-out good images: algorithm 1, lines 26 to 36."""
@@ -250,7 +285,8 @@ class EfficientAD(Detector):
         padded = functional.pad(cells, (self.margin,) * 4)
         size = (images.shape[2], images.shape[3])
         maps = functional.interpolate(padded[:, None], size, mode="bilinear")[:, 0]
-        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        picture = partial(self.strangeness, images)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics, picture=picture)
         return (maps, statistics, *(parts if len(parts) > 1 else ()))
 
     @override

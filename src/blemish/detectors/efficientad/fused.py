@@ -8,6 +8,8 @@ Exact rewrites of algorithm 2, equal to the plain networks up to rounding:
 - the difference of two last convolutions is one convolution on the features of both networks;
 - the scale of each half of the map is folded into those convolutions: a half is a sum of squares less an
   offset;
+- the mean of the student's output over all places, which the statistic `picture` is computed from, is that of
+  its last convolution's input;
 - the map is padded and resized by one matrix product for each axis.
 """
 
@@ -15,10 +17,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from typing_extensions import override
 
 from blemish.backbones import Normalise
@@ -31,11 +35,14 @@ from blemish.detectors.fusing import Fused, enlarge, enlarging_matrix
 class FusedEfficientAD(Fused):
     """Map (B, 3, H, W) images in [0, 1] to the outputs of `EfficientAD.forward`."""
 
-    full_precision = ("down", "across", "offsets")
+    full_precision: tuple[str, ...] = ("down", "across", "offsets")
     mean: Tensor
     offsets: Tensor
     down: Tensor
     across: Tensor
+    imitate: Tensor
+    picture_shift: Tensor
+    picture_factor: Tensor
 
     def __init__(self, detector: EfficientAD) -> None:
         super().__init__()
@@ -59,6 +66,15 @@ class FusedEfficientAD(Fused):
         imitate, rebuild = detector.student_heads()
         described = normalised(teacher.last, detector.teacher_mean, detector.teacher_std)
         self.structural = scaled(difference(described, convolution(*imitate)), gains[0])
+        self.pictured = "picture" in self.config.statistics
+        if self.pictured:
+            weight, bias = imitate
+            self.register_buffer("imitate", weight.detach().clone())
+            self.register_buffer(
+                "picture_shift", cast(Tensor, bias).detach()[:, None] - detector.picture_mean[:, None]
+            )
+            self.register_buffer("picture_factor", detector.picture_factor.clone())
+            self.full_precision += ("imitate", "picture_shift", "picture_factor")
         self.logical: nn.Conv2d | None = None
         self.autoencoder: Autoencoder | None = None
         if detector.autoencoder is not None:
@@ -75,14 +91,20 @@ class FusedEfficientAD(Fused):
     @override
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of algorithm 2."""
-        cells, *parts = self.cells(images)
+        described, imitated = self.deep(images)
+        cells, *parts = self.combined(self.vectors(images, described, imitated))
         maps = enlarge(cells, self.down, self.across)
-        statistics = ops.map_statistics(maps, cells, self.config.statistics)
+        picture = partial(self.strangeness, imitated)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics, picture=picture)
         return (maps, statistics, *(parts if len(parts) > 1 else ()))
 
     def cells(self, images: Tensor) -> list[Tensor]:
         """Return the (B, h, w) map at the networks' resolution, then the halves that it is combined from."""
-        raw = [half.float().square().sum(1) for half in self.halves(images)]
+        return self.combined(self.halves(images))
+
+    def combined(self, halves: Sequence[Tensor]) -> list[Tensor]:
+        """Return the map and its halves, given vectors whose squared lengths are the halves."""
+        raw = [half.float().square().sum(1) for half in halves]
         parts = [cells - offset for cells, offset in zip(raw, self.offsets, strict=False)]
         weight = self.config.logical_weight
         joined = parts[0] if len(parts) == 1 else (1 - weight) * parts[0] + weight * parts[1]
@@ -90,12 +112,35 @@ class FusedEfficientAD(Fused):
 
     def halves(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return (B, C, h, w) vectors whose squared lengths are the structural and the logical map."""
-        described, imitated = self.shallow(images).chunk(2, 1)
-        described, imitated = self.teacher(described), self.student(imitated)
+        return self.vectors(images, *self.deep(images))
+
+    def vectors(self, images: Tensor, described: Tensor, imitated: Tensor) -> tuple[Tensor, ...]:
+        """Return the vectors of both halves, given what `deep` returns."""
         structural = self.structural(torch.cat([described, imitated], 1))
         if self.logical is None or self.autoencoder is None:
             return (structural,)
         return structural, self.autoencoder(images - self.mean) + self.logical(imitated)
+
+    def strangeness(self, imitated: Tensor) -> Tensor:
+        """Return the (B,) distances of the statistic `picture`, given the student's trunk.
+
+        The mean of a convolution's output is that of its input, one for each place of the kernel. Matrices
+        are left operands, as in `enlarge`: what tells pictures apart is less than the rounding to 8 bits.
+        """
+        places = zip(imitated.shape[2:], self.imitate.shape[2:], strict=True)
+        down, across = (length - kernel + 1 for length, kernel in places)
+        rows = functional.avg_pool2d(
+            imitated.float(), (1, across), stride=1
+        )  # long sums would be rounded off
+        means = functional.avg_pool2d(rows, (down, 1), stride=1).flatten(1)[:, :, None]
+        apart = self.picture_factor @ (self.imitate.flatten(1) @ means + self.picture_shift)
+        distances: Tensor = torch.linalg.vector_norm(apart.flatten(1), dim=1)
+        return distances
+
+    def deep(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs of the last convolutions of teacher and student."""
+        described, imitated = self.shallow(images).chunk(2, 1)
+        return self.teacher(described), self.student(imitated)
 
     def shallow(self, images: Tensor) -> Tensor:
         """Return the outputs of the first convolutions and their pooling, the teacher's half first."""

@@ -49,6 +49,8 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
             divide_outputs(trunk[-1], ranges)
         for layer, ranges in seen.items():
             layer.weight *= ranges[:, None, None]
+        if network.pictured:
+            network.imitate *= seen[network.structural][widths[0] :, None, None]
 
 
 def largest(

@@ -11,10 +11,9 @@ from typing_extensions import override
 
 from blemish import seeding
 from blemish.backbones import Backbone, choose_layers
-from blemish.detectors import cells, edges, ops
+from blemish.detectors import cells, edges, gaussians, ops
 from blemish.detectors.base import ImagePass, first_images
 from blemish.detectors.on_backbone import OnBackbone
-from blemish.detectors.padim import gaussians
 from blemish.detectors.padim.config import PaDiMConfig
 from blemish.errors import ConfigError
 from blemish.types import Batch

@@ -335,10 +335,10 @@ class SuperSimpleNet(OnBackbone):
         return edges.IMAGES if self.config.edges == "rings" else 0
 
     @override
-    def settle(self, encoded: Iterable[tuple[Tensor, ...]]) -> None:
+    def settle(self, batches: Iterable[Batch]) -> None:
         """Measure the rings of the map, for `edges=rings`."""
         with torch.no_grad():
-            gain, shift = edges.measure_rings(self.cells(parts) for parts in encoded)
+            gain, shift = edges.measure_rings(self.cells(batch.encoded) for batch in batches)
         self.ring_gain.copy_(gain)
         self.ring_shift.copy_(shift)
 
