@@ -111,6 +111,11 @@ def test_a_battery_that_was_stopped_goes_on_and_is_shown(
     assert shown[0].split() == ["image", "AUROC", "parts", "mean"]
     assert shown[1].split()[-3:] == ["100.00", "(0.00)", "100.00"]
     assert shown[4].startswith(VARIANT)
+    assert battery.main(["show", str(out), "--kinds"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["image", "AUROC", "parts:", "spot", "mean"]
+    assert shown[1].split()[-3:] == ["100.00", "(0.00)", "100.00"]
+    assert shown[3].startswith("AUPRO")
 
 
 @pytest.mark.parametrize(
@@ -153,12 +158,31 @@ def test_a_training_that_was_killed_goes_on_from_its_checkpoint(
 
 
 def test_a_variant_that_lacks_a_column_has_no_mean(battery: ModuleType) -> None:
-    found = {"a": {("x", "clean"): [{"aupro": 0.9}], ("y", "light"): [{"aupro": 0.7}]}, "b": {}}
-    found["b"][("x", "clean")] = [{"aupro": 0.95}, {"aupro": 0.93}]
-    lines = battery.table("aupro", [("x", "clean"), ("y", "light")], found).splitlines()
+    found = {"a": {"x": [{"aupro": 0.9}], "y light": [{"aupro": 0.7}]}, "b": {}}
+    found["b"]["x"] = [{"aupro": 0.95}, {"aupro": 0.93}]
+    lines = battery.table("aupro", ["x", "y light"], found).splitlines()
     assert lines[0].split() == ["AUPRO", "x", "y", "light", "mean"]
     assert lines[1].split() == ["a", "90.00", "70.00", "80.00"]
     assert lines[2].split() == ["b", "94.00", "(1.41)", "-", "-"]
+
+
+def test_curves_join_the_lengths_of_a_method(folder_of_benchmarks: None, tmp_path: Path) -> None:
+    import curves
+
+    runs = (("padim", 5), ("simplenet a=1 steps=10", 1), ("simplenet a=1 steps=20", 2), ("simplenet", 4))
+    lines = [{"cell": {"variant": name}, "seconds": s, "image_auroc": 0.9, "aupro": 0.8} for name, s in runs]
+    found = curves.lengths(lines)
+    assert {name: len(each) for name, each in found.items()} == {
+        "padim": 1,
+        "simplenet a=1": 2,
+        "simplenet": 1,
+    }
+    results, out = tmp_path / "curves.jsonl", tmp_path / "curves.svg"
+    results.write_text("\n".join(map(json.dumps, lines)))
+    curves.main([str(results), str(out)])
+    drawn_once = out.read_bytes()
+    curves.main([str(results), str(out)])
+    assert out.read_bytes() == drawn_once
 
 
 def test_an_unknown_condition_is_refused(battery: ModuleType, parts: Path, tmp_path: Path) -> None:
