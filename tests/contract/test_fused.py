@@ -25,7 +25,7 @@ from blemish.detectors.efficientad.fused import (
     used,
     window,
 )
-from blemish.detectors.efficientad.integers import convolved, equalise, largest
+from blemish.detectors.efficientad.integers import before_pooling, convolved, equalise, largest
 from blemish.detectors.fusing import Kept
 from blemish.detectors.registry import build, configure
 from blemish.detectors.supersimplenet.fused import FusedSuperSimpleNet
@@ -244,9 +244,9 @@ def efficientad(slim: None) -> tuple[FusedEfficientAD, list[Tensor]]:
     return fitted("efficientad-s")
 
 
-def inner(network: FusedEfficientAD) -> list[nn.Conv2d]:
-    """Return the convolutions that read channels of teacher and student."""
-    layers = [layer for trunk in network.trunks for layer in trunk if isinstance(layer, nn.Conv2d)]
+def inner(network: FusedEfficientAD) -> list[nn.Module]:
+    """Return the layers at whose inputs channels of teacher and student get one range."""
+    layers = before_pooling(network).values()
     return [*layers, network.structural, *([network.logical] if network.logical else [])]
 
 

@@ -146,10 +146,21 @@ def with_metrics(found: Agreement, model: Evaluation, export: Evaluation) -> Agr
     return found
 
 
+def least_correlation(limits: Limits, images: int) -> float:
+    """Return the smallest rank correlation allowed over so many images."""
+    return limits.rank_correlation / (1 if images >= RANKED else 2)
+
+
+def used(map_error: float, correlation: float, images: int, limits: Limits) -> float:
+    """Return how much of the limits on maps and on the order of the scores is used up; 1 is all of it."""
+    disorder = (1 - correlation) / (1 - least_correlation(limits, images))
+    return max(map_error / limits.map_error, disorder)
+
+
 def refuse(name: str, found: Agreement, limits: Limits) -> None:
     """Raise ExportError with every limit that is exceeded on the images called `name`."""
     broken = []
-    least = limits.rank_correlation / (1 if found.images >= RANKED else 2)
+    least = least_correlation(limits, found.images)
     if not found.rank_correlation >= least:
         broken.append(f"rank correlation {found.rank_correlation:.4f}, at least {least:g}")
     if not found.map_error <= limits.map_error:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +41,9 @@ LOG = logging.getLogger(__name__)
 
 LEARNED_FROM = 64
 """Good images of a model that holds none out."""
+
+COMPARED = 40
+"""Good images on which the search for layers to leave in floating point compares."""
 
 REDUCTION_IMAGES = 12
 """Good images, and rendered ones, on which reduced channels are determined."""
@@ -137,9 +140,9 @@ def run(
     good = held_out(opened, root, layout)
     detector = restored(opened)
     trained = gate.DetectorEngine(detector)
-    draft = make_graph(detector, trained, good, request, report)
-    engine = open_graph(draft.graph, detector.outputs, request.choice)
     before = opened.manifest.calibration
+    draft = make_graph(detector, trained, good, request, before, report)
+    engine = open_graph(draft.graph, detector.outputs, request.choice)
     after, found = compare_on_good(gate.ComparedEngine(engine, trained), good, opened.manifest)
     known = opened.manifest.calibration
     agreements = {"good images" if known.left_out else "held-out good images": found}
@@ -174,6 +177,7 @@ def make_graph(
     trained: gate.DetectorEngine,
     good: Sequence[FloatArray],
     request: Request,
+    known: Calibration,
     report: Report,
 ) -> Draft:
     """Rewrite a detector, trace it and, for int8, quantise it."""
@@ -183,10 +187,8 @@ def make_graph(
     graph = onnx_graph.export_network(network, size, detector.outputs, half=half)
     if request.precision != "int8":
         return Draft(graph, kept, count, [])
-    error = map_error(trained, good[:REDUCTION_IMAGES], request.choice)
-    graph, left = quantise.quantise(
-        graph, good, error, request.bounds.map_error, report, detector.integer_layers
-    )
+    used = limits_used(trained, good[:COMPARED], request, known)
+    graph, left = quantise.quantise(graph, good, used, report, detector.integer_layers)
     tell(report, f"layers left in floating point: {', '.join(left) or 'none'}")
     return Draft(graph, kept, count, left)
 
@@ -252,25 +254,30 @@ def rewritten(
     return network, kept
 
 
-def map_error(
-    trained: gate.DetectorEngine, good: Sequence[FloatArray], choice: Choice
-) -> Callable[[bytes], float]:
-    """Return a function that measures a graph's map error on images; the trained model runs on them once.
+def limits_used(
+    trained: gate.DetectorEngine, good: Sequence[FloatArray], request: Request, known: Calibration
+) -> quantise.Used:
+    """Return a function that measures a graph as the gate will; the trained model runs on the images once.
 
-    The error of a graph that the engine cannot run here is infinite.
+    The order of the scores is that by the model's own calibration. A graph that the engine cannot run here
+    uses up more than anything allows.
     """
     replay = gate.RecordedOutputs({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
 
-    def error(graph: bytes) -> float:
-        try:
-            watched = gate.ComparedEngine(open_graph(graph, trained.outputs, choice), replay)
-            for inputs in good:
-                watched.run(inputs)
-        except ModelFileError:
-            return math.inf
-        return watched.map_error
+    def scores(statistics: Sequence[FloatArray]) -> list[float]:
+        return [float(score) for score in calibration.image_scores(np.concatenate(statistics), known)]
 
-    return error
+    expected = scores([replay.run(inputs)["statistics"] for inputs in good])
+
+    def used(graph: bytes) -> float:
+        try:
+            watched = gate.ComparedEngine(open_graph(graph, trained.outputs, request.choice), replay)
+            found = scores([watched.run(inputs)["statistics"] for inputs in good])
+        except (ModelFileError, DataError):  # it cannot run, or gives no finite scores
+            return math.inf
+        return gate.used(watched.map_error, gate.rank_correlation(expected, found), len(good), request.bounds)
+
+    return used
 
 
 def compare_on_good(

@@ -1,20 +1,19 @@
 """Post-training quantisation to int8: ranges from good images, first layers in floating point.
 
 Weights have one scale for each output channel, activations one for each tensor, over the range from the
-smallest to the largest value on good images. Layers with weights are quantised, and so are the operations
-between two of them; those that turn the last layers' outputs into the map stay in floating point. ONNX
-Runtime's own quantiser writes the graph, with QuantizeLinear and DequantizeLinear around each operation,
-which every runtime understands.
+smallest to the largest value on good images; `rounding` says how weights are rounded. Layers with weights are
+quantised, and so are the operations between two of them; those that turn the last layers' outputs into the
+map stay in floating point. ONNX Runtime's own quantiser writes the graph, with QuantizeLinear and
+DequantizeLinear around each operation, which every runtime understands.
 """
 
 from __future__ import annotations
 
 import tempfile
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx.numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
@@ -24,6 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
 
 from blemish.detectors.onnx_graph import suppress_messages
+from blemish.exporting import rounding
 from blemish.progress import Report, silent, tell
 from blemish.types import FloatArray
 
@@ -38,8 +38,8 @@ BETWEEN: tuple[str, ...] = (
 MAX_RANGE_IMAGES = 64
 """Largest number of good images used to measure ranges: more of them change little."""
 
-Error = Callable[[bytes], float]
-"""Returns the map error of a graph."""
+Used = Callable[[bytes], float]
+"""Returns how much of what the gate allows a graph uses up: 1 is all of it."""
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -57,12 +57,11 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def quantise(
     graph: bytes,
     images: Sequence[FloatArray],
-    error: Error,
-    limit: float,
+    used: Used,
     report: Report = silent,
     last: int = 0,
 ) -> tuple[bytes, list[str]]:
-    """Quantise as many layers as the limit of the error allows, all but the first ones.
+    """Quantise as many layers as the gate allows, all but the first ones.
 
     images: the inputs (N, 3, h, w) of good ones; last: only so many layers, the last ones, may be quantised;
     0: all. Returns the graph, and the names of the layers left in floating point. These are the first in
@@ -73,15 +72,18 @@ def quantise(
     prepared = preprocessed(graph)
     layers = by_depth(prepared, quantisable_layers(prepared))
     least = max(len(layers) - last, 0) if last else 0
-    entered = prepared if least or not layers else with_even_entrance(prepared, layers[0])
-    ranges = measured(entered, images[:MAX_RANGE_IMAGES])
+    ranges = measured(prepared, images[:MAX_RANGE_IMAGES])
+    rounded = {} if least else rounding.rounded_weights(prepared, layers, images)
+    weights = {node.name: node.input[1] for node in prepared.graph.node if node.name in layers}
     made: dict[int, bytes] = {}
 
     def within(left: int) -> bool:
-        made[left] = quantised_graph(prepared if left else entered, ranges, layers[left:])
-        found = error(made[left])
-        tell(report, f"int8 with {left} of {len(layers)} layers in floating point: map error {found:.3f}")
-        return found <= limit
+        asked = {weights[name] for name in layers[left:]}
+        model = with_weights(prepared, {name: rounded[name] for name in asked & rounded.keys()})
+        made[left] = quantised_graph(model, ranges, layers[left:])
+        found = used(made[left])
+        tell(report, f"int8 with {left} of {len(layers)} layers in floating point: {found:.0%} of the limits")
+        return found <= 1
 
     more = range(least + 1, len(layers))
     left = least if within(least) else least + 1 + bisect_left(more, True, key=within)
@@ -102,35 +104,14 @@ def by_depth(model: onnx.ModelProto, layers: Collection[str]) -> list[str]:
     return sorted(found, key=found.__getitem__)
 
 
-def with_even_entrance(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """Return a copy of a graph in which the weights of its first layer, a convolution, are rounded evenly."""
+def with_weights(model: onnx.ModelProto, weights: Mapping[str, FloatArray]) -> onnx.ModelProto:
+    """Return a copy of a graph with other values of these tensors."""
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    node = next(node for node in made.graph.node if node.name == name)
-    if node.op_type == "Conv":
-        weights = next(tensor for tensor in made.graph.initializer if tensor.name == node.input[1])
-        rounded = evenly_rounded(onnx.numpy_helper.to_array(weights))
-        weights.CopyFrom(onnx.numpy_helper.from_array(rounded, weights.name))
+    for tensor in made.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights[tensor.name], tensor.name))
     return made
-
-
-def evenly_rounded(weights: FloatArray, most: int = 127) -> FloatArray:
-    """Round (outputs, inputs, k, k) weights to the integers they will be quantised to, keeping their sums.
-
-    If each weight is rounded to the nearest integer, the errors of a kernel add up wherever an image is
-    smooth, which is nearly everywhere. Here the weights with the largest rounding errors are rounded the
-    other way, until the sum of each kernel is right to half an integer. On MVTec AD's bottle this leaves a
-    third of the error of rounding to nearest.
-    """
-    scale = np.maximum(np.abs(weights).max((1, 2, 3), keepdims=True), 1e-12) / most
-    exact = (weights / scale).reshape(*weights.shape[:2], -1)
-    rounded = np.rint(exact)
-    error = rounded - exact
-    excess = np.rint(error.sum(2, keepdims=True))
-    order = (error * -np.sign(excess)).argsort(2).argsort(2)
-    rounded -= np.where(order < np.abs(excess), np.sign(excess), 0.0)
-    found: FloatArray = (rounded.clip(-most, most).reshape(weights.shape) * scale).astype(np.float32)
-    return found
 
 
 def preprocessed(graph: bytes) -> onnx.ModelProto:

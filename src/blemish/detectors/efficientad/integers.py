@@ -38,7 +38,11 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
     """Equalise the ranges of all channels between the convolutions of teacher and student, in place."""
     trunks = [[layer for layer in trunk if isinstance(layer, nn.Conv2d)] for trunk in network.trunks]
     last = [layer for layer in (network.structural, network.logical) if layer is not None]
-    seen = largest(network, [layer for trunk in trunks for layer in trunk] + last, batches)
+    measured = before_pooling(network) | {layer: layer for layer in last}
+    found = largest(network, list(measured.values()), batches)
+    seen = {layer: found[at] for layer, at in measured.items()}
+    for trunk, half in zip(trunks, found[network.pool].chunk(2), strict=True):
+        seen[trunk[0]] = half
     with torch.no_grad():
         divide_outputs(network.first, torch.cat([seen[trunk[0]] for trunk in trunks]))
         for trunk in trunks:
@@ -53,16 +57,32 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
             network.imitate *= seen[network.structural][widths[0] :, None, None]
 
 
+def before_pooling(network: FusedEfficientAD) -> dict[nn.Conv2d, nn.Module]:
+    """Return, for each convolution of the trunks, the pooling that it reads, or itself if it reads none.
+
+    Before the pooling values are largest, and rounded first: an average of rounded values hides no range.
+    """
+    found: dict[nn.Conv2d, nn.Module] = {}
+    for trunk in network.trunks:
+        pooling: nn.Module | None = network.pool
+        for layer in trunk:
+            if isinstance(layer, nn.Conv2d):
+                found[layer] = pooling or layer
+            pooling = layer if isinstance(layer, nn.AvgPool2d) else None
+    return found
+
+
 def largest(
-    network: nn.Module, layers: Sequence[nn.Conv2d], batches: Sequence[Tensor]
-) -> dict[nn.Conv2d, Tensor]:
-    """Return the largest magnitude of each input channel of the layers; 1 where it is always zero."""
-    found = {layer: torch.zeros(layer.in_channels) for layer in layers}
+    network: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Tensor]
+) -> dict[nn.Module, Tensor]:
+    """Return the largest magnitude of each channel that the layers read; 1 where it is always zero."""
+    found: dict[nn.Module, Tensor] = {}
 
-    def note(layer: nn.Conv2d, inputs: tuple[Tensor]) -> None:
-        found[layer] = torch.maximum(found[layer], inputs[0].abs().amax((0, 2, 3)))
+    def note(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        peaks = inputs[0].abs().amax((0, 2, 3))
+        found[layer] = torch.maximum(found.get(layer, peaks), peaks)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note) for layer in set(layers)]
     with torch.no_grad():
         for batch in batches:
             network(batch)
