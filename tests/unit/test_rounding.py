@@ -132,8 +132,9 @@ def test_a_graph_in_integers_is_closer_with_weights_rounded_so() -> None:
     ranges = quantise.measured(model, singles)
     made = rounding.rounded_weights(model, layers, singles)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    assert {name: array.shape for name, array in made.items()} == {name: shapes[name] for name in made}
-    assert len(made) == 3
+    values = {name: value for each in made.values() for name, value in each.items()}
+    assert {name: value.shape for name, value in values.items()} == {name: shapes[name] for name in values}
+    assert [len(made[name]) for name in layers] == [2, 2, 1]  # weights, and biases of convolutions
 
     def maps(graph: bytes) -> FloatArray:
         session = onnxruntime.InferenceSession(graph)
@@ -142,9 +143,26 @@ def test_a_graph_in_integers_is_closer_with_weights_rounded_so() -> None:
     exact = maps(model.SerializeToString())
     plain, rounded = (
         np.square(maps(quantise.quantised_graph(each, ranges, layers)) - exact).mean()
-        for each in (model, quantise.with_weights(model, made))
+        for each in (model, quantise.with_weights(model, values))
     )
     assert rounded < plain
+
+
+def test_on_average_a_convolution_says_the_same() -> None:
+    model, layers, images = prepared()
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    made = rounding.rounded_weights(model, layers, [image[None] for image in images])
+    nodes = [node for node in model.graph.node if node.name in layers and node.op_type == "Conv"]
+    for node in nodes:
+        said = []
+        for values in (constants, constants | made[node.name]):
+            matrices = rounding.matrices(node, values[node.input[1]])
+            means = [
+                (rounding.patches(node, read[node.input[0]], matrices) @ matrices.mT).mean(1)
+                for read in rounding.inputs_of(model, nodes, [image[None] for image in images])
+            ]
+            said.append(torch.stack(means).mean(0).flatten() + torch.from_numpy(values[node.input[2]].copy()))
+        torch.testing.assert_close(said[1], said[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_with_too_many_inputs_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

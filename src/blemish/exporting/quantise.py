@@ -74,12 +74,11 @@ def quantise(
     least = max(len(layers) - last, 0) if last else 0
     ranges = measured(prepared, images[:MAX_RANGE_IMAGES])
     rounded = {} if least else rounding.rounded_weights(prepared, layers, images)
-    weights = {node.name: node.input[1] for node in prepared.graph.node if node.name in layers}
     made: dict[int, bytes] = {}
 
     def within(left: int) -> bool:
-        asked = {weights[name] for name in layers[left:]}
-        model = with_weights(prepared, {name: rounded[name] for name in asked & rounded.keys()})
+        values = [rounded[name] for name in layers[left:] if name in rounded]
+        model = with_weights(prepared, dict(pair for each in values for pair in each.items()))
         made[left] = quantised_graph(model, ranges, layers[left:])
         found = used(made[left])
         tell(report, f"int8 with {left} of {len(layers)} layers in floating point: {found:.0%} of the limits")
