@@ -242,9 +242,9 @@ def test_integers_run_close_to_the_network(backend: str, integers: bytes, tiny: 
 def test_a_graph_that_cannot_run_here_is_infinitely_wrong(integers: bytes, tiny: drawn.Tiny) -> None:
     """The search for layers to leave in floating point then goes on with more of them."""
     detector = restored(bundle.read(tiny.file))
-    known = bundle.read(tiny.file).manifest.calibration
+    manifest = bundle.read(tiny.file).manifest
     request = pipeline.Request("onnx", "int8", tiny.file.with_name("exported.blemish"))
-    used = pipeline.limits_used(DetectorEngine(detector), good_inputs(tiny), request, known)
+    used = pipeline.limits_used(DetectorEngine(detector), good_inputs(tiny), request, manifest)
     assert used(b"no graph") == np.inf
     assert 1e-3 < used(integers) < 1
 
@@ -291,8 +291,13 @@ BOUNDS = Limits(0.98, 0.05, flips=0.01, auroc_loss=0.002, aupro_loss=0.005)
 )
 def test_each_limit_refuses_by_itself(changes: dict[str, Any], said: str) -> None:
     gate.refuse("drawn images", FINE, BOUNDS)
+    assert gate.used(FINE, BOUNDS) == pytest.approx(0.5)  # the order of the scores, and the verdicts
+    assert gate.used(replace(FINE, flips=2), BOUNDS) == 1
+    assert gate.used(replace(FINE, flips=1), replace(BOUNDS, flips=0)) == np.inf
     with pytest.raises(ExportError) as refused:
         gate.refuse("drawn images", replace(FINE, **changes), BOUNDS)
+    if not {"auroc", "aupro"} & changes.keys():  # which good images do not have
+        assert gate.used(replace(FINE, **changes), BOUNDS) > 1
     beginning = "the export differs too much from the trained model on drawn images: "
     assert str(refused.value) == beginning + said
 

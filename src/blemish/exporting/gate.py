@@ -6,6 +6,7 @@ what a user would notice: the order of the scores, the maps, the verdicts and, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -151,10 +152,13 @@ def least_correlation(limits: Limits, images: int) -> float:
     return limits.rank_correlation / (1 if images >= RANKED else 2)
 
 
-def used(map_error: float, correlation: float, images: int, limits: Limits) -> float:
-    """Return how much of the limits on maps and on the order of the scores is used up; 1 is all of it."""
-    disorder = (1 - correlation) / (1 - least_correlation(limits, images))
-    return max(map_error / limits.map_error, disorder)
+def used(found: Agreement, limits: Limits) -> float:
+    """Return how much of its limits an export uses up on good images; above 1 it would be refused."""
+    disorder = (1 - found.rank_correlation) / (1 - least_correlation(limits, found.images))
+    shares = [found.map_error / limits.map_error, disorder]
+    if found.flips:
+        shares.append(found.flips / (limits.flips * found.images) if limits.flips else math.inf)
+    return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
 
 def refuse(name: str, found: Agreement, limits: Limits) -> None:

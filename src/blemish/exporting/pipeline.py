@@ -141,7 +141,7 @@ def run(
     detector = restored(opened)
     trained = gate.DetectorEngine(detector)
     before = opened.manifest.calibration
-    draft = make_graph(detector, trained, good, request, before, report)
+    draft = make_graph(detector, trained, good, request, opened.manifest, report)
     engine = open_graph(draft.graph, detector.outputs, request.choice)
     after, found = compare_on_good(gate.ComparedEngine(engine, trained), good, opened.manifest)
     known = opened.manifest.calibration
@@ -177,7 +177,7 @@ def make_graph(
     trained: gate.DetectorEngine,
     good: Sequence[FloatArray],
     request: Request,
-    known: Calibration,
+    manifest: Manifest,
     report: Report,
 ) -> Draft:
     """Rewrite a detector, trace it and, for int8, quantise it."""
@@ -187,7 +187,7 @@ def make_graph(
     graph = onnx_graph.export_network(network, size, detector.outputs, half=half)
     if request.precision != "int8":
         return Draft(graph, kept, count, [])
-    used = limits_used(trained, good[:COMPARED], request, known)
+    used = limits_used(trained, good[:COMPARED], request, manifest)
     graph, left = quantise.quantise(graph, good, used, report, detector.integer_layers)
     tell(report, f"layers left in floating point: {', '.join(left) or 'none'}")
     return Draft(graph, kept, count, left)
@@ -255,27 +255,21 @@ def rewritten(
 
 
 def limits_used(
-    trained: gate.DetectorEngine, good: Sequence[FloatArray], request: Request, known: Calibration
+    trained: gate.DetectorEngine, good: Sequence[FloatArray], request: Request, manifest: Manifest
 ) -> quantise.Used:
     """Return a function that measures a graph as the gate will; the trained model runs on the images once.
 
-    The order of the scores is that by the model's own calibration. A graph that the engine cannot run here
-    uses up more than anything allows.
+    A graph that the engine cannot run here uses up more than anything allows.
     """
     replay = gate.RecordedOutputs({inputs.tobytes(): trained.run(inputs) for inputs in good}, trained.outputs)
 
-    def scores(statistics: Sequence[FloatArray]) -> list[float]:
-        return [float(score) for score in calibration.image_scores(np.concatenate(statistics), known)]
-
-    expected = scores([replay.run(inputs)["statistics"] for inputs in good])
-
     def used(graph: bytes) -> float:
         try:
-            watched = gate.ComparedEngine(open_graph(graph, trained.outputs, request.choice), replay)
-            found = scores([watched.run(inputs)["statistics"] for inputs in good])
-        except (ModelFileError, DataError):  # it cannot run, or gives no finite scores
+            engine = open_graph(graph, trained.outputs, request.choice)
+            _, found = compare_on_good(gate.ComparedEngine(engine, replay), good, manifest)
+        except (ModelFileError, ExportError):
             return math.inf
-        return gate.used(watched.map_error, gate.rank_correlation(expected, found), len(good), request.bounds)
+        return gate.used(found, request.bounds)
 
     return used
 
