@@ -356,6 +356,10 @@ def shown(options: argparse.Namespace) -> str:
         for column, values in measured_on.items():
             columns[column] = None
             found.setdefault(cell.variant, {}).setdefault(column, []).append(values)
+    if options.kinds and not columns:
+        raise SystemExit(
+            "these results say nothing of kinds of defect; expected those of clean or few images"
+        )
     values_asked = BY_KIND if options.kinds else options.values.split(",")
     return "\n\n".join(table(name, list(columns), found) for name in values_asked)
 

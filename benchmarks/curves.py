@@ -30,6 +30,9 @@ WIDTH, HEIGHT = 9.0, 4.0
 
 def lengths(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
     """Return the results by variant without its length, then by variant."""
+    places = {(line["cell"]["category"], line["cell"]["condition"]) for line in lines}
+    if len(places) != 1:
+        raise SystemExit(f"found results on {len(places)} categories and conditions; expected those on one")
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         variant = line["cell"]["variant"]

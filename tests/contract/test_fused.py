@@ -45,8 +45,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "padding": ("efficientad-s", {"padding": True, "crop": 0}),
     "medium with padding": ("efficientad-m", {"padding": True, "crop": 0}),
     "reflected edges": ("efficientad-s", {"edges": "reflect"}),
-    "picture": ("efficientad-s", {"image_size": (256, 292), "statistics": ("maximum", "picture")}),
-    "picture, medium": ("efficientad-m", {"autoencoder": False, "statistics": ("picture", "top_mean")}),
+    "whole image": ("efficientad-s", {"image_size": (256, 292), "statistics": ("maximum", "whole_image")}),
+    "whole image, medium": (
+        "efficientad-m",
+        {"autoencoder": False, "statistics": ("whole_image", "top_mean")},
+    ),
     "no autoencoder": ("efficientad-s", {"autoencoder": False}),
     "supersimplenet": ("supersimplenet", SMALL),
     "no upscaling": ("supersimplenet", SMALL | {"upscale": False}),
@@ -92,7 +95,7 @@ def shaken(detector: Detector) -> Detector:
             value.data.normal_(0, 0.2, generator=draw)
         elif name == "quantiles":
             value.copy_(torch.tensor([0.2, 0.7, -0.1, 0.3]))
-        elif name.startswith("picture_"):
+        elif name.startswith("image_"):
             value.normal_(0, 0.2, generator=draw)
         elif name == "ring_gain":
             value.uniform_(0.3, 3.0, generator=draw)
@@ -250,7 +253,7 @@ def inner(network: FusedEfficientAD) -> list[nn.Module]:
     return [*layers, network.structural, *([network.logical] if network.logical else [])]
 
 
-@pytest.mark.parametrize("statistics", ["maximum", "maximum,picture"])
+@pytest.mark.parametrize("statistics", ["maximum", "maximum,whole_image"])
 @pytest.mark.parametrize("method", ["efficientad-s", "efficientad-m"])
 @torch.no_grad()
 def test_equalised_channels_share_one_range_and_change_no_output(

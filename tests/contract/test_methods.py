@@ -69,7 +69,7 @@ BOTH = {"statistics": ("head", "maximum")}
 HEAD = BOTH | {"classification_head": True, "stop_gradient": False}
 CASES: dict[str, tuple[str, Supervision, dict[str, Any], int | None]] = {
     "efficientad-s": ("efficientad-s", "none", {}, 2),
-    "efficientad-s, picture": ("efficientad-s", "none", {"statistics": ("maximum", "picture")}, 2),
+    "efficientad-s, whole image": ("efficientad-s", "none", {"statistics": ("maximum", "whole_image")}, 2),
     "efficientad-m": ("efficientad-m", "none", {"image_size": (256, 320)}, 2),
     "supersimplenet": ("supersimplenet", "none", RESNET, 30),
     "supersimplenet weak": ("supersimplenet", "weak", FEW, 30),

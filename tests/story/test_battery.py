@@ -170,7 +170,10 @@ def test_curves_join_the_lengths_of_a_method(folder_of_benchmarks: None, tmp_pat
     import curves
 
     runs = (("padim", 5), ("simplenet a=1 steps=10", 1), ("simplenet a=1 steps=20", 2), ("simplenet", 4))
-    lines = [{"cell": {"variant": name}, "seconds": s, "image_auroc": 0.9, "aupro": 0.8} for name, s in runs]
+    cell = {"category": "parts", "condition": "clean"}
+    lines = [
+        {"cell": cell | {"variant": name}, "seconds": s, "image_auroc": 0.9, "aupro": 0.8} for name, s in runs
+    ]
     found = curves.lengths(lines)
     assert {name: len(each) for name, each in found.items()} == {
         "padim": 1,
@@ -183,6 +186,9 @@ def test_curves_join_the_lengths_of_a_method(folder_of_benchmarks: None, tmp_pat
     drawn_once = out.read_bytes()
     curves.main([str(results), str(out)])
     assert out.read_bytes() == drawn_once
+    assert all(f"<!-- {words} -->" in out.read_text() for words in ("padim", "simplenet a=1", "AUPRO, %"))
+    with pytest.raises(SystemExit, match="on 2 categories"):
+        curves.lengths([*lines, lines[0] | {"cell": cell | {"condition": "light", "variant": "padim"}}])
 
 
 def test_an_unknown_condition_is_refused(battery: ModuleType, parts: Path, tmp_path: Path) -> None:

@@ -233,17 +233,17 @@ def test_quantiles_are_of_the_whole_map() -> None:
     np.testing.assert_allclose(d.quantiles.numpy(), expected, rtol=1e-5)
 
 
-def test_a_picture_is_as_far_off_as_the_covariance_of_good_ones_says() -> None:
-    d, good, others = detector(statistics=("maximum", "picture")), parts(*range(12)), parts(20, 21)
+def test_an_image_is_as_far_off_as_the_covariance_of_good_ones_says() -> None:
+    d, good, others = detector(statistics=("maximum", "whole_image")), parts(*range(12)), parts(20, 21)
     with torch.no_grad():
         none = torch.zeros(1)
         d.settle(Batch(image[None], (), none, none == 0) for image in good)
-        pictures, seen = (
+        summaries, seen = (
             d.student(normalised(images))[:, :CHANNELS].mean((2, 3)).double() for images in (good, others)
         )
         found = d(others)[1][:, 1]
-    covariance = ledoit_wolf(pictures.numpy())[0] * 12 / 11  # of the mean known by 12 images
-    apart = (seen - pictures.mean(0)).numpy()
+    covariance = ledoit_wolf(summaries.numpy())[0] * 12 / 11  # of the mean known by 12 images
+    apart = (seen - summaries.mean(0)).numpy()
     expected = np.sqrt(np.einsum("nd,de,ne->n", apart, np.linalg.inv(covariance), apart))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3)
 
@@ -486,16 +486,16 @@ def test_weight_and_rim_reach_graph_and_thresholds(tmp_path: Path) -> None:
     assert float((structural - logical).abs().max()) > 0.01
 
 
-def test_the_picture_is_measured_on_all_good_images_that_were_learned_from(tmp_path: Path) -> None:
-    opened = train(tmp_path, "--set", "statistics=maximum,picture")
-    d = detector(image_size=(256, 256), statistics=("maximum", "picture"))
+def test_the_whole_image_is_measured_on_all_good_images_that_were_learned_from(tmp_path: Path) -> None:
+    opened = train(tmp_path, "--set", "statistics=maximum,whole_image")
+    d = detector(image_size=(256, 256), statistics=("maximum", "whole_image"))
     d.load_state_dict(load(opened.weights))
     files = sorted((opened.path.parent / "parts/train/good").iterdir())
     used = opened.manifest.training.files
     assert used is not None
     learned = [read(file) for file in files if short_digest(file) in used.train]
     with torch.no_grad():
-        pictures = d.picture(torch.from_numpy(np.stack([to_input(image) for image in learned])))
-    np.testing.assert_allclose(d.picture_mean.numpy(), pictures.mean(0).numpy(), rtol=1e-3, atol=1e-5)
-    assert "picture_mean" in d.config_buffers  # a warm start measures it anew
-    assert opened.manifest.calibration.statistics == ("maximum", "picture")
+        summaries = d.summary(torch.from_numpy(np.stack([to_input(image) for image in learned])))
+    np.testing.assert_allclose(d.image_mean.numpy(), summaries.mean(0).numpy(), rtol=1e-3, atol=1e-5)
+    assert "image_mean" in d.config_buffers  # a warm start measures it anew
+    assert opened.manifest.calibration.statistics == ("maximum", "whole_image")

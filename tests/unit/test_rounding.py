@@ -70,6 +70,68 @@ def test_what_is_returned_are_integers_of_one_scale_and_the_largest_stays(most: 
     torch.testing.assert_close(made.gather(2, place).float(), exact.gather(2, place))
 
 
+def test_blocks_are_a_matter_of_speed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, squares = weights(2), torch.cat([smooth(500), smooth(500, seed=3)])
+    whole = rounding.compensated(exact, squares)
+    monkeypatch.setattr(rounding, "BLOCK", 5)
+    torch.testing.assert_close(rounding.compensated(exact, squares), whole)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.9, 3.3, 5.7, 1e4])
+def test_inputs_that_never_vary_do_no_harm(value: float) -> None:
+    rows = torch.rand(1, 700, 24, generator=torch.Generator().manual_seed(2))
+    for constant in (slice(3, 12), slice(None)):
+        rows[..., constant] = value
+        seen = rounding.Inputs(weights())
+        for part in torch.split(rows, 100, 1):
+            seen.add(part)
+        torch.testing.assert_close(seen.mean, rows.double().mean(1), rtol=1e-5, atol=1e-5)
+        for squares in (seen.covariance, seen.products):
+            assert rounding.compensated(weights(), squares).isfinite().all()
+
+
+def test_moments_are_those_of_all_rows() -> None:
+    rows = 5 + torch.randn(2, 900, 24, generator=torch.Generator().manual_seed(2))
+    seen = rounding.Inputs(weights(2))
+    for part in torch.split(rows, 250, 1):
+        seen.add(part)
+    apart = rows.double() - rows.double().mean(1, keepdim=True)
+    expected = apart.mT @ apart / 900
+    torch.testing.assert_close(seen.covariance, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(seen.products, rows.double().mT @ rows.double() / 900, rtol=1e-4, atol=1e-3)
+
+
+class Twice(nn.Module):
+    """The same layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+
+    @override
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.layer(torch.relu(self.layer(images)))
+        return found[:, 0], found.amax((2, 3))
+
+
+def test_a_layer_at_two_places_is_rounded_for_each() -> None:
+    graph = onnx_graph.export_network(Twice().eval(), (16, 20), ("map", "statistics"))
+    model = quantise.preprocessed(graph)
+    layers = quantise.quantisable_layers(model)
+    images = [image[None] for image in np.random.default_rng(0).random((4, 3, 16, 20), np.float32)]
+    made = rounding.rounded_weights(model, layers, images)
+    names = [name for each in made.values() for name in each]
+    assert len(layers) == 2
+    assert len(set(names)) == 4  # weights and bias of each
+    run = onnxruntime.InferenceSession
+    for one, other in zip(
+        run(graph).run(None, {"images": images[0]}),
+        run(model.SerializeToString()).run(None, {"images": images[0]}),
+        strict=True,
+    ):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
 def test_groups_are_rounded_as_if_alone() -> None:
     exact, squares = weights(2), torch.cat([smooth(500), smooth(500, seed=3)])
     both = rounding.compensated(exact, squares)

@@ -23,6 +23,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
 
 from blemish.detectors.onnx_graph import suppress_messages
+from blemish.errors import ExportError
 from blemish.exporting import rounding
 from blemish.progress import Report, silent, tell
 from blemish.types import FloatArray
@@ -64,7 +65,8 @@ def quantise(
     """Quantise as many layers as the gate allows, all but the first ones.
 
     images: the inputs (N, 3, h, w) of good ones; last: only so many layers, the last ones, may be quantised;
-    0: all. Returns the graph, and the names of the layers left in floating point. These are the first in
+    0: all. Returns the graph, and the names of the layers left in floating point; raises ExportError if that
+    would be all of them. These are the first in
     depth, since the first layers are sensitive and cheap, and since no layer in floating point then lies
     between two quantised ones: ONNX Runtime, without being asked, quantises such a layer with one scale for
     all of its output channels.
@@ -73,6 +75,7 @@ def quantise(
     layers = by_depth(prepared, quantisable_layers(prepared))
     least = max(len(layers) - last, 0) if last else 0
     ranges = measured(prepared, images[:MAX_RANGE_IMAGES])
+    # A method that lets the last layers alone be quantised has prepared them itself.
     rounded = {} if least else rounding.rounded_weights(prepared, layers, images)
     made: dict[int, bytes] = {}
 
@@ -86,8 +89,10 @@ def quantise(
 
     more = range(least + 1, len(layers))
     left = least if within(least) else least + 1 + bisect_left(more, True, key=within)
-    if left not in made:
-        within(left)
+    if layers and left == len(layers):
+        raise ExportError(
+            "no layer can be computed in integers within the limits; expected another precision"
+        )
     return made[left], layers[:left]
 
 
@@ -123,7 +128,22 @@ def preprocessed(graph: bytes) -> onnx.ModelProto:
         model: onnx.ModelProto = onnx.load(after)
     for number, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{number}"
+    unshare(model)
     return model
+
+
+def unshare(model: onnx.ModelProto) -> None:
+    """Give each layer constants of its own: what one rounds, another may leave as it is."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    taken: set[str] = set()
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type in LAYERS and place and name in constants:
+                if name in taken:
+                    own = f"{name}.{node.name}"
+                    model.graph.initializer.add().CopyFrom(constants[name])
+                    model.graph.initializer[-1].name = node.input[place] = own
+                taken.add(name)
 
 
 def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsData:

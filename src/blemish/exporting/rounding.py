@@ -11,7 +11,6 @@ EfficientAD's first convolution this left a hundredth, of that of its teacher's 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,8 @@ PLACES = 1000
 """Cells of each."""
 DAMPING = 0.01
 """Added to the mean square of each input, as a share of the mean: what hardly varies decides nothing."""
+LEAST = 1e-6
+"""Least variance of an input, as a share of the mean square of them all."""
 BLOCK = 128
 """Weights after which the error is passed on to all that follow."""
 
@@ -47,10 +48,12 @@ def rounded_weights(
     tensors by their name.
     """
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    nodes = [node for node in model.graph.node if node.name in layers and node.op_type in ("Conv", "MatMul")]
+    nodes = [
+        node for node in model.graph.node if node.name in layers and is_known(node, constants[node.input[1]])
+    ]
     weights = {node.name: matrices(node, constants[node.input[1]]) for node in nodes}
     nodes = [node for node in nodes if weights[node.name].shape[2] <= LARGEST]
-    seen = {node.name: Seen.nothing(weights[node.name]) for node in nodes}
+    seen = {node.name: Inputs(weights[node.name]) for node in nodes}
     for read in inputs_of(model, nodes, images[:IMAGES]):
         for node in nodes:
             seen[node.name].add(patches(node, read[node.input[0]], weights[node.name]))
@@ -70,43 +73,51 @@ def rounded_weights(
     return found
 
 
-@dataclass
-class Seen:
-    """Sums over the rows of numbers that outputs are products of, in float64."""
+class Inputs:
+    """Moments of the rows of numbers that a layer's outputs are products of, in float64."""
 
-    count: int
-    sums: Tensor
-    """(G, D)."""
-    squares: Tensor
-    """(G, D, D)."""
-
-    @classmethod
-    def nothing(cls, weights: Tensor) -> Seen:
-        """Return empty sums for (G, O, D) weights."""
-        groups, _, count = weights.shape
-        sums = torch.zeros(groups, count, dtype=torch.float64)
-        return cls(0, sums, torch.zeros(groups, count, count, dtype=torch.float64))
+    def __init__(self, weights: Tensor) -> None:
+        """weights: (G, O, D), those of the layer."""
+        groups, _, size = weights.shape
+        self.count = 0
+        self.origin = torch.zeros(groups, size)
+        """The mean of the first rows: sums about it lose nothing of inputs that hardly vary."""
+        self.sums = torch.zeros(groups, size, dtype=torch.float64)
+        self.squares = torch.zeros(groups, size, size, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add (G, n, D) rows."""
+        if not self.count:
+            self.origin = rows.mean(1)
+        apart = rows - self.origin[:, None]
         self.count += rows.shape[1]
-        self.sums += rows.double().sum(1)
-        self.squares += (rows.mT @ rows).double()
+        self.sums += apart.double().sum(1)
+        self.squares += (apart.mT @ apart).double()
 
     @property
     def mean(self) -> Tensor:
         """The mean row, (G, D)."""
-        return self.sums / self.count
-
-    @property
-    def products(self) -> Tensor:
-        """The mean products, (G, D, D)."""
-        return self.squares / self.count
+        return self.origin.double() + self.sums / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """The mean products without those of the mean row."""
-        return self.products - self.mean[:, :, None] * self.mean[:, None]
+        """The (G, D, D) covariance of the inputs, which makes something even of inputs that never vary."""
+        apart = self.sums / self.count
+        found = self.squares / self.count - apart[:, :, None] * apart[:, None]
+        least = LEAST * self.mean.square().mean(1).clamp(min=1e-12)
+        return found + least[:, None, None] * torch.eye(found.shape[1], dtype=torch.float64)
+
+    @property
+    def products(self) -> Tensor:
+        """The (G, D, D) mean products of the inputs."""
+        return self.covariance + self.mean[:, :, None] * self.mean[:, None]
+
+
+def is_known(node: onnx.NodeProto, weights: FloatArray) -> bool:
+    """Return whether a layer is one whose inputs `patches` can read."""
+    if node.op_type == "Conv":
+        return weights.ndim == 4 and attributes(node).get("auto_pad", b"NOTSET") == b"NOTSET"
+    return node.op_type == "MatMul" and weights.ndim == 2
 
 
 def matrices(node: onnx.NodeProto, weights: FloatArray) -> Tensor:
@@ -146,20 +157,22 @@ def inputs_of(
 
 def patches(node: onnx.NodeProto, read: Tensor, weights: Tensor) -> Tensor:
     """Return the (groups, places, inputs) numbers that a layer's outputs are products of, at some places."""
-    if node.op_type == "Conv":
-        known = attributes(node)
-        top, left, bottom, right = known.get("pads", (0, 0, 0, 0))
-        columns = functional.unfold(
-            functional.pad(read, (left, right, top, bottom)),
-            known["kernel_shape"],
-            dilation=known.get("dilations", 1),
-            stride=known.get("strides", 1),
-        )
-        rows = columns[0].T
-    else:
+    draw = np.random.default_rng(0).permutation
+    if node.op_type != "Conv":
         rows = read.reshape(-1, weights.shape[2])
-    chosen = np.random.default_rng(0).permutation(len(rows))[:PLACES]
-    return rows[np.sort(chosen)].reshape(len(chosen), len(weights), -1).transpose(0, 1)
+        return rows[np.sort(draw(len(rows))[:PLACES])][None]
+    known = attributes(node)
+    top, left, bottom, right = known.get("pads", (0, 0, 0, 0))
+    (down, across), (tall, wide) = known.get("strides", (1, 1)), known.get("dilations", (1, 1))
+    height, width = known["kernel_shape"]
+    seen = functional.pad(read[0], (left, right, top, bottom))
+    windows = seen.unfold(1, (height - 1) * tall + 1, down).unfold(2, (width - 1) * wide + 1, across)
+    windows = windows[..., ::tall, ::wide].permute(1, 2, 0, 3, 4)  # (h, w, C, height, width), nothing copied
+    down_at, across_at = np.divmod(
+        np.sort(draw(windows.shape[0] * windows.shape[1])[:PLACES]), windows.shape[1]
+    )
+    found = windows[down_at, across_at]
+    return found.reshape(len(found), len(weights), -1).transpose(0, 1)
 
 
 def compensated(weights: Tensor, squares: Tensor, most: int = 127) -> Tensor:

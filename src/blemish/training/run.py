@@ -104,7 +104,8 @@ def run(request: TrainingRequest, *, report: Report = silent, stop: Stop = never
         )
         # Every held-out image is scored for the quantiles, the graph's check (twice) and the thresholds;
         # the rest is for the export.
-        reserve = 15.0 + forward_seconds * (6 * len(held.paths) + detector.settles_on)
+        settled = min(detector.settles_on, material.batches.labels.count(0))
+        reserve = 15.0 + forward_seconds * (6 * len(held.paths) + settled)
         learned = take_steps(session, material, planned, request.resume, reserve)
     else:
         learned = fit(detector, material, request.seed, device, identity, started, report, stop)
@@ -282,7 +283,7 @@ def settle(run: Run, material: Material) -> None:
     chosen = [good[place * len(good) // count] for place in range(count)]
     entries = ([(index, 0)] for index in chosen)
     batches = (material.batches.of(each, material.batches.images(each)) for each in entries)
-    run.detector.settle(tracked(batches, count, run.report, "settling"))
+    run.detector.settle(tracked(batches, count, run.report, "settling", stop=run.stop))
 
 
 def fit(

@@ -52,7 +52,7 @@ class EfficientADConfig(Config):
     @property
     @override
     def known_statistics(self) -> tuple[str, ...]:
-        return (*STATISTICS, "picture")
+        return (*STATISTICS, "whole_image")
 
     @property
     @override

@@ -25,8 +25,8 @@ from blemish.detectors.ops import crops
 from blemish.errors import ConfigError
 from blemish.types import Batch
 
-PICTURES = 500
-"""Good training images that the statistic `picture` is measured on."""
+MEASURED_ON = 500
+"""Good training images that the statistic `whole_image` is measured on."""
 
 
 class Autoencoder(nn.Module):
@@ -78,8 +78,8 @@ class EfficientAD(Detector):
     teacher_mean: Tensor
     teacher_std: Tensor
     quantiles: Tensor
-    picture_mean: Tensor
-    picture_factor: Tensor
+    image_mean: Tensor
+    image_factor: Tensor
 
     def __init__(self, config: EfficientADConfig) -> None:
         super().__init__()
@@ -109,9 +109,9 @@ class EfficientAD(Detector):
         self.register_buffer("teacher_std", torch.ones(CHANNELS, 1, 1))
         # Low and high quantile of the structural, then of the logical map. These leave a map unchanged.
         self.register_buffer("quantiles", torch.tensor([0.0, 0.1, 0.0, 0.1]))
-        if "picture" in config.statistics:
-            self.register_buffer("picture_mean", torch.zeros(CHANNELS))
-            self.register_buffer("picture_factor", torch.eye(CHANNELS))
+        if "whole_image" in config.statistics:
+            self.register_buffer("image_mean", torch.zeros(CHANNELS))
+            self.register_buffer("image_factor", torch.eye(CHANNELS))
 
     @property
     @override
@@ -126,7 +126,7 @@ class EfficientAD(Detector):
     @property
     @override
     def config_buffers(self) -> set[str]:
-        measured = {"picture_mean", "picture_factor"}  # anew, after the last step
+        measured = {"image_mean", "image_factor"}  # anew, after the last step
         return measured if self.config.map_normalisation else {"quantiles", *measured}
 
     @override
@@ -230,25 +230,25 @@ class EfficientAD(Detector):
     @property
     @override
     def settles_on(self) -> int:
-        return PICTURES if "picture" in self.config.statistics else 0
+        return MEASURED_ON if "whole_image" in self.config.statistics else 0
 
     @override
     def settle(self, batches: Iterable[Batch]) -> None:
-        """Measure mean and covariance of the pictures of good images, for the statistic `picture`."""
+        """Measure mean and covariance of the summaries of good images, for the statistic `whole_image`."""
         with torch.no_grad():
-            pictures = torch.cat([self.picture(batch.images) for batch in batches])
-        found = gaussians.moments([pictures[:, None]])
-        self.picture_mean.copy_(found.mean[0])
-        self.picture_factor.copy_(gaussians.factors(gaussians.shrunk(found)[0])[0])
+            summaries = torch.cat([self.summary(batch.images) for batch in batches])
+        found = gaussians.moments([summaries[:, None]])
+        self.image_mean.copy_(found.mean[0])
+        self.image_factor.copy_(gaussians.factors(gaussians.shrunk(found)[0])[0])
 
-    def picture(self, images: Tensor) -> Tensor:
+    def summary(self, images: Tensor) -> Tensor:
         """Return what whole images show, (B, C): the means of the student's first outputs over all places."""
         described: Tensor = self.student(self.surround(self.normalise(images)))
         return described[:, :CHANNELS].mean((2, 3))
 
-    def strangeness(self, images: Tensor) -> Tensor:
-        """Return the (B,) Mahalanobis distances of the pictures from those of good images (PUAD)."""
-        apart = (self.picture(images) - self.picture_mean) @ self.picture_factor.T
+    def image_distance(self, images: Tensor) -> Tensor:
+        """Return the (B,) Mahalanobis distances of the summaries from those of good images (PUAD)."""
+        apart = (self.summary(images) - self.image_mean) @ self.image_factor.T
         distances: Tensor = torch.linalg.vector_norm(apart, dim=1)
         return distances
 
@@ -285,8 +285,8 @@ class EfficientAD(Detector):
         padded = functional.pad(cells, (self.margin,) * 4)
         size = (images.shape[2], images.shape[3])
         maps = functional.interpolate(padded[:, None], size, mode="bilinear")[:, 0]
-        picture = partial(self.strangeness, images)
-        statistics = ops.map_statistics(maps, cells, self.config.statistics, picture=picture)
+        distance = partial(self.image_distance, images)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics, whole_image=distance)
         return (maps, statistics, *(parts if len(parts) > 1 else ()))
 
     @override

@@ -8,7 +8,7 @@ Exact rewrites of algorithm 2, equal to the plain networks up to rounding:
 - the difference of two last convolutions is one convolution on the features of both networks;
 - the scale of each half of the map is folded into those convolutions: a half is a sum of squares less an
   offset;
-- the mean of the student's output over all places, which the statistic `picture` is computed from, is that of
+- the mean of the student's output over all places, for the statistic `whole_image`, is computed from means of
   its last convolution's input;
 - the map is padded and resized by one matrix product for each axis.
 """
@@ -41,8 +41,8 @@ class FusedEfficientAD(Fused):
     down: Tensor
     across: Tensor
     imitate: Tensor
-    picture_shift: Tensor
-    picture_factor: Tensor
+    image_shift: Tensor
+    image_factor: Tensor
 
     def __init__(self, detector: EfficientAD) -> None:
         super().__init__()
@@ -66,15 +66,15 @@ class FusedEfficientAD(Fused):
         imitate, rebuild = detector.student_heads()
         described = normalised(teacher.last, detector.teacher_mean, detector.teacher_std)
         self.structural = scaled(difference(described, convolution(*imitate)), gains[0])
-        self.pictured = "picture" in self.config.statistics
-        if self.pictured:
+        self.judges_image = "whole_image" in self.config.statistics
+        if self.judges_image:
             weight, bias = imitate
             self.register_buffer("imitate", weight.detach().clone())
             self.register_buffer(
-                "picture_shift", cast(Tensor, bias).detach()[:, None] - detector.picture_mean[:, None]
+                "image_shift", cast(Tensor, bias).detach()[:, None] - detector.image_mean[:, None]
             )
-            self.register_buffer("picture_factor", detector.picture_factor.clone())
-            self.full_precision += ("imitate", "picture_shift", "picture_factor")
+            self.register_buffer("image_factor", detector.image_factor.clone())
+            self.full_precision += ("imitate", "image_shift", "image_factor")
         self.logical: nn.Conv2d | None = None
         self.autoencoder: Autoencoder | None = None
         if detector.autoencoder is not None:
@@ -94,8 +94,8 @@ class FusedEfficientAD(Fused):
         described, imitated = self.deep(images)
         cells, *parts = self.combined(self.vectors(images, described, imitated))
         maps = enlarge(cells, self.down, self.across)
-        picture = partial(self.strangeness, imitated)
-        statistics = ops.map_statistics(maps, cells, self.config.statistics, picture=picture)
+        distance = partial(self.image_distance, imitated)
+        statistics = ops.map_statistics(maps, cells, self.config.statistics, whole_image=distance)
         return (maps, statistics, *(parts if len(parts) > 1 else ()))
 
     def cells(self, images: Tensor) -> list[Tensor]:
@@ -121,11 +121,11 @@ class FusedEfficientAD(Fused):
             return (structural,)
         return structural, self.autoencoder(images - self.mean) + self.logical(imitated)
 
-    def strangeness(self, imitated: Tensor) -> Tensor:
-        """Return the (B,) distances of the statistic `picture`, given the student's trunk.
+    def image_distance(self, imitated: Tensor) -> Tensor:
+        """Return the (B,) distances of the statistic `whole_image`, given the student's trunk.
 
         The mean of a convolution's output is that of its input, one for each place of the kernel. Matrices
-        are left operands, as in `enlarge`: what tells pictures apart is less than the rounding to 8 bits.
+        are left operands, as in `enlarge`: they stay in floating point.
         """
         places = zip(imitated.shape[2:], self.imitate.shape[2:], strict=True)
         down, across = (length - kernel + 1 for length, kernel in places)
@@ -133,7 +133,7 @@ class FusedEfficientAD(Fused):
             imitated.float(), (1, across), stride=1
         )  # long sums would be rounded off
         means = functional.avg_pool2d(rows, (down, 1), stride=1).flatten(1)[:, :, None]
-        apart = self.picture_factor @ (self.imitate.flatten(1) @ means + self.picture_shift)
+        apart = self.image_factor @ (self.imitate.flatten(1) @ means + self.image_shift)
         distances: Tensor = torch.linalg.vector_norm(apart.flatten(1), dim=1)
         return distances
 

@@ -53,14 +53,14 @@ def equalise(network: FusedEfficientAD, batches: Sequence[Tensor]) -> None:
             divide_outputs(trunk[-1], ranges)
         for layer, ranges in seen.items():
             layer.weight *= ranges[:, None, None]
-        if network.pictured:
+        if network.judges_image:
             network.imitate *= seen[network.structural][widths[0] :, None, None]
 
 
 def before_pooling(network: FusedEfficientAD) -> dict[nn.Conv2d, nn.Module]:
     """Return, for each convolution of the trunks, the pooling that it reads, or itself if it reads none.
 
-    Before the pooling values are largest, and rounded first: an average of rounded values hides no range.
+    Values are largest, and rounded first, before the pooling.
     """
     found: dict[nn.Conv2d, nn.Module] = {}
     for trunk in network.trunks:
