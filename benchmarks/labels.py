@@ -96,8 +96,9 @@ def ablation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             continue
         if name == "old training":
             settings = settings | GRADIENT_RULES[options.supervision]
-        plain = registry.method(model).config  # in the paper's form, not in that of the defaults
-        settings = {key: getattr(plain, key) for key in FROM_GOOD} | settings
+        if options.supervision == "none":  # the paper's form, not what the defaults for good images are
+            plain = registry.method(model).config
+            settings = {key: getattr(plain, key) for key in FROM_GOOD} | settings
         if model == "supersimplenet" and settings.get("classification_head", True):
             settings = {"classification_head": True, "statistics": ("head",)} | settings
         rows[name] = {"model": model, "settings": settings, "supervision": options.supervision}

@@ -193,10 +193,7 @@ def test_defaults_for_good_images_give_way_to_what_is_asked_for(method: str) -> 
     supervisions: tuple[Supervision, ...] = ("mixed", "full")
     for supervision in supervisions:
         labelled = configured(method, supervision=supervision)
-        assert (labelled.side, labelled.misplaced, labelled.components) == (512, 0, 96)
-        before = {"classification_head": True, "adapt_classification_features": False}
-        if method == "supersimplenet":
-            assert configured(method, supervision=supervision, settings=before).components == 0
+        assert (labelled.side, labelled.misplaced, labelled.components) == (256, 0, 0)
     assert configured(method, "paper").misplaced == 0
 
 

@@ -12,7 +12,7 @@ from blemish.detectors import registry
 from blemish.detectors.efficientad.config import EfficientADConfig
 from blemish.detectors.registry import METHODS, build, method, with_schedule
 from blemish.detectors.settings import Config, Method, field_types
-from blemish.detectors.supersimplenet.config import BOTH, FEATURES, FROM_GOOD, SuperSimpleNetConfig
+from blemish.detectors.supersimplenet.config import BOTH, FROM_GOOD, SuperSimpleNetConfig
 from blemish.errors import ConfigError
 from blemish.types import Supervision
 
@@ -201,9 +201,9 @@ IN_PAPER = {"stop_gradient": False, "clip_norm": 1.0}
 @pytest.mark.parametrize(
     ("preset", "supervision", "changes"),
     [
-        ("default", "weak", LEARNS | FASTER | FEATURES),
-        ("default", "mixed", LEARNS | FASTER | MASKED | FEATURES | BOTH),
-        ("default", "full", LEARNS | FASTER | MASKED | FEATURES | BOTH),
+        ("default", "weak", LEARNS | FASTER),
+        ("default", "mixed", LEARNS | FASTER | MASKED | BOTH),
+        ("default", "full", LEARNS | FASTER | MASKED | BOTH),
         ("paper", "weak", IN_PAPER),
         ("paper", "mixed", IN_PAPER | MASKED),
         ("paper", "full", IN_PAPER | MASKED),
@@ -235,8 +235,7 @@ def test_the_journal_extension_differs_from_the_paper_by_its_own_rules() -> None
 
 @pytest.mark.parametrize("supervision", ["mixed", "full"])
 def test_masks_change_in_simplenet_only_the_anomalies_that_it_does_not_draw(supervision: Supervision) -> None:
-    features = {name: value for name, value in FEATURES.items() if name != "upscale"}  # it never does
-    for preset, changes in (("default", MASKED | FASTER | features), ("paper", MASKED)):
+    for preset, changes in (("default", MASKED | FASTER), ("paper", MASKED)):
         without = method("simplenet").config if preset == "default" else configure("simplenet", preset)
         assert changed(without, configure("simplenet", preset, supervision=supervision)) == changes
 

@@ -356,6 +356,16 @@ def test_check_advises_a_size_where_marked_defects_are_small(tmp_path: Path) -> 
     ]
 
 
+def test_advice_is_for_what_the_data_set_would_be_learned_from(tmp_path: Path) -> None:
+    """With labelled defects to learn from, supersimplenet has a smaller default than from good images."""
+    data = with_defects(tmp_path / "train", [11, 11]).parent
+    with_defects(data / "test", [11])
+    advised = [sentence for sentence in notes(data) if "192 x 384" in sentence]
+    assert [sentence.split(", a defect")[0] for sentence in advised] == [
+        "with supersimplenet, simplenet, padim"
+    ]
+
+
 def test_check_says_nothing_of_defects_that_are_large_enough(tmp_path: Path) -> None:
     report = blemish.check(with_defects(tmp_path, [30, 35]))
     assert report.defects == DefectSizes(2, 30, 32.5)

@@ -38,7 +38,7 @@ def advise(report: Report, asked: float | None = None) -> Iterator[str]:
     if report.size is None or (asked is None and marked is None):
         return
     try:
-        configs = {name: registry.configure(name) for name in registry.METHODS}
+        configs = usual_configs(report)
     except ModuleNotFoundError:  # without torch, nothing is trained on this PC
         if asked is not None:
             yield "which size each method needs is known only where blemish[train] is installed"
@@ -52,6 +52,18 @@ def advise(report: Report, asked: float | None = None) -> Iterator[str]:
             f"the 10 % quantile and {marked.median:g} at the median"
         )
         yield from found
+
+
+def usual_configs(report: Report) -> dict[str, Config]:
+    """Return what each method would be trained with on the data set, which may have defects to learn from."""
+    labelled = any(row.split == "train" and row.kind != "good" for row in report.rows)
+    configs = {}
+    for name in registry.METHODS:
+        able = registry.preset(name, "default").regimes
+        configs[name] = registry.configure(
+            name, supervision="full" if labelled and "full" in able else "none"
+        )
+    return configs
 
 
 def advise_methods(

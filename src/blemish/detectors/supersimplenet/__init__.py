@@ -11,8 +11,8 @@ Departures from the paper, each a single setting, all undone by `--preset paper`
   the paper's ablation both detection and localisation are higher without it);
 - the run is shorter, in smaller batches, with a one-cycle schedule, in bfloat16 where the processor supports
   it, and at higher learning rates with labelled defects;
-- images keep their shape and have the pixels of a square of 512, where the paper resizes them to 256 x 256
-  and doubles the resolution of the features.
+- images keep their shape, where the paper resizes them to 256 x 256; from good images only they have the
+  pixels of a square of 512, and the resolution of the features is not doubled.
 
 In all presets the backbone's outputs are stored in half precision. Only `journal` adds synthetic noise to a
 defect without a mask.

@@ -132,21 +132,20 @@ class SuperSimpleNetConfig(Config):
     def reconciled(self, changes: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out of a preset what the user's settings contradict.
 
-        Without a classification head the map is scored; with one, which the defaults for good images are not
-        made for, those are left out; and with another backbone, its own layers are read whole.
+        Without a classification head the map is scored; with one, which the good-only defaults are not made
+        for, and with another backbone than they name layers of, those defaults are left out.
         """
         headed = changes.get("classification_head", False)
         if not headed and "statistics" not in given and "head" in changes.get("statistics", ()):
             changes = changes | {"statistics": self.statistics}
-        if not changes.keys() >= FEATURES.keys():
+        if not changes.keys() >= FROM_GOOD.keys():
             return changes
         out: set[str] = set()
-        whole = headed and not changes.get("adapt_classification_features", True)
-        if headed and changes.keys() >= FROM_GOOD.keys():
+        if headed:
             out = set(FROM_GOOD)
         elif not changes.get("backbone", self.backbone).startswith("efficientnet_lite"):
             out = {"layers", "components"}
-        elif changes["layers"] != FEATURES["layers"] or not changes["whitening"] or whole:
+        elif changes["layers"] != FROM_GOOD["layers"] or not changes["whitening"]:
             out = {"components"}
         return {key: value for key, value in changes.items() if key in given or key not in out}
 
@@ -200,16 +199,12 @@ FASTER = {"adaptor_learning_rate": 1e-3, "head_learning_rate": 2e-3}
 """Ten times the paper's rates, for runs of hundreds rather than thousands of steps (docs/papers.md,
 Measured)."""
 
-FEATURES: dict[str, Any] = {
+FROM_GOOD: dict[str, Any] = {
     "side": 512,
     "layers": ("stage3", "stage5", "stage6"),
     "upscale": False,
     "whitening": 0.1,
     "components": 96,
-}
-"""What the heads of both methods read by default; docs/accuracy.md and docs/labels.md say what chose it."""
-
-FROM_GOOD: dict[str, Any] = FEATURES | {
     "hidden_channels": 1024,
     "anomalies": "whole",
     "differences": 0.5,
@@ -221,13 +216,13 @@ FROM_GOOD: dict[str, Any] = FEATURES | {
 """What both methods' defaults are for good images alone; docs/accuracy.md says what chose them."""
 
 BOTH = {"statistics": ("head", *STATISTICS)}
-"""With masks, the map knows defects as well as the head does, and errs about others."""
+"""With masks, the map knows defects as well as the head does, and errs about others (docs/labels.md)."""
 
 DEFAULT_REGIMES: dict[Supervision, dict[str, Any]] = {
     "none": FROM_GOOD,
-    "weak": LABELLED | FASTER | FEATURES,
-    "mixed": MASKED | FASTER | FEATURES | BOTH,
-    "full": MASKED | FASTER | FEATURES | BOTH,
+    "weak": LABELLED | FASTER,
+    "mixed": MASKED | FASTER | BOTH,
+    "full": MASKED | FASTER | BOTH,
 }
 
 JOURNAL_REGIMES = REGIMES | {

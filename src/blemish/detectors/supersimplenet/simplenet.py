@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from blemish.detectors.supersimplenet.config import FASTER, FEATURES, FROM_GOOD, SuperSimpleNetConfig
+from blemish.detectors.supersimplenet.config import FASTER, FROM_GOOD, SuperSimpleNetConfig
 from blemish.types import Supervision
 
 DEFAULT = SuperSimpleNetConfig(upscale=False, anomalies="whole", focal_loss=False)
@@ -33,8 +33,4 @@ MASKED: dict[str, Any] = {"perlin_threshold": 0.6, "raise_noise": False}
 REGIMES: dict[Supervision, dict[str, Any]] = {"none": {}, "mixed": MASKED, "full": MASKED}
 """There is no "weak": without a classification head, nothing can be learned from an image label alone."""
 
-DEFAULT_REGIMES: dict[Supervision, dict[str, Any]] = {
-    "none": FROM_GOOD,
-    "mixed": MASKED | FASTER | FEATURES,
-    "full": MASKED | FASTER | FEATURES,
-}
+DEFAULT_REGIMES = {name: (changes | FASTER) if changes else FROM_GOOD for name, changes in REGIMES.items()}
