@@ -188,6 +188,19 @@ def test_what_a_layer_reads_times_its_weights_is_what_it_says() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_pixels_of_8_bits_stay_what_they_are() -> None:
+    """Even if no good part is as bright as white."""
+    model, layers, images = prepared()
+    ranges = quantise.measured(model, [image[None] / 2 for image in images])
+    made = onnx.load_model_from_string(quantise.quantised_graph(model, ranges, layers))
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    (entrance,) = [
+        node for node in made.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "images"
+    ]
+    assert float(constants[entrance.input[1]]) == pytest.approx(1 / 255, rel=1e-6)
+    assert int(constants[entrance.input[2]]) == 0
+
+
 def test_a_graph_in_integers_is_closer_with_weights_rounded_so() -> None:
     model, layers, images = prepared()
     singles = [image[None] for image in images]

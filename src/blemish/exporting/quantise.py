@@ -14,10 +14,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
-from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
+from onnxruntime.quantization.calibrate import TensorData, TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from typing_extensions import override
@@ -35,6 +36,9 @@ BETWEEN: tuple[str, ...] = (
     *("Concat", "Split", "Slice", "Reshape", "Transpose"),
 )
 """Operations that 8-bit integers can pass through."""
+
+MOVING: tuple[str, ...] = ("Slice", "Reshape", "Transpose")
+"""Operations that change no value."""
 
 MAX_RANGE_IMAGES = 64
 """Largest number of good images used to measure ranges: more of them change little."""
@@ -147,7 +151,10 @@ def unshare(model: onnx.ModelProto) -> None:
 
 
 def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsData:
-    """Measure the range of every tensor on images."""
+    """Measure the range of every tensor on images; that of the images themselves is 0 to 1.
+
+    Pixels of 8 bits then stay what they are, also those that are brighter than any good part.
+    """
     with tempfile.TemporaryDirectory() as folder, suppress_messages():
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
@@ -159,7 +166,14 @@ def measured(model: onnx.ModelProto, images: Sequence[FloatArray]) -> TensorsDat
             extra_options={"symmetric": False},
         )
         calibrator.collect_data(Reader(images))
-        return calibrator.compute_data()
+        found = calibrator.compute_data()
+    moved = {"images"}
+    for node in model.graph.node:
+        if node.op_type in MOVING and node.input[0] in moved:
+            moved.update(node.output)
+    for name in moved & set(found.keys()):
+        found[name] = TensorData(lowest=np.float32(0), highest=np.float32(1))
+    return found
 
 
 def quantisable_layers(model: onnx.ModelProto) -> list[str]:
