@@ -137,7 +137,7 @@ def preprocessed(graph: bytes) -> onnx.ModelProto:
 
 
 def unshare(model: onnx.ModelProto) -> None:
-    """Give each layer constants of its own: what one rounds, another may leave as it is."""
+    """Copy constants that several layers read: what one layer rounds, another may leave as it is."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     taken: set[str] = set()
     for node in model.graph.node:

@@ -235,6 +235,8 @@ class EfficientAD(Detector):
     @override
     def settle(self, batches: Iterable[Batch]) -> None:
         """Measure mean and covariance of the summaries of good images, for the statistic `whole_image`."""
+        if not self.settles_on:
+            return
         with torch.no_grad():
             summaries = torch.cat([self.summary(batch.images) for batch in batches])
         found = gaussians.moments([summaries[:, None]])
