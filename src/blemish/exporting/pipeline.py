@@ -42,7 +42,7 @@ LOG = logging.getLogger(__name__)
 LEARNED_FROM = 64
 """Good images of a model that holds none out."""
 
-COMPARED = 40
+SEARCHED_ON = 40
 """Good images on which the search for layers to leave in floating point compares."""
 
 REDUCTION_IMAGES = 12
@@ -187,7 +187,7 @@ def make_graph(
     graph = onnx_graph.export_network(network, size, detector.outputs, half=half)
     if request.precision != "int8":
         return Draft(graph, kept, count, [])
-    used = limits_used(trained, good[:COMPARED], request, manifest)
+    used = limits_used(trained, good[:SEARCHED_ON], request, manifest)
     graph, left = quantise.quantise(graph, good, used, report, detector.integer_layers)
     tell(report, f"layers left in floating point: {', '.join(left) or 'none'}")
     return Draft(graph, kept, count, left)

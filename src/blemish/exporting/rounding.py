@@ -24,6 +24,8 @@ from torch.nn import functional
 from blemish.detectors.onnx_graph import suppress_messages
 from blemish.types import FloatArray
 
+MOST = 127
+"""Largest integer."""
 LARGEST = 2500
 """Most inputs of an output, for time grows with their third power; larger layers are left as they are."""
 IMAGES = 8
@@ -39,13 +41,12 @@ BLOCK = 128
 
 
 def rounded_weights(
-    model: onnx.ModelProto, layers: Collection[str], images: Sequence[FloatArray], most: int = 127
+    model: onnx.ModelProto, layers: Collection[str], images: Sequence[FloatArray]
 ) -> dict[str, dict[str, FloatArray]]:
     """Round the constant weights of convolutions and products, and shift biases by the mean of what is lost.
 
-    layers: names of nodes; images: inputs (N, 3, h, w) of good ones. Integers reach from -most to most; one
-    scale for each output channel makes its largest weight `most`. Returns the new values of each layer's
-    tensors by their name.
+    layers: names of nodes; images: inputs (N, 3, h, w) of good ones. One scale for each output channel makes
+    its largest weight 127. Returns the new values of each layer's tensors by their name.
     """
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     nodes = [
@@ -61,7 +62,7 @@ def rounded_weights(
     for node in nodes:
         exact, known = weights[node.name], seen[node.name]
         bias = node.input[2] if len(node.input) > 2 and node.input[2] in constants else ""
-        made = compensated(exact, known.covariance if bias else known.products, most)
+        made = compensated(exact, known.covariance if bias else known.products)
         array = made.flatten(0, 1) if node.op_type == "Conv" else made[0].T
         values = {node.input[1]: array.reshape(constants[node.input[1]].shape)}
         if bias:
@@ -175,14 +176,14 @@ def patches(node: onnx.NodeProto, read: Tensor, weights: Tensor) -> Tensor:
     return found.reshape(len(found), len(weights), -1).transpose(0, 1)
 
 
-def compensated(weights: Tensor, squares: Tensor, most: int = 127) -> Tensor:
+def compensated(weights: Tensor, squares: Tensor) -> Tensor:
     """Round (G, O, D) weights of G groups of O outputs, given the (G, D, D) mean products of their inputs.
 
     The largest weight of an output, which sets its scale, keeps its integer, so that rounding what is
     returned to the nearest integers changes nothing.
     """
     weights, count = weights.double(), weights.shape[2]
-    scale = weights.abs().amax(2).clamp(min=1e-12) / most
+    scale = weights.abs().amax(2).clamp(min=1e-12) / MOST
     mean = squares.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     squares = squares + DAMPING * mean[:, None, None] * torch.eye(count, dtype=torch.float64)
     order = squares.diagonal(dim1=1, dim2=2).sort(dim=1, descending=True, stable=True).indices
@@ -196,7 +197,7 @@ def compensated(weights: Tensor, squares: Tensor, most: int = 127) -> Tensor:
         block = range(first, min(first + BLOCK, count))
         errors = []
         for place in block:
-            nearest = (left[:, :, place] / scale).round().clamp(-most, most)
+            nearest = (left[:, :, place] / scale).round().clamp(-MOST, MOST)
             made[:, :, place] = scale * torch.where(largest == place, kept, nearest)
             error = (left[:, :, place] - made[:, :, place]) / factor[:, place, place, None]
             left[:, :, place : block.stop] -= error[:, :, None] * factor[:, None, place, place : block.stop]

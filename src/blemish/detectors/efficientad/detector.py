@@ -126,8 +126,7 @@ class EfficientAD(Detector):
     @property
     @override
     def config_buffers(self) -> set[str]:
-        measured = {"image_mean", "image_factor"}  # anew, after the last step
-        return measured if self.config.map_normalisation else {"quantiles", *measured}
+        return set() if self.config.map_normalisation else {"quantiles"}
 
     @override
     def load_pretrained(self, path: Path) -> None:

@@ -129,9 +129,8 @@ class FusedEfficientAD(Fused):
         """
         places = zip(imitated.shape[2:], self.imitate.shape[2:], strict=True)
         down, across = (length - kernel + 1 for length, kernel in places)
-        rows = functional.avg_pool2d(
-            imitated.float(), (1, across), stride=1
-        )  # long sums would be rounded off
+        # One axis after the other: long sums would be rounded off.
+        rows = functional.avg_pool2d(imitated.float(), (1, across), stride=1)
         means = functional.avg_pool2d(rows, (down, 1), stride=1).flatten(1)[:, :, None]
         apart = self.image_factor @ (self.imitate.flatten(1) @ means + self.image_shift)
         distances: Tensor = torch.linalg.vector_norm(apart.flatten(1), dim=1)
